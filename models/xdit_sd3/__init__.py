@@ -1,0 +1,38 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xdit_core import Blocks, ModelSpec, Stream, hookimpl
+
+
+def attention(block: Any) -> tuple[str, ...]:
+    """Joint attention; SD3.5 medium has a second one over the picture alone in its first blocks."""
+    return ("joint", "self") if block.use_dual_attention else ("joint",)
+
+
+def text_tokens(configs: Mapping[str, Any], call: Mapping[str, Any]) -> int:
+    """77 of the CLIP encoders and those of the T5, which diffusers fills with zeros if it is absent."""
+    clip = configs.get("text_encoder", {}).get("max_position_embeddings", 77)
+    t5 = call.get("max_sequence_length")
+    return int(clip) + (256 if t5 is None else int(t5))
+
+
+@hookimpl
+def xdit_model() -> ModelSpec:
+    """The adapter."""
+    return ModelSpec(
+        name="sd3",
+        pipelines=("StableDiffusion3Pipeline",),
+        hub="stabilityai/stable-diffusion-3-medium-diffusers",
+        blocks=(Blocks("transformer_blocks", "num_layers"),),
+        stream=Stream(text="encoder_hidden_states", returns=("text", "tokens")),
+        attention=attention,
+        text_tokens=text_tokens,
+        skips="skip_layers",
+        refused={"block_controlnet_hidden_states": "ControlNet residuals are not divided over ranks yet"},
+        once=("context_embedder",),
+        defaults={"steps": 28, "guidance": 7.0, "prompt": ("a red fox in the snow, morning light",)},
+    )

@@ -1,0 +1,118 @@
+"""PipeFusion: displaced patch pipeline parallelism (Fang et al. 2024, arXiv:2405.14430).
+
+The blocks are divided into stages over ranks, the picture into patches over time. After ``warmup`` synchronous steps a
+patch attends to fresh keys and values of the patches before it and to those of the step before of the patches behind it.
+The result depends on patches, warmup and steps only, never on the number of stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, hookimpl
+from xdit_core.tokens import even_bounds
+
+if TYPE_CHECKING:
+    from xdit_core import Plan, Rank
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``pipefusion``."""
+
+    stages: int | None = field(default=None, metadata={"help": "ranks among which the blocks are divided"})
+    patches: int | None = field(default=None, metadata={"help": "parts of the picture in time; default: stages"})
+    warmup: int = field(default=1, metadata={"help": "synchronous steps at the start; 0: attend to what exists so far"})
+    layers: tuple[int, ...] | None = field(default=None, metadata={"help": "blocks of each stage, such as 12,12"})
+
+
+@hookimpl
+def xdit_settings() -> type[Settings]:
+    """``pipefusion.stages``, ``.patches``, ``.warmup``, ``.layers``."""
+    return Settings
+
+
+@hookimpl
+def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+    """One axis of stages; lazy at the forward, a stage of the trunk, a cache in the attention."""
+    stages = settings.stages
+    if stages is None and settings.layers is not None:
+        stages = len(settings.layers)
+
+    def split(degree: int) -> tuple[int, ...]:
+        if settings.layers is not None:
+            return settings.layers
+        bounds = even_bounds(facts.blocks, degree)
+        return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+
+    return Declaration(
+        axes=(
+            Axis(
+                "stages",
+                stages,
+                Traffic.PER_STAGE,
+                choices=tuple(range(1, facts.blocks + 1)),
+                why=f"{facts.model} has {facts.blocks} blocks",
+                setting="pipefusion.stages",
+            ),
+        ),
+        claims=(
+            Claim("blocks", "it divides the blocks among stages"),
+            Claim("patches", "it cuts the picture into patches over time"),
+            Claim("kv", "it keeps keys and values of the step before"),
+        ),
+        wraps=(Wrap("forward", "lazy"), Wrap("trunk", "stage"), Wrap("attention", "cache")),
+        stages="stages",
+        block_split=split,
+        patches=lambda degrees: settings.patches if settings.patches is not None else degrees["stages"],
+        displaced=True,
+        problems=tuple(problems_of(settings, facts)),
+    )
+
+
+def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
+    """What is wrong whatever the degrees will be."""
+    if settings.patches is not None and not 1 <= settings.patches <= facts.rows:
+        yield Problem(
+            f"pipefusion.patches={settings.patches} does not fit {facts.rows} rows of tokens",
+            f"use 1 to {facts.rows}",
+        )
+    if settings.warmup < 0:
+        yield Problem(f"pipefusion.warmup={settings.warmup} is negative", "use 0 or more, 1 is usual")
+    if settings.layers is not None:
+        if sum(settings.layers) != facts.blocks or min(settings.layers, default=0) < 1:
+            shown = ",".join(map(str, settings.layers))
+            yield Problem(
+                f"pipefusion.layers={shown} must be positive numbers that add up to the {facts.blocks} blocks of {facts.model}",
+                "correct them or leave the setting out for a balanced split",
+            )
+        if settings.stages is not None and settings.stages != len(settings.layers):
+            yield Problem(
+                f"pipefusion.layers names {len(settings.layers)} stages but pipefusion.stages={settings.stages}",
+                "leave out one of the two",
+            )
+
+
+@hookimpl
+def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+    """What depends on the completed degrees."""
+    if plan.patches > facts.rows:
+        yield Problem(
+            f"{plan.patches} patches do not fit {facts.rows} rows of tokens",
+            f"set pipefusion.patches to {facts.rows} or less",
+        )
+    if plan.run.steps is not None and settings.warmup > plan.run.steps:
+        yield Problem(
+            f"pipefusion.warmup={settings.warmup} is more than steps={plan.run.steps}",
+            f"use a warmup from 0 to {plan.run.steps}",
+        )
+
+
+@hookimpl
+def xdit_build(settings: Settings, rank: Rank) -> Built:
+    """The wraps, on this rank's groups."""
+    from xdit_pipefusion.strategy import PipeFusion
+
+    return PipeFusion(settings.warmup, rank).built()

@@ -1,0 +1,355 @@
+"""PipeFusion on one rank: a lazy forward, a stage of the trunk, a cache of keys and values.
+
+Shapes: latents ``[B, C, h, w]``, rows of the trunk ``[B, n, width]``, keys and values ``[B, H, S, D]``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xdit_core import (
+    Attend,
+    AttentionRun,
+    Built,
+    Call,
+    ForwardRun,
+    Now,
+    PatchTensor,
+    PatchWorld,
+    Rank,
+    Rows,
+    TrunkRun,
+    length,
+    refuse_mask,
+    spans_of,
+)
+
+
+@dataclass
+class Kept:
+    """Keys and values of one attention call of one block, rows in ascending order of position; ``valid``: patches written."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    valid: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Flow:
+    """What one branch (one condition of a step) carries from step to step."""
+
+    step: int = -1
+    kept: dict[tuple[int, int], Kept] = field(default_factory=dict)
+
+
+class Channel:
+    """Point-to-point messages along one direction; sends never block, every handle is waited for.
+
+    Args:
+        rank: this rank.
+        group: its own communicator, so that opposite directions do not queue behind each other.
+        name: for the count of bytes.
+    """
+
+    def __init__(self, rank: Rank, group: dist.ProcessGroup | None, name: str) -> None:
+        self.rank, self.group, self.name = rank, group, name
+        self._sends: deque[tuple[Any, torch.Tensor]] = deque()
+        self._receives: set[Receive] = set()
+        self._sent, self._received = 0, 0
+
+    def send(self, x: torch.Tensor, to: int, what: str = "") -> None:
+        """Send ``x`` to a global rank; it must not be written to any more."""
+        x = x.contiguous()
+        self._sent += 1
+        work = dist.isend(x, to, group=self.group, tag=self._sent)
+        self.rank.sent[self.name + what] += x.nbytes
+        self._sends.append((work, x))
+        while self._sends and self._sends[0][0].is_completed():
+            self._sends.popleft()[0].wait()
+
+    def receive(self, like: torch.Tensor, rows: int, dim: int, source: int) -> Receive:
+        """Post a receive of a tensor shaped as ``like`` but with ``rows`` along ``dim``."""
+        shape = list(like.shape)
+        shape[dim] = rows
+        self._received += 1
+        buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        work = dist.irecv(buffer, source, group=self.group, tag=self._received)
+        receive = Receive(self, work, buffer)
+        self._receives.add(receive)
+        return receive
+
+    def done(self, receive: Receive) -> None:
+        """A receive was waited for."""
+        self._receives.discard(receive)
+
+    def finish(self) -> None:
+        """Wait for whatever is still under way."""
+        while self._sends:
+            self._sends.popleft()[0].wait()
+        for receive in tuple(self._receives):
+            receive.wait()
+
+    def forget(self) -> None:
+        """Drop the handles of a request that failed."""
+        self._sends.clear()
+        self._receives.clear()
+
+
+class Receive:
+    """A posted receive."""
+
+    def __init__(self, channel: Channel, work: Any, buffer: torch.Tensor) -> None:
+        self._channel, self._work, self._buffer = channel, work, buffer
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, once it is here."""
+        if self._work is not None:
+            self._channel.rank.doing(f"waiting for {self._channel.name}")
+            self._work.wait()
+            self._work = None
+            self._channel.done(self)
+        return self._buffer
+
+
+class StageWorld(PatchWorld):
+    """Patches live on the first stage; materializing brings them to all stages."""
+
+    def __init__(self, rank: Rank) -> None:
+        super().__init__()
+        self.rank, self.group = rank, rank.group("stages")
+        self.ranks = rank.mesh.ranks("stages")
+        self.evaluates = rank.index("stages") == 0
+
+    def materialize(self, tensor: PatchTensor) -> torch.Tensor:
+        """The plain tensor; collective over the stages."""
+        if self.evaluates:
+            whole = torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patch_dim).contiguous()
+        else:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if self.group is not None:
+            self.rank.doing("waiting for the stages to bring a patch tensor together")
+            dist.broadcast(whole, self.ranks[0], group=self.group)
+        return whole
+
+
+class PipeFusion:
+    """The wraps of one rank.
+
+    Args:
+        warmup: synchronous steps.
+        rank: this rank.
+    """
+
+    def __init__(self, warmup: int, rank: Rank) -> None:
+        self.warmup, self.rank, self.now = warmup, rank, rank.now
+        self.stages, self.stage = rank.degree("stages"), rank.index("stages")
+        self.first, self.last = self.stage == 0, self.stage == self.stages - 1
+        self.ranks = rank.mesh.ranks("stages")
+        self.down = Channel(rank, rank.group("stages"), "stages")
+        self.back = Channel(rank, rank.mesh.second_group("stages"), "latents")
+        self.world = StageWorld(rank)
+        self.latent_patch = int(getattr(rank.pipe, rank.spec.denoiser).config[rank.spec.patch])
+        self.flows: dict[Any, Flow] = {}
+        self._ahead: Receive | None = None
+        self._places: dict[Any, torch.Tensor | tuple[int, int]] = {}
+        self._blank: torch.Tensor | None = None
+
+    def built(self) -> Built:
+        """For the core."""
+        wraps: dict[str, Callable[..., Any]] = {
+            "forward/lazy": self.lazy,
+            "trunk/stage": self.one_stage,
+            "attention/cache": self.cached,
+        }
+        return Built(wraps=wraps, begin=self.begin, end=self.end)
+
+    def begin(self) -> None:
+        """A new request: no branch, no keys, no values."""
+        self.flows.clear()
+        self._places.clear()
+        self._ahead = None
+        self.down.forget()
+        self.back.forget()
+
+    def end(self) -> None:
+        """A request went through: wait for every handle, free the buffers."""
+        self.down.finish()
+        self.back.finish()
+        self.flows.clear()
+
+    # forward
+
+    def lazy(self, inner: ForwardRun, call: Call) -> torch.Tensor:
+        """One call of the denoiser: patch after patch, each as soon as its rows are there.
+
+        Args:
+            call: latents ``[B, C, h, w]``, plain or a patch tensor.
+
+        Returns:
+            A patch tensor of the prediction; its patches arrive from the last stage. In warm-up it has one patch.
+        """
+        now = self.now
+        flow = self.flows.setdefault(now.branch, Flow())
+        flow.step += 1
+        if not self.displaced(flow):
+            if self.stages == 1:
+                return inner(call.but(latents=self.plain(call.latents)))
+            return self.run_patches(inner, call, [None], [0, call.latents.shape[-2]])
+        bounds = [b * self.latent_patch for b in now.layout.bounds]
+        return self.run_patches(inner, call, range(now.layout.patches), bounds)
+
+    def displaced(self, flow: Flow) -> bool:
+        """Is this step past the warm-up?"""
+        return flow.step >= self.warmup and self.now.layout.patches > 1
+
+    def run_patches(self, inner: ForwardRun, call: Call, patches: Sequence[int | None], bounds: Sequence[int]) -> torch.Tensor:
+        """The patches of one step through this stage."""
+        cells: list[Any] = []
+        try:
+            for patch, (top, bottom) in zip(patches, pairwise(bounds), strict=True):
+                self.now.patch = patch
+                out = inner(call.but(latents=self.input(call.latents, top, bottom)))
+                cells.append(self.output(out, top, bottom))
+        finally:
+            self.now.patch = None
+        return PatchTensor.make(
+            cells, shape=out.shape, dim=-2, bounds=bounds, dtype=out.dtype, device=out.device, world=self.world
+        )
+
+    def plain(self, latents: torch.Tensor) -> torch.Tensor:
+        """All rows, on the rank that has them."""
+        return latents.rows(0, latents.shape[-2]) if isinstance(latents, PatchTensor) else latents
+
+    def input(self, latents: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+        """Latents at full shape in which the rows of one patch are true; the trunk looks at no others."""
+        if self.first and not isinstance(latents, PatchTensor):
+            return latents
+        if self.first and bottom - top == latents.shape[-2]:
+            return self.plain(latents)
+        if self._blank is None or self._blank.shape != latents.shape or self._blank.dtype != latents.dtype:
+            self._blank = torch.zeros(latents.shape, dtype=latents.dtype, device=latents.device)
+        if self.first and isinstance(latents, PatchTensor):
+            self._blank[..., top:bottom, :] = latents.rows(top, bottom)
+        return self._blank
+
+    def output(self, out: torch.Tensor, top: int, bottom: int) -> Any:
+        """The future of one patch of the prediction: on the first stage, when the last stage has sent it."""
+        if self.stages == 1:
+            return out[..., top:bottom, :].contiguous()
+        if self.last:
+            self.back.send(out[..., top:bottom, :], self.ranks[0])
+        if not self.first:
+            return None
+        return self.back.receive(out, bottom - top, -2, self.ranks[-1]).wait
+
+    # trunk
+
+    def one_stage(self, inner: TrunkRun, rows: Rows) -> Rows | None:
+        """Rows from the stage before, through the blocks of this one, to the stage behind.
+
+        Sends ``B x n x width`` elements a patch to the next stage, and the text rows with patch 0.
+        """
+        if not self.first:
+            pending = self._ahead or self.down.receive(rows.tokens, rows.tokens.shape[1], 1, self.ranks[self.stage - 1])
+            self._ahead = None
+            tokens, text = pending.wait(), rows.text
+            if text is not None and text.shape[1]:
+                text = self.down.receive(text, text.shape[1], 1, self.ranks[self.stage - 1]).wait()
+            rows = rows.but(tokens=tokens, text=text)
+            self.post_next(rows.tokens)
+        self.rank.doing("computing")
+        out = inner(rows)
+        if self.last or out is None:
+            return out
+        self.down.send(out.tokens, self.ranks[self.stage + 1])
+        if out.text is not None and out.text.shape[1]:
+            self.down.send(out.text, self.ranks[self.stage + 1], ".text")
+        return None
+
+    def post_next(self, tokens: torch.Tensor) -> None:
+        """Post the receive of the next patch of this step, so that it arrives while this one is computed."""
+        now = self.now
+        if now.patch is not None and now.patch + 1 < now.layout.patches:
+            rows = length(now.layout.picture(now.patch + 1, now.shard))
+            self._ahead = self.down.receive(tokens, rows, 1, self.ranks[self.stage - 1])
+
+    # attention
+
+    def cached(self, inner: AttentionRun, call: Attend) -> Any:
+        """Attend to the rows of all patches: fresh ones of this step, those of the step before where there are none yet.
+
+        Args:
+            call: q, k, v with the rows of the patch in hand; text rows come with patch 0.
+        """
+        now, flow = self.now, self.flows[self.now.branch]
+        if now.layout.patches == 1:
+            return inner(call)
+        refuse_mask(call, "pipefusion")
+        if now.patch is None:
+            if flow.step == self.warmup - 1:  # the last synchronous step is the one that the next attends to
+                self.write(self.kept(flow, call), call)
+            return inner(call)
+        kept = self.kept(flow, call)
+        self.write(kept, call)
+        k, v = kept.k, kept.v
+        if len(kept.valid) < now.layout.patches:
+            k, v = (self.only(x, kept.valid, call) for x in (k, v))
+        return inner(call.but(k=k, v=v, patches=tuple(sorted(kept.valid))))
+
+    def kept(self, flow: Flow, call: Attend) -> Kept:
+        """The buffers of this call, made on first use."""
+        key = (call.block, call.ordinal)
+        if key not in flow.kept:
+            total = sum(length(spans_of(self.now, call.kind, None, s)) for s in call.shards)
+            b, h, _, d = call.k.shape
+            flow.kept[key] = Kept(call.k.new_empty(b, h, total, d), call.v.new_empty(b, h, total, call.v.shape[-1]))
+        return flow.kept[key]
+
+    def write(self, kept: Kept, call: Attend) -> None:
+        """Put the rows of the call where they belong."""
+        place = self.place(call.kind, self.now.patch, call.shards, call.k.device)
+        for buffer, rows in ((kept.k, call.k), (kept.v, call.v)):
+            if isinstance(place, tuple):
+                buffer[:, :, place[0] : place[1]] = rows
+            else:
+                buffer.index_copy_(2, place, rows)
+        kept.valid |= set(range(self.now.layout.patches)) if self.now.patch is None else {self.now.patch}
+
+    def only(self, buffer: torch.Tensor, valid: set[int], call: Attend) -> torch.Tensor:
+        """The rows of the patches that have been written."""
+        device = buffer.device
+        places = [as_index(self.place(call.kind, m, call.shards, device), device) for m in sorted(valid)]
+        return buffer.index_select(2, torch.cat(places))
+
+    def place(
+        self, kind: str, patch: int | None, shards: tuple[int, ...], device: torch.device
+    ) -> torch.Tensor | tuple[int, int]:
+        """Where rows that arrive shard after shard go in a buffer ordered by position: a range, or an index tensor."""
+        key = (self.now.layout, kind, patch, shards)
+        if key not in self._places:
+            owned = positions(self.now, kind, None, shards)
+            mine = positions(self.now, kind, patch, shards)
+            index = torch.searchsorted(owned.sort().values, mine)
+            start = int(index[0]) if len(index) else 0
+            run = torch.equal(index, torch.arange(start, start + len(index)))
+            self._places[key] = (start, start + len(index)) if run else index.to(device)
+        return self._places[key]
+
+
+def positions(now: Now, kind: str, patch: int | None, shards: tuple[int, ...]) -> torch.Tensor:
+    """Row numbers of a patch in the order in which they arrive, shard after shard."""
+    parts = [torch.arange(a, b) for s in shards for a, b in spans_of(now, kind, patch, s)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def as_index(place: torch.Tensor | tuple[int, int], device: torch.device) -> torch.Tensor:
+    """A range or index tensor as an index tensor."""
+    return torch.arange(*place, device=device) if isinstance(place, tuple) else place
+

@@ -1,0 +1,132 @@
+"""Parallel inference for diffusion transformers, where every parallel method and every model is a plugin.
+
+The names here are the public ones; plugins use these and nothing else. Those that need torch are loaded when first used, so that declaring
+and planning stay instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from xdit_core.errors import (
+    GuardError,
+    LazyError,
+    ModelError,
+    PlanRefused,
+    PluginError,
+    UnsupportedCall,
+    UsageError,
+    XditError,
+)
+from xdit_core.hookspecs import hookimpl
+from xdit_core.plan import Plan, make_plan
+from xdit_core.records import (
+    Axis,
+    Blocks,
+    Built,
+    Claim,
+    Declaration,
+    Facts,
+    ModelSpec,
+    Problem,
+    Stream,
+    Traffic,
+    Wrap,
+    divisors,
+    listed,
+)
+from xdit_core.registry import Registry
+from xdit_core.tokens import TokenLayout, length
+
+if TYPE_CHECKING:
+    from xdit_core.attention import Attend, refuse_mask, spans_of
+    from xdit_core.attention import Kernel as AttentionRun
+    from xdit_core.engine import Engine, Output
+    from xdit_core.forward import Call
+    from xdit_core.forward import Run as ForwardRun
+    from xdit_core.lazy import PatchTensor, PatchWorld, materialized, patchwise
+    from xdit_core.mesh import Mesh
+    from xdit_core.rank import Now, Rank
+    from xdit_core.trunk import Rows, Selector
+    from xdit_core.trunk import Run as TrunkRun
+
+__version__ = "0.1.0"
+
+_WITH_TORCH = {
+    "Attend": ("attention", "Attend"),
+    "AttentionRun": ("attention", "Kernel"),
+    "Call": ("forward", "Call"),
+    "Engine": ("engine", "Engine"),
+    "ForwardRun": ("forward", "Run"),
+    "Mesh": ("mesh", "Mesh"),
+    "Now": ("rank", "Now"),
+    "Output": ("engine", "Output"),
+    "PatchTensor": ("lazy", "PatchTensor"),
+    "PatchWorld": ("lazy", "PatchWorld"),
+    "Rank": ("rank", "Rank"),
+    "Rows": ("trunk", "Rows"),
+    "Selector": ("trunk", "Selector"),
+    "TrunkRun": ("trunk", "Run"),
+    "materialized": ("lazy", "materialized"),
+    "patchwise": ("lazy", "patchwise"),
+    "refuse_mask": ("attention", "refuse_mask"),
+    "spans_of": ("attention", "spans_of"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the names that need torch when they are first used."""
+    if name in _WITH_TORCH:
+        module, attribute = _WITH_TORCH[name]
+        return getattr(importlib.import_module(f"xdit_core.{module}"), attribute)
+    raise AttributeError(f"module 'xdit_core' has no attribute {name!r}")
+
+
+__all__ = [
+    "Attend",
+    "AttentionRun",
+    "Axis",
+    "Blocks",
+    "Built",
+    "Call",
+    "Claim",
+    "Declaration",
+    "Engine",
+    "Facts",
+    "ForwardRun",
+    "GuardError",
+    "LazyError",
+    "Mesh",
+    "ModelError",
+    "ModelSpec",
+    "Now",
+    "Output",
+    "PatchTensor",
+    "PatchWorld",
+    "Plan",
+    "PlanRefused",
+    "PluginError",
+    "Problem",
+    "Rank",
+    "Registry",
+    "Rows",
+    "Selector",
+    "Stream",
+    "TokenLayout",
+    "Traffic",
+    "TrunkRun",
+    "UnsupportedCall",
+    "UsageError",
+    "Wrap",
+    "XditError",
+    "divisors",
+    "hookimpl",
+    "length",
+    "listed",
+    "make_plan",
+    "materialized",
+    "patchwise",
+    "refuse_mask",
+    "spans_of",
+]

@@ -1,0 +1,220 @@
+"""The attention point: every self- or joint attention of a block goes through the resolved chain, or the run stops.
+
+A torch-function mode, active while the blocks run, catches ``F.scaled_dot_product_attention``: after QK-norm and
+rotary embedding, whatever the model's processor does before. No processor is replaced.
+
+Shapes: ``[B, H, S, D]`` - batch, heads, rows of the sequence, head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from xdit_core.errors import GuardError, UnsupportedCall
+from xdit_core.rank import Now
+
+Kernel = Callable[["Attend"], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """One attention call on its way through the chain.
+
+    Args:
+        q, k, v: ``[B, H, S, D]``.
+        kind: ``joint`` (picture and text rows) or ``self`` (picture rows only).
+        block, ordinal: which call this is.
+        options: further arguments of ``scaled_dot_product_attention``.
+        shards: whose rows q has, in order.
+        patches: which patches k and v hold; None stands for the rows of the work in hand.
+        with_lse: the caller needs ``(out, lse [B, H, S])`` instead of ``out``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kind: str
+    block: int
+    ordinal: int
+    options: dict[str, Any]
+    shards: tuple[int, ...]
+    patches: tuple[int, ...] | None = None
+    with_lse: bool = False
+
+    def but(self, **changes: Any) -> Attend:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+def spans_of(now: Now, kind: str, patch: int | None, shard: int | None) -> tuple[tuple[int, int], ...]:
+    """Rows of an attention call of that kind, in its own numbering."""
+    return now.layout.joint(patch, shard) if kind == "joint" else now.layout.picture(patch, shard)
+
+
+def refuse_mask(call: Attend, who: str) -> None:
+    """Masks over the joined sequence cannot be divided without knowing what they mean.
+
+    Raises:
+        UnsupportedCall: the call has a mask or is causal.
+    """
+    if call.options.get("attn_mask") is not None or call.options.get("is_causal"):
+        raise UnsupportedCall(f"{who} cannot divide a masked self-attention (block {call.block}); run this model without {who}.")
+
+
+def sdpa(call: Attend) -> Any:
+    """The innermost kernel: torch's own choice, with the log-sum-exp where it is asked for."""
+    if not call.with_lse:
+        return F.scaled_dot_product_attention(call.q, call.k, call.v, **call.options)
+    scale = call.options.get("scale")
+    if call.q.device.type == "cpu":
+        cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = cpu_flash(call.q, call.k, call.v, 0.0, False, scale=scale)
+    elif call.q.dtype in (torch.float16, torch.bfloat16):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(call.q, call.k, call.v, 0.0, False, scale=scale)[:2]
+    else:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse = efficient(call.q, call.k, call.v, None, True, scale=scale)[:2]
+    return out, lse[:, :, : call.q.shape[2]]  # some kernels pad it
+
+
+class AttentionPoint:
+    """Counts and redirects the attention calls of the blocks.
+
+    Args:
+        now: the work in hand.
+        chain: wraps ``f(inner, call) -> out``, outermost first.
+    """
+
+    def __init__(self, now: Now, chain: Sequence[Callable[[Kernel, Attend], Any]]) -> None:
+        self.now = now
+        self.run: Kernel = sdpa
+        for wrap in reversed(chain):
+            self.run = link(wrap, self.run)
+        self.active = bool(chain)
+        self.pattern: tuple[str, ...] = ()
+        self.calls = 0
+
+    def enter_block(self, index: int, pattern: tuple[str, ...]) -> None:
+        """Expect the attention calls of one block."""
+        self.now.block, self.pattern, self.calls = index, pattern, 0
+
+    def leave_block(self) -> None:
+        """Check that all of them came.
+
+        Raises:
+            GuardError: some did not go through the engine.
+        """
+        if self.calls != len(self.pattern):
+            raise GuardError(
+                f"block {self.now.block} made {self.calls} attention calls through the engine where the adapter declares "
+                f"{len(self.pattern)}; the result would be wrong, so the run stops. Correct `attention` in the adapter, "
+                "or use an attention processor that calls scaled_dot_product_attention."
+            )
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """One call of the block that runs."""
+        ordinal = self.calls
+        self.calls += 1
+        if ordinal >= len(self.pattern):
+            self.leave_block()
+        kind = self.pattern[ordinal]
+        if kind == "cross":  # keys and values come from the text, which every rank has
+            return F.scaled_dot_product_attention(q, k, v, **options)
+        out: torch.Tensor = self.run(Attend(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,)))
+        return out
+
+
+def link(wrap: Callable[[Kernel, Attend], Any], inner: Kernel) -> Kernel:
+    """``wrap`` with its inner bound."""
+
+    def linked(call: Attend) -> Any:
+        return wrap(inner, call)
+
+    return linked
+
+
+# Which point a compiled block's op belongs to: compiled code can hold no reference to the engine.
+_point: ContextVar[AttentionPoint] = ContextVar("xdit_attention_point")
+
+
+@torch.library.custom_op("xdit::attention", mutates_args=())
+def attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """The attention chain as one op, opaque to the compiler: it keeps ``fullgraph=True`` whole."""
+    options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    return _point.get().attend(q, k, v, options).contiguous()
+
+
+@attention_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def through_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``scaled_dot_product_attention``'s signature onto the op's."""
+    out: torch.Tensor = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return out
+
+
+def straight(point: AttentionPoint, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> torch.Tensor:
+    """``scaled_dot_product_attention``'s signature onto the point; keyword arguments that we do not know pass through."""
+    options.update(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False))
+    return point.attend(query, key, value, options)
+
+
+class Redirect(TorchFunctionMode):
+    """Send ``scaled_dot_product_attention`` to a point while active."""
+
+    def __init__(self, point: AttentionPoint) -> None:
+        super().__init__()
+        self.point = point
+        self._token: Any = None
+
+    def __enter__(self) -> Redirect:
+        self._token = _point.set(self.point)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        _point.reset(self._token)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            return through_op(*args, **(kwargs or {}))
+        return straight(self.point, *args, **(kwargs or {}))

@@ -1,0 +1,135 @@
+"""Read what a plan needs from a checkpoint folder, without torch: JSON files and safetensors headers."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xdit_core.errors import ModelError
+from xdit_core.records import Facts, ModelSpec
+
+INDEX = "model_index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; check the folder given as model.path.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON ({error}); the download may be incomplete, fetch it again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object; the download may be incomplete, fetch it again.")
+    return value
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a file's length with its header, so that a truncated download is found before anything starts.
+
+    Raises:
+        ModelError: the file is shorter or longer than its header says, or has no header.
+    """
+    size = path.stat().st_size
+    fix = "the file is damaged or was cut off, fetch it again"
+    with path.open("rb") as file:
+        first = file.read(8)
+        if len(first) < 8:
+            raise ModelError(f"{path} has {size} bytes and no safetensors header; {fix}.")
+        (length,) = struct.unpack("<Q", first)
+        if length > min(size, 100_000_000):
+            raise ModelError(f"{path} has no readable safetensors header; {fix}.")
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} has no readable safetensors header; {fix}.") from error
+    if size != 8 + length + end:
+        raise ModelError(f"{path} has {size} bytes but its header promises {8 + length + end}; {fix}.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component folder.
+
+    Raises:
+        ModelError: a shard that the index names is missing, or a file is damaged.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder / name} is missing though {index.name} names it; fetch the model again.")
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Check that a folder holds a diffusers pipeline that fits the adapter.
+
+    Returns:
+        Component name to config, ``_index`` to ``model_index.json``.
+
+    Raises:
+        ModelError: no such folder, no pipeline, a pipeline of another class, damaged weights.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model.path={folder} does not exist; give the folder that holds {INDEX}.")
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"model.path={folder} is no diffusers pipeline: it has no {INDEX}; give the folder that has one.")
+    index = read_json(folder / INDEX)
+    found = index.get("_class_name", "?")
+    if found not in spec.pipelines:
+        wanted = " or ".join(spec.pipelines)
+        raise ModelError(f"{folder} holds a {found} but model={spec.name} needs a {wanted}; choose the model that fits.")
+    configs: dict[str, Any] = {"_index": index}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
+            continue
+        component = folder / name
+        if not component.is_dir():
+            raise ModelError(f"{component} is missing though {INDEX} lists it; fetch the model again.")
+        for config in ("config.json", "scheduler_config.json"):
+            if (component / config).is_file():
+                configs[name] = read_json(component / config)
+        weight_files(component)
+    if spec.denoiser not in configs:
+        raise ModelError(f"{folder} has no {spec.denoiser}/config.json; model={spec.name} cannot run without it.")
+    if not weight_files(folder / spec.denoiser):
+        raise ModelError(f"{folder / spec.denoiser} holds no safetensors file; fetch the model again.")
+    return configs
+
+
+def latent_factor(configs: Mapping[str, Any]) -> int:
+    """Pixels a side of one latent element, as the diffusers image pipelines compute it."""
+    return int(2 ** (len(configs.get("vae", {}).get("block_out_channels", (0,) * 4)) - 1))
+
+
+def default_size(spec: ModelSpec, configs: Mapping[str, Any]) -> int:
+    """Pixels a side that the pipeline itself would take."""
+    return int(configs[spec.denoiser].get("sample_size", 128)) * latent_factor(configs)
+
+
+def facts(spec: ModelSpec, configs: Mapping[str, Any], height: int, width: int, call: Mapping[str, Any]) -> Facts:
+    """What the plan needs to know, for a picture of ``height`` x ``width`` pixels."""
+    config = configs[spec.denoiser]
+    missing = [key for key in (spec.heads, spec.patch, *(b.count for b in spec.blocks)) if key not in config]
+    if missing:
+        raise ModelError(f"{spec.denoiser}/config.json has no {', '.join(missing)}; model={spec.name} cannot describe it.")
+    pixels = latent_factor(configs) * int(config[spec.patch])
+    return Facts(
+        model=spec.name,
+        heads=int(config[spec.heads]),
+        blocks=sum(int(config[b.count]) for b in spec.blocks),
+        rows=height // pixels,
+        columns=width // pixels,
+        text_tokens=spec.text_tokens(configs, call) if spec.text_tokens else 0,
+        pixels_per_token=pixels,
+    )

@@ -1,0 +1,123 @@
+"""Complete open degrees for a number of processes, and order the axes into a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from xdit_core.records import Axis, Problem, divisors, listed
+
+
+@dataclass(frozen=True)
+class Completed:
+    """Axes with degrees, outermost first, or the problems."""
+
+    axes: tuple[Axis, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def product(values: Iterable[int]) -> int:
+    """Product of integers."""
+    return math.prod(values)
+
+
+def ordered(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """Chatty axes innermost, so that their ranks are neighbours; ties by name."""
+    return tuple(sorted(axes, key=lambda a: (a.traffic, a.name)))
+
+
+def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices: int, grow: bool) -> Completed:
+    """Choose the open degrees.
+
+    Args:
+        declared: axes by plugin.
+        nproc: processes asked for; the degrees must then multiply to exactly that. None: as many as suit.
+        devices: processes that suit the machine.
+        grow: more processes than devices may be started so that every selected plugin has something to do
+            (CPU processes share cores; GPUs are not shared).
+    """
+    problems = wrong_degrees(declared)
+    if problems:
+        return Completed(problems=tuple(problems))
+    axes = [a for group in declared.values() for a in group]
+    names = [a.name for a in axes]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        return Completed(problems=(Problem(f"two plugins declare the axis {listed(twice)}", "drop one of them"),))
+    fixed = product(a.degree for a in axes if a.degree is not None)
+    open_axes = [a for a in axes if a.degree is None]
+    if nproc is not None:
+        sizes: Sequence[int] = (nproc,)
+    elif not open_axes:
+        sizes = (fixed,)
+    else:
+        idle = sum(1 for group in declared.values() if group and not any((a.degree or 0) > 1 for a in group) and any(a.degree is None for a in group))
+        most = max(devices, fixed * 2**idle if grow else fixed)
+        sizes = range(most, 0, -1)
+    for size in sizes:
+        best = fill(declared, open_axes, fixed, size)
+        if best is not None:
+            degree = dict(zip((a.name for a in open_axes), best, strict=True))
+            done = ordered(dataclasses.replace(a, degree=degree.get(a.name, a.degree)) for a in axes)
+            notes = (f"{size} processes: {describe(done)}",) if nproc is None else ()
+            return Completed(axes=done, notes=notes)
+    return Completed(problems=(misfit(declared, axes, open_axes, fixed, nproc or devices),))
+
+
+def wrong_degrees(declared: Mapping[str, Sequence[Axis]]) -> list[Problem]:
+    """Degrees that the model does not allow, with those that it does."""
+    found = []
+    for name, group in declared.items():
+        for a in group:
+            key = a.setting or f"{name}.{a.name}"
+            if a.degree is not None and a.degree < 1:
+                found.append(Problem(f"{key}={a.degree} is below 1", "give 1 or more", name))
+            elif a.degree is not None and a.choices is not None and a.degree not in a.choices:
+                fix = f"use one of {', '.join(map(str, a.choices))}"
+                found.append(Problem(f"{a.why or 'the model'}, which does not fit {key}={a.degree}", fix, name))
+    return found
+
+
+def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixed: int, size: int) -> tuple[int, ...] | None:
+    """Degrees of the open axes whose product with the fixed ones is ``size``; the best, or None.
+
+    Best: fewest plugins left idle, then the smallest last resorts, then the smallest sum, then large degrees for chatty axes.
+    """
+    if size % fixed:
+        return None
+    rest, best = size // fixed, None
+    options = [[d for d in divisors(rest) if a.choices is None or d in a.choices] for a in open_axes]
+    for combination in itertools.product(*options):
+        if product(combination) != rest:
+            continue
+        degree = {a.name: d for a, d in zip(open_axes, combination, strict=True)}
+        idle = sum(1 for group in declared.values() if group and all((a.degree or degree.get(a.name, 1)) == 1 for a in group))
+        resort = product(d for a, d in zip(open_axes, combination, strict=True) if a.last_resort)
+        chatty = tuple(-degree[a.name] for a in sorted(open_axes, key=lambda a: (-a.traffic, a.name)))
+        key = (idle, resort, sum(combination), chatty)
+        if best is None or key < best[0]:
+            best = (key, combination)
+    return best[1] if best else None
+
+
+def misfit(declared: Mapping[str, Sequence[Axis]], axes: Sequence[Axis], open_axes: Sequence[Axis], fixed: int, nproc: int) -> Problem:
+    """Why no degrees fit the processes asked for, and which numbers would."""
+    given = ", ".join(f"{a.setting or a.name}={a.degree}" for a in axes if a.degree is not None)
+    works = [n for n in range(1, max(2 * nproc, 2 * fixed) + 1) if fill(declared, open_axes, fixed, n) is not None]
+    near = sorted(sorted(works, key=lambda n: abs(n - nproc))[:6])
+    because = "; ".join([f"given {given}"] if given else [] + [a.why for a in open_axes if a.why])
+    return Problem(
+        f"nproc={nproc} does not fit the degrees ({because or 'nothing can use more than one process'})",
+        f"use nproc={listed(near) if len(near) == 1 else 'one of ' + ', '.join(map(str, near))}, or leave nproc out"
+        if near
+        else "leave nproc out",
+    )
+
+
+def describe(axes: Sequence[Axis]) -> str:
+    """``stages 2 x ulysses 2``."""
+    return " x ".join(f"{a.name} {a.degree}" for a in axes if (a.degree or 1) > 1) or "one process"

@@ -1,0 +1,51 @@
+"""Every error that a user can meet: a sentence that says what is wrong and what to do, and an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class XditError(Exception):
+    """Base class. ``str(error)`` is for the user to read; no traceback is needed to act on it."""
+
+    exit_code = 1
+
+
+class UsageError(XditError):
+    """The command line or a setting is wrong."""
+
+    exit_code = 2
+
+
+class PlanRefused(XditError):
+    """The chosen plugins, model and degrees do not fit together. Lists every problem at once."""
+
+    exit_code = 3
+
+    def __init__(self, problems: Sequence[object]) -> None:
+        super().__init__("\n".join(str(p) for p in problems))
+        self.problems = tuple(problems)
+
+
+class PluginError(XditError):
+    """A plugin could not be loaded or one of its hooks failed; names the plugin and its distribution."""
+
+    exit_code = 2
+
+
+class ModelError(XditError):
+    """The checkpoint is missing, unreadable or not what the adapter expects."""
+
+    exit_code = 2
+
+
+class GuardError(XditError):
+    """An attention call did not go through the engine: the result would have been wrong without a word."""
+
+
+class UnsupportedCall(XditError):
+    """The pipeline passed the denoiser an argument that the engine cannot honour."""
+
+
+class LazyError(XditError):
+    """A patch tensor was used in a way that cannot be right."""

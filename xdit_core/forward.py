@@ -1,0 +1,141 @@
+"""The forward point: one call of the denoiser, by name of argument, through the wraps of the strategies."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_core.errors import UnsupportedCall
+from xdit_core.rank import Rank
+from xdit_core.tokens import TokenLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the denoiser.
+
+    Args:
+        latents: ``[B, C, h, w]``; may be a patch tensor.
+        rest: every other argument given, by name.
+    """
+
+    latents: torch.Tensor
+    rest: Mapping[str, Any]
+
+    def but(self, **changes: Any) -> Call:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+Run = Callable[[Call], torch.Tensor]
+
+
+class ForwardPoint:
+    """Replaces ``denoiser.forward``.
+
+    Args:
+        rank: this rank.
+        denoiser: the transformer.
+        chain: wraps ``f(inner, call) -> prediction``, outermost first.
+    """
+
+    def __init__(self, rank: Rank, denoiser: nn.Module, chain: Sequence[Callable[[Run, Call], torch.Tensor]]) -> None:
+        self.rank, self.spec, self.denoiser = rank, rank.spec, denoiser
+        self._original = denoiser.forward
+        self._names = tuple(inspect.signature(self._original).parameters)
+        config: Any = denoiser.config
+        self._patch = int(config[self.spec.patch])
+        self._branches: dict[Any, torch.Tensor | None] = {}
+        run: Run = self.base
+        for wrap in reversed(chain):
+            run = link(wrap, run)
+        self._run = run
+        denoiser.forward = self.forward
+
+    def begin(self) -> None:
+        """Forget the branches of the last request."""
+        self._branches.clear()
+
+    def base(self, call: Call) -> torch.Tensor:
+        """The model's own forward."""
+        out: torch.Tensor = self._original(**{self.spec.latents: call.latents}, **call.rest, return_dict=False)[0]
+        return out
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline calls; same signature and result as the denoiser's own."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        as_dict = given.pop("return_dict", True)
+        for name, reason in self.spec.refused.items():
+            if given.get(name) is not None:
+                raise UnsupportedCall(f"{self.spec.denoiser}({name}=...) cannot be honoured: {reason}.")
+            given.pop(name, None)
+        skipped = given.pop(self.spec.skips, None) if self.spec.skips else None
+        latents = given.pop(self.spec.latents)
+        self.look(latents, given, frozenset(skipped or ()))
+        out = self._run(Call(latents, given))
+        if not as_dict:
+            return (out,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=out)
+
+    def look(self, latents: torch.Tensor, given: Mapping[str, Any], skip: frozenset[int]) -> None:
+        """Work out the token layout and the branch of this call."""
+        now, plan, patch = self.rank.now, self.rank.plan, self._patch
+        text = given.get(self.spec.text_input)
+        words = text.shape[1] if self.spec.stream.text and text is not None else 0
+        layout = TokenLayout(
+            rows=latents.shape[-2] // patch,
+            columns=latents.shape[-1] // patch,
+            text=words,
+            patches=plan.patches,
+            shards=plan.shards,
+            text_first=self.spec.stream.text_first,
+        )
+        if layout != now.layout:
+            now.layout = layout
+        key = (None if text is None else (id(text), text.data_ptr(), tuple(text.shape)), skip)
+        if key not in self._branches:
+            if len(self._branches) >= 16:
+                raise UnsupportedCall(
+                    f"the pipeline makes a new {self.spec.text_input} at every step, so the conditions of a step cannot be told "
+                    "apart; pass the same tensor at every step."
+                )
+            self._branches[key] = text  # held, so that its id stays taken
+        now.branch, now.skip = list(self._branches).index(key), skip
+
+
+def link(wrap: Callable[[Run, Call], torch.Tensor], inner: Run) -> Run:
+    """``wrap`` with its inner bound."""
+
+    def linked(call: Call) -> torch.Tensor:
+        return wrap(inner, call)
+
+    return linked
+
+
+class Once:
+    """Remembers what a submodule gave for an input, while the input is the same tensor; for projections of the text."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._original = module.forward
+        self._known: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+        module.forward = self.forward
+
+    def begin(self) -> None:
+        """Forget."""
+        self._known.clear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The module's result for ``x``, computed once a request."""
+        key = (id(x), 0 if x.is_inference() else x._version)
+        if key not in self._known:
+            if len(self._known) > 16:
+                self._known.clear()
+            self._known[key] = (x, self._original(x))
+        return self._known[key][1]

@@ -1,0 +1,47 @@
+"""Where a checkpoint lies: a folder, the local hub cache, or the hub itself. Without torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from xdit_core.errors import ModelError
+from xdit_core.records import ModelSpec
+from xdit_core.settings import ModelSettings
+
+
+def looks_like_folder(path: str) -> bool:
+    """``org/name`` is a hub id; anything else that is no existing folder was meant as one."""
+    return path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or os.path.isdir(path)
+
+
+def locate(spec: ModelSpec, settings: ModelSettings) -> Path:
+    """The local folder of the checkpoint, fetched from the hub when it is not there.
+
+    Raises:
+        ModelError: the folder does not exist, or the hub is out of reach; says what was tried.
+    """
+    if settings.path is None and spec.path:
+        return Path(spec.path)
+    source = settings.path or spec.hub
+    if not source:
+        raise ModelError(f"model={spec.name} needs a checkpoint; give its folder or hub id as model.path=.")
+    if looks_like_folder(source):
+        return Path(source).expanduser()
+    from huggingface_hub import snapshot_download  # slow to import, and most runs do not need it
+
+    try:
+        return Path(
+            snapshot_download(
+                source,
+                revision=settings.revision,
+                allow_patterns=["*.json", "*.txt", "*.model", "*/*.safetensors"],
+                ignore_patterns=["*.fp16.*", "*.bf16.*", "*.non_ema.*"],
+            )
+        )
+    except Exception as error:  # the hub client raises many unrelated classes; all mean "not to be had"
+        raise ModelError(
+            f"model={spec.name} was looked for as {source} in the local hub cache and on the hub, without success "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no answer'}); "
+            "give a local folder with model.path=DIR, or try the bundled model=emoji."
+        ) from error

@@ -1,0 +1,98 @@
+"""Load a diffusers pipeline; of a divided denoiser only the blocks that this rank holds are read and allocated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_core.checkpoint import INDEX, read_json, weight_files
+from xdit_core.errors import ModelError
+from xdit_core.records import ModelSpec
+from xdit_core.trunk import Absent
+
+
+def load_pipeline(spec: ModelSpec, folder: Path, blocks: range, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline of a local checkpoint folder.
+
+    Args:
+        spec: the model adapter's record.
+        folder: has ``model_index.json``.
+        blocks: indices of the blocks to hold.
+
+    Raises:
+        ModelError: a component cannot be read.
+    """
+    import diffusers
+
+    index = read_json(folder / INDEX)
+    cls = getattr(diffusers, index["_class_name"])
+    components: dict[str, Any] = absent_components(cls, index)
+    if len(blocks) < block_count(spec, folder):
+        components[spec.denoiser] = load_part(spec, folder / spec.denoiser, index[spec.denoiser][1], blocks, dtype)
+    try:
+        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {reason}") from error
+    return pipe.to(device)
+
+
+def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, None]:
+    """Constructor arguments that the folder lacks or lists as null, so that diffusers does not ask for them."""
+    wanted = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
+    given = {n: index[n] for n in wanted if n in index}
+    missing = [n for n in wanted if n not in index and n in module_arguments(cls)]
+    return dict.fromkeys([*missing, *(n for n, v in given.items() if isinstance(v, list) and v[0] is None)])
+
+
+def module_arguments(cls: type[Any]) -> set[str]:
+    """Constructor arguments of a pipeline that have no default: its components."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    empty = inspect.Parameter.empty
+    return {p.name for p in parameters if p.name != "self" and (p.default is empty or p.default is None)}
+
+
+def block_count(spec: ModelSpec, folder: Path) -> int:
+    """Blocks of the checkpoint's denoiser."""
+    config = read_json(folder / spec.denoiser / "config.json")
+    return sum(int(config[part.count]) for part in spec.blocks)
+
+
+def load_part(spec: ModelSpec, folder: Path, class_name: str, blocks: range, dtype: torch.dtype) -> nn.Module:
+    """The denoiser with ``Absent`` in place of the blocks that other stages hold.
+
+    Raises:
+        ModelError: the checkpoint lacks a tensor that this rank needs.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+
+    cls = getattr(diffusers, class_name)
+    with init_empty_weights():  # parameters on the meta device, computed buffers real
+        model: nn.Module = cls.from_config(cls.load_config(folder))
+    start = 0
+    for part in spec.blocks:
+        modules = getattr(model, part.attribute)
+        for i in range(len(modules)):
+            if start + i not in blocks:
+                modules[i] = Absent()
+        start += len(modules)
+    model.to(dtype)
+    needed, state = set(model.state_dict()), {}
+    fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for key in needed & set(tensors.keys()):
+                keep = any(name in key.split(".") for name in fp32)
+                state[key] = tensors.get_tensor(key).to(torch.float32 if keep else dtype)
+    missing = sorted(needed - set(state))
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} tensors, {missing[0]} among them; fetch the model again.")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()

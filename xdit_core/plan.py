@@ -1,0 +1,310 @@
+"""Discover, select, parse, declare, complete, sort, check, freeze: from plugin names and settings to a plan.
+
+A plan is plain data. The launcher makes it, writes it as JSON, and every rank makes it again from the same plugins and
+settings; ranks whose digests differ stop before the first collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xdit_core import checkpoint, degrees, hub, machine
+from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
+from xdit_core.records import POINTS, Axis, Declaration, Facts, ModelSpec, Problem, listed
+from xdit_core.registry import STRATEGIES, Registry
+from xdit_core.settings import ModelSettings, RunSettings, build, check_keys
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what a run computes.
+
+    Args:
+        plugins: selected strategies, name to (distribution, version).
+        model: name of the adapter.
+        model_origin: its (distribution, version).
+        folder: local folder of the checkpoint.
+        values: the settings as given, so that a rank can make the plan again.
+        run: the shared settings with the model's defaults filled in.
+        axes: mesh axes with their degrees, outermost first.
+        wraps: for each point, (level, plugin), outermost first.
+        claims: slot to plugin.
+        stages: name of the axis along which the blocks are divided, "" if they are not.
+        split: number of blocks of each stage; one entry if they are not divided.
+        patches: cuts of the tokens in time.
+        displaced: plugins whose result differs from serial.
+        facts: what was read from the model's files.
+    """
+
+    plugins: Mapping[str, tuple[str, str]]
+    model: str
+    model_origin: tuple[str, str]
+    folder: str
+    values: Mapping[str, Any]
+    run: RunSettings
+    axes: tuple[Axis, ...]
+    wraps: Mapping[str, tuple[tuple[str, str], ...]]
+    claims: Mapping[str, str]
+    stages: str
+    split: tuple[int, ...]
+    patches: int
+    displaced: tuple[str, ...]
+    facts: Facts
+    notes: tuple[str, ...] = ()
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return degrees.product(a.degree or 1 for a in self.axes)
+
+    def degree(self, axis: str) -> int:
+        """Degree of an axis, 1 if the plan has no such axis."""
+        return next((a.degree or 1 for a in self.axes if a.name == axis), 1)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that divide the tokens among themselves."""
+        return degrees.product(a.degree or 1 for a in self.axes if a.shards_tokens)
+
+    def to_json(self) -> str:
+        """The plan for a file; ``from_json`` reads it."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what ``to_json`` wrote."""
+        d = json.loads(text)
+        d["run"] = RunSettings(**{**d["run"], "prompt": tuple(d["run"]["prompt"])})
+        d["axes"] = tuple(
+            Axis(**{**a, "choices": None if a["choices"] is None else tuple(a["choices"])}) for a in d["axes"]
+        )
+        d["wraps"] = {point: tuple((level, name) for level, name in pairs) for point, pairs in d["wraps"].items()}
+        d["plugins"] = {name: tuple(origin) for name, origin in d["plugins"].items()}
+        d["facts"] = Facts(**d["facts"])
+        for key in ("model_origin", "split", "displaced", "notes"):
+            d[key] = tuple(d[key])
+        return Plan(**d)
+
+    def digest(self) -> str:
+        """Equal digests compute the same thing (where the files lie on each machine does not enter)."""
+        data = json.loads(self.to_json())
+        for key in ("folder", "notes"):
+            del data[key]
+        data["values"] = {k: v for k, v in data["values"].items() if k != "model.path"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_plan(
+    plugins: Sequence[str],
+    values: Mapping[str, Any],
+    registry: Registry | None = None,
+    *,
+    devices: int | None = None,
+) -> Plan:
+    """Make the plan, or say everything that is wrong with it.
+
+    Args:
+        plugins: names of strategies, in any order.
+        values: flat settings: ``{"model": "sd3", "usp.ulysses": "2", "steps": 20}``.
+        registry: where plugins come from; by default the installed ones.
+        devices: processes that suit this machine, used when ``nproc`` is not given.
+
+    Raises:
+        UsageError: an unknown plugin, model or setting, or a value of the wrong type.
+        ModelError: the checkpoint is missing or damaged.
+        PlanRefused: the parts do not fit; lists every problem.
+    """
+    registry = registry or Registry()
+    chosen = registry.select(plugins)
+    values = dict(values)
+    classes = registry.call("xdit_settings", {name: {} for name in chosen})
+    known: dict[str, type[Any] | None] = {"": RunSettings, "model.": ModelSettings}
+    known |= {name + ".": cls for name, cls in classes.items()}
+    unselected = {n: n for n in registry.names(STRATEGIES) if n not in chosen}
+    wrong = check_keys(values, known, unselected)
+    if wrong:
+        raise UsageError("\n".join(str(e) for e in wrong))
+    if not values.get("model"):
+        raise UsageError(f"no model; add model=NAME with one of {', '.join(registry.names('xdit.models'))}.")
+    own = {name: build(classes.get(name), name + ".", values) for name in chosen}
+    given = build(RunSettings, "", {k: v for k, v in values.items() if k != "model"})
+
+    spec, model_origin = registry.model(values["model"])
+    folder = hub.locate(spec, build(ModelSettings, "model.", values))
+    configs = checkpoint.open_checkpoint(spec, folder)
+    run = with_defaults(given, spec, configs)
+    problems = check_run(run)
+    facts = checkpoint.facts(spec, configs, run.height or 0, run.width or 0, {"max_sequence_length": run.max_sequence_length})
+    problems += check_size(run, facts)
+
+    arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}
+    declared: dict[str, Declaration] = registry.call("xdit_declare", arguments)
+    for name in chosen:
+        if not isinstance(declared.get(name), Declaration):
+            raise PluginError(f"plugin {name} must return a Declaration from xdit_declare; it returned {declared.get(name)}.")
+    problems += [p for name, d in declared.items() for p in of(name, d.problems)]
+    claims, clashes = settle_claims(declared)
+    problems += clashes
+    wraps = sort_wraps(declared)
+    if problems:  # degrees completed from wrong settings would only add noise
+        raise PlanRefused(problems)
+
+    target = devices or machine.cuda_devices() or machine.cores()
+    result = degrees.complete({n: d.axes for n, d in declared.items()}, run.nproc, target, grow=not machine.cuda_devices())
+    if result.problems:
+        raise PlanRefused(result.problems)
+    by_name = {a.name: a.degree or 1 for a in result.axes}
+    divider = next((d for d in declared.values() if d.stages), None)
+    split: tuple[int, ...] = (facts.blocks,)
+    if divider and divider.block_split:
+        split = divider.block_split(by_name.get(divider.stages, 1))
+    patches = next((d.patches(by_name) for d in declared.values() if d.patches), 1)
+    plan = Plan(
+        plugins=chosen,
+        model=spec.name,
+        model_origin=model_origin,
+        folder=str(folder),
+        values=values,
+        run=run,
+        axes=result.axes,
+        wraps=wraps,
+        claims=claims,
+        stages=divider.stages if divider else "",
+        split=split,
+        patches=patches,
+        displaced=tuple(n for n, d in declared.items() if d.displaced),
+        facts=facts,
+        notes=result.notes,
+    )
+    checks = registry.call("xdit_check", {n: {**arguments[n], "plan": plan} for n in chosen})
+    problems = [p for name, found in checks.items() for p in of(name, found or ())]
+    if problems:
+        raise PlanRefused(problems)
+    return plan
+
+
+def of(plugin: str, problems: Sequence[Problem]) -> list[Problem]:
+    """The problems with their plugin's name."""
+    return [dataclasses.replace(p, plugin=plugin) for p in problems]
+
+
+def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> RunSettings:
+    """The model's defaults where nothing was given; the size defaults to the pipeline's own."""
+    side = checkpoint.default_size(spec, configs)
+    defaults: dict[str, Any] = {"steps": 28, "height": side, "width": side, **spec.defaults}
+    filled = {k: v for k, v in defaults.items() if k != "prompt" and getattr(run, k) is None}
+    prompt = run.prompt
+    if run.prompts is not None:
+        try:
+            lines = Path(run.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file.") from error
+        prompt += tuple(line.strip() for line in lines if line.strip())
+        if not prompt:
+            raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")
+    return dataclasses.replace(run, prompt=prompt or tuple(spec.defaults.get("prompt", ())), **filled)
+
+
+def check_run(run: RunSettings) -> list[Problem]:
+    """Values that no run can have."""
+    found = []
+    for name, least in (("steps", 1), ("images", 1), ("height", 1), ("width", 1), ("threads", 1), ("nproc", 1)):
+        value = getattr(run, name)
+        if value is not None and value < least:
+            found.append(Problem(f"{name}={value} is too small", f"give {least} or more"))
+    if run.output_type not in ("image", "latent"):
+        found.append(Problem(f"output_type={run.output_type} is unknown", "use image or latent"))
+    if run.dtype is not None and run.dtype not in DTYPES:
+        found.append(Problem(f"dtype={run.dtype} is unknown", f"use one of {', '.join(DTYPES)}"))
+    if run.device is not None and run.device not in ("cpu", "cuda"):
+        found.append(Problem(f"device={run.device} is unknown", "use cpu or cuda"))
+    if run.timeout <= 0:
+        found.append(Problem(f"timeout={run.timeout} is too small", "give the seconds to wait, such as 600"))
+    if not -(2**63) <= run.seed < 2**64:
+        found.append(Problem(f"seed={run.seed} does not fit into 64 bits", "give a number from 0 to 2**64 - 1"))
+    return found
+
+
+def check_size(run: RunSettings, facts: Facts) -> list[Problem]:
+    """Sizes that do not divide into latent patches."""
+    step, found = facts.pixels_per_token, []
+    for name in ("height", "width"):
+        value = getattr(run, name) or 0
+        if value > 0 and value % step:
+            low = value // step * step
+            near = listed([v for v in (low, low + step) if v])
+            found.append(Problem(f"{name}={value} is no multiple of {step}, as {facts.model} needs", f"nearest are {near}"))
+    return found
+
+
+def settle_claims(declared: Mapping[str, Declaration]) -> tuple[dict[str, str], list[Problem]]:
+    """Who owns which slot; two claims on one slot are a problem that names both."""
+    owners: dict[str, tuple[str, str]] = {}
+    problems = []
+    for name in sorted(declared):
+        for claim in declared[name].claims:
+            if claim.slot in owners:
+                other, why = owners[claim.slot]
+                problems.append(
+                    Problem(
+                        f"{other} and {name} both need the slot {claim.slot!r} ({other}: {why}; {name}: {claim.why})",
+                        f"drop one of {other} and {name}",
+                        name,
+                    )
+                )
+            else:
+                owners[claim.slot] = (name, claim.why)
+    return {slot: name for slot, (name, _) in owners.items()}, problems
+
+
+def sort_wraps(declared: Mapping[str, Declaration]) -> dict[str, tuple[tuple[str, str], ...]]:
+    """The wraps of each point in the order of its levels, then of the plugins' names.
+
+    Raises:
+        PluginError: a wrap names a point or level that does not exist.
+    """
+    result: dict[str, list[tuple[str, str]]] = {}
+    for name in sorted(declared):
+        for wrap in declared[name].wraps:
+            if wrap.level not in POINTS.get(wrap.point, ()):
+                raise PluginError(
+                    f"plugin {name} wraps {wrap.point}/{wrap.level}, which does not exist; levels are "
+                    + "; ".join(f"{p}: {', '.join(levels)}" for p, levels in POINTS.items())
+                    + "."
+                )
+            result.setdefault(wrap.point, []).append((wrap.level, name))
+    order = {point: {level: i for i, level in enumerate(levels)} for point, levels in POINTS.items()}
+    return {p: tuple(sorted(pairs, key=lambda pair: (order[p][pair[0]], pair[1]))) for p, pairs in sorted(result.items())}
+
+
+def same_plan(plan: Plan, registry: Registry | None = None) -> None:
+    """Make the plan again from its plugins and settings and compare: other versions would compute something else.
+
+    Raises:
+        XditError: it came out different here.
+    """
+    mine = make_plan(
+        list(plan.plugins), {**plan.values, "model.path": plan.folder, "nproc": plan.world}, registry, devices=plan.world
+    )
+    ours, theirs = json.loads(mine.to_json()), json.loads(plan.to_json())
+    for data in (ours, theirs):
+        for key in ("values", "notes", "folder"):
+            del data[key]
+        data["run"]["nproc"] = None
+    different = [key for key in theirs if ours[key] != theirs[key]]
+    if different:
+        raise XditError(
+            f"this process makes another plan than the launcher did ({listed(different)} differ); "
+            "install the same versions of xdit and its plugins everywhere."
+        )
+
+
+__all__ = ["ModelError", "Plan", "make_plan", "same_plan"]

@@ -1,0 +1,88 @@
+"""What a strategy sees of its rank: the mesh, the work of this moment, the counters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from xdit_core.mesh import Mesh
+from xdit_core.records import ModelSpec
+from xdit_core.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+
+def ignore(doing: str) -> None:
+    """Tell nobody what the rank is doing."""
+
+
+@dataclass
+class Now:
+    """What this rank is working on at this moment; strategies read it, the owner of a field writes it.
+
+    Args:
+        layout: tokens of the current call of the denoiser (written by the core).
+        patch: the patch in hand, None for the whole picture (written by whoever owns the slot ``patches``).
+        shard: this rank's part of every patch.
+        branch: tells apart the calls of one step with different conditions.
+        block: index of the block that runs.
+        skip: blocks that the pipeline asked to leave out in this call.
+    """
+
+    layout: TokenLayout = field(default_factory=lambda: TokenLayout(1, 1))
+    patch: int | None = None
+    shard: int = 0
+    branch: Any = None
+    block: int = -1
+    skip: frozenset[int] = frozenset()
+
+
+@dataclass
+class Rank:
+    """One rank of one engine.
+
+    Args:
+        plan: the frozen plan.
+        spec: the model adapter's record.
+        mesh: process groups by axis.
+        device, dtype: where and in what the denoiser runs.
+        now: the work in hand.
+        sent: bytes that this rank sent, by axis name.
+        doing: call it with a few words before waiting for others: a hang is then reported with the right rank.
+        pipe: the diffusers pipeline, as loaded.
+    """
+
+    plan: Plan
+    spec: ModelSpec
+    mesh: Mesh
+    device: torch.device
+    dtype: torch.dtype
+    now: Now = field(default_factory=Now)
+    sent: Counter[str] = field(default_factory=Counter)
+    doing: Callable[[str], None] = ignore
+    pipe: Any = None
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """Process group along an axis, None where this rank is alone."""
+        return self.mesh.group(axis)
+
+    def index(self, axis: str) -> int:
+        """Coordinate along an axis."""
+        return self.mesh.index(axis)
+
+    def degree(self, axis: str) -> int:
+        """Size of an axis, 1 if there is no such axis."""
+        return self.mesh.degrees.get(axis, 1)
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the blocks that this rank holds."""
+        stage = self.index(self.plan.stages) if self.plan.stages else 0
+        start = sum(self.plan.split[:stage])
+        return range(start, start + self.plan.split[stage])

@@ -1,0 +1,247 @@
+"""What plugins declare: frozen records, without torch, so that the launcher can read them.
+
+Vocabulary: an *axis* is one of the mesh (never a tensor dimension, that is a *dim*); a *stage* holds some of the
+blocks; a *patch* is a part of the picture in time; a *shard* is a part of the tokens across ranks; a *slot* is what
+only one plugin may own; a *wrap* is middleware ``f(inner, x) -> y`` at one of the extension points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
+
+
+class Traffic(IntEnum):
+    """How often the ranks of an axis talk; the mesh is ordered by it, outermost first."""
+
+    PER_IMAGE = 0
+    PER_STEP = 1
+    PER_STAGE = 2
+    PER_RING_HOP = 3
+    PER_LAYER = 4
+
+
+# The extension points and, at each, the levels at which a wrap can sit, outermost first.
+POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "request": ("split",),
+        "forward": ("reuse", "split", "lazy"),
+        "trunk": ("gather", "stage", "reuse"),
+        "attention": ("exchange", "cache", "ring", "kernel"),
+        "decode": ("split",),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh.
+
+    Args:
+        name: unique over all plugins, such as ``ulysses``.
+        degree: number of ranks along it; None leaves it open, to be completed for the processes asked for.
+        traffic: how often its ranks talk.
+        choices: the degrees that the model allows, None for any; an open degree is completed from these.
+        shards_tokens: its ranks divide the tokens among themselves (they enter the token layout).
+        last_resort: an open degree stays 1 unless the other axes cannot fill the processes.
+        why: for messages, what limits the choices: "sd3 has 24 heads".
+        setting: the setting that sets its degree, such as ``usp.ulysses``.
+    """
+
+    name: str
+    degree: int | None
+    traffic: Traffic
+    choices: tuple[int, ...] | None = None
+    shards_tokens: bool = False
+    last_resort: bool = False
+    why: str = ""
+    setting: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A slot that only one plugin may own, and why this plugin needs it."""
+
+    slot: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a plan cannot run, and what to change. Both are shown to the user."""
+
+    what: str
+    fix: str
+    plugin: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.fix}."
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """A declared wrap: at which point and level. The callable itself is built on the rank (``Built.wraps``)."""
+
+    point: str
+    level: str
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a strategy brings to a plan.
+
+    Args:
+        axes: its mesh axes.
+        claims: slots that it must own alone.
+        wraps: where it attaches.
+        stages: name of the axis along which the blocks are divided, or "".
+        block_split: number of blocks of each stage; called with the resolved degree of that axis.
+        patches: the number of patches the tokens are cut into in time; called with the resolved degrees.
+        displaced: its result differs from serial (K/V of the step before are used).
+        problems: what is wrong with its settings, whatever the degrees will be.
+    """
+
+    axes: tuple[Axis, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    wraps: tuple[Wrap, ...] = ()
+    stages: str = ""
+    block_split: Callable[[int], tuple[int, ...]] | None = None
+    patches: Callable[[Mapping[str, int]], int] | None = None
+    displaced: bool = False
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One block list of the denoiser.
+
+    Args:
+        attribute: name of the ``nn.ModuleList`` on the denoiser.
+        count: key of the denoiser's config that holds its length.
+    """
+
+    attribute: str
+    count: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How one block is called: names of its arguments and the order of what it returns.
+
+    Args:
+        tokens: argument with the picture's tokens ``[B, n, D]``.
+        text: argument with the text tokens ``[B, t, D]`` that go through the blocks, "" if none do.
+        aligned: other arguments that are token-aligned, with the dim along which (rotary tables).
+        returns: which of ``tokens`` / ``text`` the block returns, in order.
+        text_first: in joint attention the text rows precede the picture's rows.
+    """
+
+    tokens: str = "hidden_states"
+    text: str = ""
+    aligned: Mapping[str, int] = field(default_factory=dict)
+    returns: tuple[str, ...] = ("tokens",)
+    text_first: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model family, as data. An adapter builds one of these and nothing else.
+
+    Args:
+        name: the word for ``model=``.
+        pipelines: names of the diffusers pipeline classes that it fits; the first is the usual one.
+        hub: hub id used when no path is given; "" if the model is bundled (then ``path``).
+        path: folder of a bundled checkpoint, "" if none.
+        denoiser: component that holds the trunk.
+        blocks: its block lists in the order in which they run.
+        stream: how a block is called.
+        attention: for a block module, the kinds of its attention calls in order: ``joint`` (picture and text rows),
+            ``self`` (picture rows only) or ``cross`` (keys and values from the text, left alone).
+        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``.
+        row_dim: dim of the latents along which a patch is cut.
+        text_input: argument of forward whose identity tells the branches of a step apart.
+        skips: argument of forward that lists blocks to leave out, "" if it has none.
+        refused: arguments of forward that cannot be honoured, each with the reason.
+        heads, patch: keys of the denoiser's config: number of attention heads, pixels a side of a latent patch.
+        text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
+        once: submodules of the denoiser whose input stays the same over the steps; computed once a request.
+        defaults: values for the shared settings (``steps``, ``guidance``, ``height``, ``width``, ``prompt`` ...).
+        call: what each shared setting is called in the pipeline's ``__call__``.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    blocks: tuple[Blocks, ...]
+    stream: Stream
+    attention: Callable[[Any], tuple[str, ...]]
+    hub: str = ""
+    path: str = ""
+    denoiser: str = "transformer"
+    latents: str = "hidden_states"
+    row_dim: int = -2
+    text_input: str = "encoder_hidden_states"
+    skips: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    heads: str = "num_attention_heads"
+    patch: str = "patch_size"
+    text_tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], int] | None = None
+    once: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan needs to know of a model, read from its JSON files before anything is loaded.
+
+    Args:
+        heads: attention heads of a block.
+        blocks: number of blocks in all lists.
+        rows, columns: the token grid at the size asked for.
+        text_tokens: most text tokens in the trunk.
+        pixels_per_token: pixels a side that one token covers.
+    """
+
+    model: str
+    heads: int
+    blocks: int
+    rows: int
+    columns: int
+    text_tokens: int
+    pixels_per_token: int
+
+    @property
+    def tokens(self) -> int:
+        """Picture tokens."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a strategy puts onto a rank.
+
+    Args:
+        wraps: for each declared wrap, under ``point/level``, the callable ``f(inner, x) -> y``.
+        begin: called before every request.
+        end: called after a request that went through; here handles are waited for.
+        close: called when the engine is closed.
+    """
+
+    wraps: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    begin: Callable[[], None] | None = None
+    end: Callable[[], None] | None = None
+    close: Callable[[], None] | None = None
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    """All divisors of ``n``, ascending."""
+    return tuple(d for d in range(1, n + 1) if n % d == 0)
+
+
+def listed(values: Sequence[object]) -> str:
+    """``1, 2 and 3`` for a message."""
+    texts = [str(v) for v in values]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

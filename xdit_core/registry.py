@@ -1,0 +1,149 @@
+"""Find plugins by entry point, load only those asked for, call their hooks with their name attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from xdit_core import hookspecs
+from xdit_core.errors import PluginError, UsageError
+from xdit_core.records import ModelSpec
+from xdit_core.settings import did_you_mean
+
+STRATEGIES = "xdit.plugins"
+MODELS = "xdit.models"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An installed plugin, not loaded."""
+
+    name: str
+    group: str
+    distribution: str
+    version: str
+    entry: metadata.EntryPoint
+
+
+class Registry:
+    """The plugins of one plan. Two registries share nothing.
+
+    Args:
+        extra: plugins that are not installed, by name: for tests and for plugins that are being written.
+        extra_models: adapters that are not installed, likewise.
+    """
+
+    def __init__(self, extra: Mapping[str, object] | None = None, extra_models: Mapping[str, ModelSpec] | None = None) -> None:
+        self.manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs)
+        self.extra = dict(extra or {})
+        self.extra_models = dict(extra_models or {})
+
+    def found(self, group: str) -> dict[str, list[Found]]:
+        """Installed plugins of a group by name; a name with two entries is kept twice, to be refused when selected."""
+        result: dict[str, list[Found]] = {}
+        for entry in metadata.entry_points(group=group):
+            name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
+            item = Found(entry.name, group, name, version, entry)
+            same = [f for f in result.get(entry.name, []) if (f.distribution, f.entry.value) == (name, entry.value)]
+            if not same:  # an editable install may list its metadata twice
+                result.setdefault(entry.name, []).append(item)
+        return dict(sorted(result.items()))
+
+    def names(self, group: str) -> list[str]:
+        """Names that can be selected."""
+        extra = self.extra if group == STRATEGIES else self.extra_models
+        return sorted({*self.found(group), *extra})
+
+    def pick(self, group: str, name: str) -> Found:
+        """The one installed plugin of that name.
+
+        Raises:
+            UsageError: there is none, or two distributions claim the name.
+        """
+        candidates = self.found(group).get(name, [])
+        kind, option = ("plugin", "--plugins") if group == STRATEGIES else ("model", "model=")
+        if not candidates:
+            raise UsageError(f"unknown {kind} {name!r} in {option}; {did_you_mean(name, self.names(group))}")
+        if len(candidates) > 1:
+            both = " and ".join(f"{c.distribution} {c.version}" for c in candidates)
+            raise UsageError(f"two distributions register a {kind} {name!r}: {both}; uninstall one of them.")
+        return candidates[0]
+
+    def load(self, found: Found) -> object:
+        """Import one plugin.
+
+        Raises:
+            PluginError: the import failed; the others are not touched.
+        """
+        try:
+            return found.entry.load()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise PluginError(
+                f"plugin {found.name} of {found.distribution} {found.version} cannot be loaded: "
+                f"{type(error).__name__}: {error}; repair or uninstall {found.distribution}."
+            ) from error
+
+    def select(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Load and register the strategies named.
+
+        Returns:
+            Name to (distribution, version), sorted by name.
+        """
+        chosen: dict[str, tuple[str, str]] = {}
+        for name in sorted(set(names)):
+            if name in self.extra:
+                plugin, origin = self.extra[name], ("(given)", "0")
+            else:
+                found = self.pick(STRATEGIES, name)
+                plugin, origin = self.load(found), (found.distribution, found.version)
+            self.manager.register(plugin, name=name)
+            chosen[name] = origin
+        try:
+            self.manager.check_pending()  # a misspelt hook would otherwise be ignored
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"plugin {self.manager.get_name(error.plugin)}: {error}; compare with xdit_core/hookspecs.py.") from error
+        return chosen
+
+    def model(self, name: str) -> tuple[ModelSpec, tuple[str, str]]:
+        """The adapter of that name and its (distribution, version)."""
+        if name in self.extra_models:
+            return self.extra_models[name], ("(given)", "0")
+        found = self.pick(MODELS, name)
+        module = self.load(found)
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        manager.register(module, name=name)
+        specs = manager.hook.xdit_model()
+        if len(specs) != 1 or not isinstance(specs[0], ModelSpec):
+            raise PluginError(f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}.")
+        return specs[0], (found.distribution, found.version)
+
+    def call(self, hook: str, arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Call one hook of each plugin named in ``arguments``, each with its own arguments.
+
+        Returns:
+            Plugin name to result, without the plugins that do not have the hook.
+
+        Raises:
+            PluginError: the hook raised; names the plugin.
+        """
+        results: dict[str, Any] = {}
+        everyone = dict(self.manager.list_name_plugin())
+        for name, kwargs in arguments.items():
+            caller = self.manager.subset_hook_caller(hook, [p for n, p in everyone.items() if n != name])
+            try:
+                answers: Sequence[Any] = caller(**kwargs)
+            except Exception as error:
+                if isinstance(error, PluginError | UsageError):
+                    raise
+                raise PluginError(f"plugin {name} failed in {hook}: {type(error).__name__}: {error}.") from error
+            if answers:
+                results[name] = answers[0]
+        return results

@@ -1,0 +1,119 @@
+"""What rank 0 shows: one progress line that is rewritten, or a line now and then where nobody watches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+SELDOM = 10.0  # seconds between lines in a log
+
+
+class Progress:
+    """The progress line.
+
+    Args:
+        screen: where it goes; None shows nothing.
+    """
+
+    def __init__(self, screen: TextIO | None) -> None:
+        self.screen = screen
+        self.tty = screen is not None and screen.isatty()
+        self._title, self._first, self._shown, self._last = "", 0.0, 0.0, ""
+
+    def status(self, text: str) -> None:
+        """Words for a phase without steps; only where somebody watches."""
+        if self.tty:
+            self._put(text)
+
+    def begin(self, title: str) -> None:
+        """The steps of a new prompt follow."""
+        self._title, self._shown = title, time.monotonic()
+        self.status(f"encoding {title!r}")
+
+    def __call__(self, step: int, steps: int) -> None:
+        """A step is done; the first one only starts the clock, since it is slower than the others."""
+        if self.screen is None:
+            return
+        now = time.monotonic()
+        if step == 1:
+            self._first = now
+        pace = f"{(now - self._first) / (step - 1):.2f} s/step  " if step > 1 else ""
+        words = f"step {step}/{steps}  {pace}peak {self.peak() / 2**30:.2f} GiB  {self._title}"
+        if self.tty:
+            full = 20 * step // steps
+            self._put(f"[{'#' * full}{'.' * (20 - full)}] {words}")
+        elif step == steps or now - self._shown > SELDOM:
+            self._shown = now
+            self._write(words + "\n")
+
+    def end(self) -> None:
+        """The prompt is done."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the line away, so that something else can be written."""
+        if self.tty and self._last:
+            self._write("\r\x1b[K")
+            self._last = ""
+
+    def _put(self, line: str) -> None:
+        if self.screen is None:
+            return
+        with contextlib.suppress(OSError):
+            line = line[: os.get_terminal_size(self.screen.fileno()).columns - 1]
+        self._last = line
+        self._write("\r\x1b[K" + line)
+
+    def _write(self, text: str) -> None:
+        if self.screen is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed terminal must not end the run
+                self.screen.write(text)
+                self.screen.flush()
+
+    @staticmethod
+    def peak() -> int:
+        """Most memory so far in bytes: of the GPU, or of this process."""
+        torch: Any = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used * 1024
+
+
+class Tee:
+    """Stands for ``sys.stdout``: what is printed goes to the log and to the terminal.
+
+    Args:
+        log, terminal: where to.
+        before: called before the terminal is written to.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, log: TextIO, terminal: TextIO, before: Callable[[], None]) -> None:
+        self._log, self._terminal, self._before = log, terminal, before
+
+    def write(self, text: str) -> int:
+        """Write to both."""
+        self._log.write(text)
+        with contextlib.suppress(OSError, ValueError):
+            self._before()
+            self._terminal.write(text)
+            self._terminal.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush both."""
+        self._log.flush()
+        with contextlib.suppress(OSError, ValueError):
+            self._terminal.flush()
+
+    def isatty(self) -> bool:
+        """Whether somebody watches."""
+        return self._terminal.isatty()

@@ -1,0 +1,160 @@
+"""Typed settings from ``key=value`` words. Values are taken verbatim: ``prompt=yes`` is the word *yes*."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from xdit_core.errors import UsageError
+
+YES = ("true", "yes", "on", "1")
+NO = ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of every run, whatever plugins are chosen. None stands for the model's or machine's default."""
+
+    prompt: tuple[str, ...] = field(default=(), metadata={"help": "what to draw; repeat for several"})
+    prompts: str | None = field(default=None, metadata={"help": "a text file with one prompt a line"})
+    negative: str | None = field(default=None, metadata={"help": "what to keep out of the picture"})
+    steps: int | None = field(default=None, metadata={"help": "denoising steps"})
+    guidance: float | None = field(default=None, metadata={"help": "classifier-free guidance scale"})
+    height: int | None = field(default=None, metadata={"help": "pixels"})
+    width: int | None = field(default=None, metadata={"help": "pixels"})
+    images: int = field(default=1, metadata={"help": "pictures for each prompt"})
+    seed: int = field(default=0, metadata={"help": "seed of the noise, as of diffusers' CPU generator"})
+    out: str = field(default="out.png", metadata={"help": "a file, or a folder for several pictures"})
+    output_type: str = field(default="image", metadata={"help": "image or latent (a safetensors file)"})
+    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda"})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of each process"})
+    nproc: int | None = field(default=None, metadata={"help": "number of processes"})
+    scheduler: str | None = field(default=None, metadata={"help": "a diffusers scheduler class instead of the model's"})
+    max_sequence_length: int | None = field(default=None, metadata={"help": "most text tokens of the T5 encoder"})
+    timeout: float = field(default=600.0, metadata={"help": "seconds without progress after which the run is ended"})
+    runs: str = field(default="runs", metadata={"help": "folder for logs; each run makes a folder in it"})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the checkpoint comes from (``model.path=`` ...)."""
+
+    path: str | None = field(default=None, metadata={"help": "a folder in diffusers format or a hub id"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the hub"})
+
+
+def parse_words(words: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` words to a flat mapping; a repeated ``prompt=`` collects, any other repetition is an error.
+
+    Raises:
+        UsageError: a word without ``=``, an empty key, a key given twice.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        key = key.strip()
+        if not sign or not key:
+            raise UsageError(f"cannot read {word!r}; settings are written key=value, such as steps=20.")
+        if key == "prompt":
+            values.setdefault("prompt", []).append(value)
+        elif key in values:
+            raise UsageError(f"{key} is given twice; keep one of {key}={values[key]} and {key}={value}.")
+        else:
+            values[key] = value
+    return values
+
+
+def convert(key: str, value: Any, kind: Any) -> Any:
+    """``value`` (a string, or already typed) as ``kind``.
+
+    Raises:
+        UsageError: it cannot be read as that type.
+    """
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or value == "none":
+            return None
+        return convert(key, value, next(o for o in options if o is not types.NoneType))
+    if origin is tuple:
+        inner = options[0]
+        if inner is str:
+            return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(convert(key, part, inner) for part in parts)
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            if str(value).lower() not in YES + NO:
+                raise ValueError
+            return str(value).lower() in YES
+        if kind is int:
+            return int(str(value).strip())
+        if kind is float:
+            number = float(str(value).strip())
+            if number != number or number in (float("inf"), float("-inf")):
+                raise ValueError
+            return number
+        return str(value)
+    except ValueError:
+        words = {int: "a whole number", float: "a number", bool: "yes or no"}.get(kind, kind.__name__)
+        raise UsageError(f"{key}={value} is not {words}; write for example {key}={example(kind)}.") from None
+
+
+def example(kind: Any) -> str:
+    """A value of that type for a message."""
+    return {int: "2", float: "3.5", bool: "yes"}.get(kind, "text")
+
+
+def fields_of(settings: type[Any] | None) -> dict[str, Any]:
+    """Field name to type."""
+    if settings is None:
+        return {}
+    hints = typing.get_type_hints(settings)
+    return {f.name: hints[f.name] for f in dataclasses.fields(settings)}
+
+
+def build(settings: type[Any] | None, prefix: str, values: Mapping[str, Any]) -> Any:
+    """An instance of the settings class from the keys that start with ``prefix``."""
+    if settings is None:
+        return None
+    given = {n: convert(prefix + n, values[prefix + n], k) for n, k in fields_of(settings).items() if prefix + n in values}
+    return settings(**given)
+
+
+def check_keys(
+    values: Mapping[str, Any], known: Mapping[str, type[Any] | None], unselected: Mapping[str, str] | None = None
+) -> list[UsageError]:
+    """Errors for keys that nobody knows.
+
+    Args:
+        values: the flat settings.
+        known: prefix (``""``, ``"usp."``) to settings class.
+        unselected: names of installed plugins that were not selected, each with its distribution.
+    """
+    valid = ["model", *(prefix + name for prefix, cls in known.items() for name in fields_of(cls))]
+    errors = []
+    for key in values:
+        owner = key.split(".")[0] if "." in key else ""
+        if key in valid:
+            continue
+        if owner and owner in (unselected or {}):
+            errors.append(UsageError(f"{key} belongs to the plugin {owner}, which is not selected; add it: --plugins {owner}."))
+        else:
+            errors.append(UsageError(f"unknown setting {key}; {did_you_mean(key, valid)}"))
+    return errors
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """``did you mean X?`` or the list of what exists."""
+    options = sorted(options)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(options)}." if options else "none is installed."

@@ -1,0 +1,125 @@
+"""Tiny pipelines made from the real diffusers and transformers classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+def clip_tokenizer(texts: Iterable[str], length: int, vocab_size: int = 4096) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges are learnt from ``texts``.
+
+    Args:
+        texts: what to learn from; every word that occurs becomes one token while ``vocab_size`` lasts.
+        length: ``model_max_length`` in tokens, start and end tokens included.
+        vocab_size: the most tokens it may have.
+    """
+    blank = CLIPTokenizer()
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = blank.backend_tokenizer.normalizer
+    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[str(blank.bos_token), str(blank.eos_token)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    model = json.loads(learner.to_str())["model"]
+    vocab = dict(model["vocab"])
+    for byte in pre_tokenizers.ByteLevel.alphabet():  # a word may end in a byte that no text ended in
+        vocab.setdefault(byte + "</w>", len(vocab))
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def tiny_sd3(
+    *,
+    layers: int = 4,
+    heads: int = 4,
+    head_dim: int = 8,
+    sample_size: int = 16,
+    text_tokens: int = 12,
+    dual: tuple[int, ...] = (),
+    qk_norm: str | None = "rms_norm",
+    seed: int = 0,
+) -> StableDiffusion3Pipeline:
+    """A StableDiffusion3Pipeline with random weights, every component real; a second or two of CPU a picture at most.
+
+    Args:
+        layers, heads, head_dim: of the transformer.
+        sample_size: side of the latents; pictures have twice that, tokens half.
+        text_tokens: of each CLIP encoder; there is no T5.
+        dual: blocks with a second attention over the picture alone, as SD3.5 has.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = clip_tokenizer(["a red fox in the snow", "blue heart"], length=text_tokens, vocab_size=600)
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=text_tokens,
+            projection_dim=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        transformer = SD3Transformer2DModel(
+            sample_size=sample_size,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=layers,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
+            joint_attention_dim=32,
+            caption_projection_dim=heads * head_dim,
+            pooled_projection_dim=32,
+            pos_embed_max_size=sample_size,
+            dual_attention_layers=dual,
+            qk_norm=qk_norm,
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=2 * sample_size,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.0,
+        )
+        for p in transformer.parameters():  # the defaults start some layers at zero, which would hide errors
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.15)
+        return StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae.eval(),
+            text_encoder=CLIPTextModelWithProjection(config).eval(),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+
+
+def save_tiny_sd3(folder: str | Path, **options: Any) -> Path:
+    """``tiny_sd3`` in diffusers format on disk; takes its options."""
+    tiny_sd3(**options).save_pretrained(folder)
+    return Path(folder)

@@ -1,0 +1,63 @@
+"""What the tests of strategies compare: latents of a plan on some ranks against the serial diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from xdit_core.engine import Engine
+from xdit_core.plan import Plan, make_plan
+from xdit_core.registry import Registry
+
+STEPS, TEXT = 4, 5
+
+
+def plan_for(plugins: Sequence[str], folder: str, settings: Mapping[str, Any] | None = None, **extra: Any) -> Plan:
+    """A plan for a tiny checkpoint: 4 steps, latents, 5 zero tokens in place of a T5."""
+    base = {"model": "sd3", "model.path": str(folder), "steps": STEPS, "output_type": "latent"}
+    base |= {"max_sequence_length": TEXT, "device": "cpu"}
+    return make_plan(plugins, {**base, **(settings or {})}, Registry(**extra))
+
+
+def generate(
+    plugins: Sequence[str],
+    folder: str,
+    settings: Mapping[str, Any] | None = None,
+    prompt: str = "a red fox",
+    changes: Mapping[str, Any] | None = None,
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """On every rank of the current group: make the plan, run it.
+
+    Returns:
+        The latents and the bytes sent by this rank, by axis.
+    """
+    torch.set_num_threads(1)
+    engine = Engine(plan_for(plugins, folder, settings))
+    try:
+        output = engine.generate(prompt, **(changes or {}))
+        if output.latents is None:
+            raise RuntimeError("no latents")
+        return output.latents.clone(), dict(engine.rank.sent)
+    finally:
+        engine.close()
+
+
+def diffusers_latents(folder: str, prompt: str = "a red fox", scheduler: str | None = None, **changes: Any) -> torch.Tensor:
+    """The oracle: the unmodified pipeline, called as a user of diffusers would."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    images = changes.pop("num_images_per_prompt", 1)
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": 7.0, "max_sequence_length": TEXT, **changes}
+    generators = [torch.Generator().manual_seed(i) for i in range(images)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        latents: torch.Tensor = pipe(
+            prompt, num_images_per_prompt=images, generator=generators, output_type="latent", **arguments
+        )[0]
+    return latents
