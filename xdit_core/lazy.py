@@ -1,61 +1,85 @@
-"""The patch tensor: a tensor of full shape whose rows are futures.
+"""Patch tensors: full-size tensors whose rows along one dim are futures.
 
-Under PipeFusion ``transformer(...)`` returns one. Pointwise operations, and the few structural ones that leave the patched dim
-alone, are mapped over the patches and run when a patch is asked for; any other operation brings the whole tensor together first
-(slower, never wrong). Thus guidance, scheduler and callbacks of the unmodified pipeline run patch by patch, at the moment when the next step asks for that patch.
+Under PipeFusion the denoiser returns such a tensor. Guidance, scheduler and callbacks compute with it as with any other
+tensor, yet nothing runs until a row is asked for: pointwise operations, and those that only move data and leave the
+patched dim whole, are recorded patch by patch. Any other operation *materializes* the tensor: it brings its whole value
+together and runs on that, which is slower and never wrong.
 
-A patched dim is counted from the right (``dim`` is negative), so that broadcasting and new leading dims leave it alone.
+Three rules keep values equal to those of eager tensors:
+
+* Values in cells are never written to. Plain operands are copied when an operation is recorded, as their owner may
+  write to them before it runs; writing to a patch tensor gives it new cells.
+* A materialized patch tensor is a box around one plain tensor, which every later operation uses instead of the box.
+* Writing to a view, or to a tensor that was ever viewed, materializes the tensor that was viewed; its views then are
+  real views of that plain tensor. What happens depends on the program alone, not on what is still referenced, because
+  materializing is collective and all ranks must agree when to do it.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import LazyError
 
+__all__ = ["Cell", "LazyError", "LocalWorld", "PatchTensor", "PatchWorld", "materialized", "patchwise"]
+
 aten = torch.ops.aten
-Bounds = tuple[int, ...]
 
 
 class Cell:
-    """One future: computed at most once, from the values of other cells; then it forgets what it was computed from."""
+    """One future: computed once, when first asked for; then it drops whatever it needed.
 
-    __slots__ = ("_compute", "_needs", "_value")
+    Args:
+        run: called with ``inputs``, cells among them replaced by their values; must not write to them.
+    """
 
-    def __init__(self, compute: Callable[..., torch.Tensor] | None, needs: Sequence[Cell] = (), value: Any = None) -> None:
-        self._compute, self._needs, self._value = compute, tuple(needs), value
+    __slots__ = ("_inputs", "_run", "_value")
+
+    def __init__(self, run: Callable[..., torch.Tensor], *inputs: Any) -> None:
+        self._run: Callable[..., torch.Tensor] | None = run
+        self._inputs = inputs
+        self._value: torch.Tensor | None = None
+
+    @staticmethod
+    def of(value: torch.Tensor) -> Cell:
+        """A cell that has its value."""
+        cell = Cell(torch.detach)
+        cell._run, cell._value = None, value
+        return cell
 
     def value(self) -> torch.Tensor:
-        """The rows; evaluates without recursion, however long the chain."""
-        stack: list[Cell] = [self]
-        while stack:
-            cell = stack[-1]
-            waiting = [need for need in cell._needs if need._compute is not None]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            stack.pop()
-            if cell._compute is not None:
-                with torch.no_grad():
-                    cell._value = cell._compute(*[need._value for need in cell._needs])
-                cell._compute, cell._needs = None, ()
-        return self._value  # type: ignore[no-any-return]
+        """The value, not to be written to. Chains may be of any length: there is no recursion."""
+        if self._run is not None:
+            # Autocast, if it was on, acted when the operation was recorded; that it may be on now has no say.
+            with torch.no_grad(), torch._C._DisableAutocast():
+                stack = [self]
+                while stack:
+                    cell = stack[-1]
+                    waiting = [c for c in cell._inputs if isinstance(c, Cell) and c._run is not None]
+                    if waiting:
+                        stack.extend(reversed(waiting))
+                        continue
+                    if cell._run is not None:
+                        cell._value = cell._run(*[c._value if isinstance(c, Cell) else c for c in cell._inputs])
+                        cell._run, cell._inputs = None, ()
+                    stack.pop()
+        return cast(torch.Tensor, self._value)
 
 
 class PatchWorld:
-    """Where the values of patches live. This one: every patch can be computed here.
+    """Where the values of patches live. This one is local: every cell can be computed here.
 
-    Args:
-        evaluates: False on ranks that never compute a patch; their tensors hold shapes only.
-        materialized: how often each operation needed a whole tensor.
+    Attributes:
+        evaluates: False on ranks that never have values; their patch tensors hold shapes and no cells.
+        materialized: how often each operation forced a patch tensor to materialize.
     """
 
     evaluates: bool = True
@@ -64,60 +88,90 @@ class PatchWorld:
         self.materialized: Counter[str] = Counter()
 
     def materialize(self, tensor: PatchTensor) -> torch.Tensor:
-        """The plain tensor; where patches live on other ranks too, this is collective."""
-        return torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patch_dim)
+        """The whole value of a patch tensor, in memory that nothing else refers to."""
+        return torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patched_dim)
 
     def report(self, op: str) -> None:
-        """An operation needs a whole tensor."""
+        """An operation, say ``aten.mean.default``, is about to materialize a patch tensor."""
         self.materialized[op] += 1
 
 
-class PatchTensor(torch.Tensor):
-    """See the module. Made by ``make``; never constructed by hand."""
+class LocalWorld(PatchWorld):
+    """One process, no collectives."""
 
-    _cells: tuple[Cell, ...]
-    _whole: torch.Tensor | None
-    _base_of_view: PatchTensor | None
-    _views: weakref.WeakSet[PatchTensor]
-    bounds: Bounds
-    patch_dim: int
+
+class PatchTensor(torch.Tensor):
+    """A tensor whose rows along ``patched_dim`` are cut into patches, each a future. Made by `make` and by operations.
+
+    Attributes:
+        patched_dim: the dim that is cut, counted from the right, hence negative.
+        bounds: where it is cut, ``patches + 1`` ascending numbers from 0 to its extent.
+        world: where the values live.
+    """
+
+    patched_dim: int
+    bounds: tuple[int, ...]
     world: PatchWorld
+    _meta: torch.Tensor  # the same shape, strides and dtype without data; operations run on it to learn theirs
+    _cells: tuple[Cell, ...]  # none where the world does not evaluate, or once there is `_whole`
+    _whole: torch.Tensor | None
+    _root: PatchTensor | None  # what this is a view of
+    _viewed: bool
+
+    @staticmethod
+    def __new__(
+        cls, meta: torch.Tensor, device: Any, cells: Sequence[Cell], dim: int, bounds: Sequence[int], world: PatchWorld
+    ) -> PatchTensor:
+        """For this module; use `make`."""
+        size, stride, offset = meta.shape, meta.stride(), meta.storage_offset()
+        self: PatchTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, size, strides=stride, storage_offset=offset, dtype=meta.dtype, device=device
+        )
+        self.patched_dim, self.bounds, self.world = dim, tuple(bounds), world
+        self._meta, self._cells, self._whole, self._root, self._viewed = meta, tuple(cells), None, None, False
+        return self
 
     @staticmethod
     def make(
-        cells: Sequence[Any],
+        cells: Sequence[Callable[[], torch.Tensor] | torch.Tensor | Cell | None],
         *,
         shape: Sequence[int],
         dim: int,
         bounds: Sequence[int],
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | str,
         world: PatchWorld,
     ) -> PatchTensor:
-        """A patch tensor.
+        """A patch tensor of futures.
 
         Args:
-            cells: for each patch a tensor, a callable without arguments, or a ``Cell``; ignored where ``world`` does not evaluate.
-            shape: full shape.
-            dim: the patched dim; counted from the right in ``patch_dim``.
-            bounds: ``patches + 1`` ascending numbers from 0 to the extent of the patched dim.
-            world: where the values live.
+            cells: for each patch its value, not to be written to any more, or what returns it: ``shape``, but
+                ``bounds[m + 1] - bounds[m]`` rows along ``dim``. Ignored where the world does not evaluate.
+            bounds: where ``dim`` is cut, from 0 to its extent.
 
         Raises:
-            LazyError: the bounds do not fit.
+            LazyError: bounds, dim and cells do not fit together; or, later, a value has another shape or dtype.
         """
-        shape, bounds = torch.Size(shape), tuple(bounds)
-        dim = dim - len(shape) if dim >= 0 else dim
-        ascending = all(a < b for a, b in pairwise(bounds))
-        if len(bounds) != len(cells) + 1 or bounds[0] != 0 or bounds[-1] != shape[dim] or not ascending:
-            raise LazyError(f"bounds {bounds} do not cut dim {dim} of {tuple(shape)} into {len(cells)} patches")
-        new: PatchTensor = torch.Tensor._make_wrapper_subclass(PatchTensor, shape, dtype=dtype, device=device)
-        new._cells = tuple(as_cell(c) for c in cells) if world.evaluates else ()
-        new.bounds, new.patch_dim, new.world = bounds, dim, world
-        new._whole, new._base_of_view, new._views = None, None, weakref.WeakSet()
-        return new
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+        ndim = len(shape)
+        if not -ndim <= dim < ndim:
+            raise LazyError(f"dim {dim} is not one of a tensor of shape {tuple(shape)}")
+        dim = dim - ndim if dim >= 0 else dim
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != shape[dim] or any(a >= b for a, b in pairwise(bounds)):
+            raise LazyError(f"bounds must ascend from 0 to {shape[dim]}, the extent of dim {dim}: {tuple(bounds)}")
+        if not world.evaluates:
+            cells = ()
+        elif len(cells) != len(bounds) - 1 or None in [c for c in cells if not isinstance(c, torch.Tensor)]:
+            raise LazyError(f"{len(bounds) - 1} patches need as many cells with values")
+        made = []
+        for source, (a, b) in zip(cells, pairwise(bounds), strict=False):
+            wanted = torch.Size(_replaced(shape, dim, b - a))
+            if isinstance(source, torch.Tensor):
+                made.append(Cell.of(_checked(wanted, dtype, source)))
+            else:
+                future = source if isinstance(source, Cell) else Cell(cast(Callable[[], torch.Tensor], source))
+                made.append(Cell(_checked, wanted, dtype, future))
+        meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return PatchTensor(meta, torch.device(device), made, dim, bounds, world)
 
     @property
     def patches(self) -> int:
@@ -125,425 +179,429 @@ class PatchTensor(torch.Tensor):
         return len(self.bounds) - 1
 
     def patch(self, m: int) -> torch.Tensor:
-        """The rows of patch ``m`` as a plain tensor; waits for them.
-
-        Raises:
-            LazyError: this rank does not hold the values.
-        """
+        """The rows of patch ``m``, a plain tensor not to be written to; errors as of `rows`."""
+        if not 0 <= m < self.patches:
+            raise LazyError(f"there is no patch {m}; the tensor has {self.patches}")
         return self.rows(self.bounds[m], self.bounds[m + 1])
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Any range of rows as a plain tensor, however the patches are cut."""
-        if self._whole is not None:
-            return self._whole.narrow(self.patch_dim, start, stop - start)
+        """Rows ``start`` to ``stop`` of the patched dim, a plain tensor not to be written to.
+
+        Raises:
+            LazyError: there are no such rows, or this rank never has values.
+        """
+        if not 0 <= start < stop <= self.bounds[-1]:
+            raise LazyError(f"there are no rows {start} to {stop}; the tensor has {self.bounds[-1]}")
+        if (whole := self._plain()) is not None:
+            return whole.narrow(self.patched_dim, start, stop - start)
         if not self.world.evaluates:
-            raise LazyError("this rank does not hold the values of a patch tensor; read it on the first stage, or on all ranks")
-        parts = []
-        for cell, (a, b) in zip(self._cells, pairwise(self.bounds), strict=True):
-            low, high = max(a, start), min(b, stop)
-            if low < high:
-                value = cell.value()
-                parts.append(value if (low, high) == (a, b) else value.narrow(self.patch_dim, low - a, high - low))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.patch_dim)
+            raise LazyError("this rank has no values of patches; materialize the tensor on all ranks instead")
+        return self._cell(start, stop).value()
 
     def materialize(self) -> torch.Tensor:
-        """The plain tensor, through the world; kept, so that a second time costs nothing."""
-        if self._whole is None:
-            self._whole = self.world.materialize(self)
-            if self.world.evaluates:
-                self._cells = tuple(as_cell(p) for p in cut(self._whole, self.patch_dim, self.bounds))
+        """The plain tensor that this one stands for from now on; collective where the world is."""
+        root = self if self._root is None else self._root
+        if root._whole is None:
+            value = root.world.materialize(root)
+            if value.stride() != root.stride():  # views of it are taken by strides
+                strided = torch.empty_strided(root.shape, root.stride(), dtype=root.dtype, device=root.device)
+                value = strided.copy_(value)
+            root._whole, root._cells = value, ()
+        return cast(torch.Tensor, self._plain())
+
+    def _plain(self) -> torch.Tensor | None:
+        """The plain tensor if there is one already."""
+        if self._whole is None and self._root is not None and self._root._whole is not None:
+            self._whole = self._root._whole.as_strided(self.shape, self.stride(), self.storage_offset())
+            self._cells = ()
         return self._whole
 
-    def cells(self, bounds: Bounds) -> tuple[Cell, ...]:
-        """The futures for a finer cut."""
-        if bounds == self.bounds:
-            return self._cells
-        return tuple(self._finer(a, b) for a, b in pairwise(bounds))
+    def _cell(self, start: int, stop: int) -> Cell:
+        """A cell of any rows."""
+        parts = []
+        for cell, (a, b) in zip(self._cells, pairwise(self.bounds), strict=True):
+            low, high = max(start, a), min(stop, b)
+            if (low, high) == (a, b):
+                parts.append(cell)
+            elif low < high:
+                parts.append(Cell(torch.narrow, cell, self.patched_dim, low - a, high - low))
+        return parts[0] if len(parts) == 1 else Cell(_cat, self.patched_dim, *parts)
 
-    def _finer(self, a: int, b: int) -> Cell:
-        m = max(i for i, low in enumerate(self.bounds) if low <= a)
-        low, dim = self.bounds[m], self.patch_dim
-        return Cell(lambda rows: rows.narrow(dim, a - low, b - a), (self._cells[m],))
+    def _forced(self, op: str) -> torch.Tensor:
+        """The plain tensor, for an operation that cannot do without."""
+        if self._plain() is None:
+            self.world.report(op)
+        return self.materialize()
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatch(func, args, kwargs or {})
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        """Shape and cut; never waits for values."""
-        return f"PatchTensor(shape={tuple(self.shape)}, dtype={self.dtype}, dim={self.patch_dim}, bounds={self.bounds})"
+    # What torch does below Python's reach would look for memory that is not there.
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The whole tensor as an array."""
-        return self.materialize().numpy(force=force)
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialize().__array__(*args, **kwargs)
+        """As of the plain tensor."""
+        return self._forced("numpy").numpy(force=force)
 
     def tolist(self) -> Any:
-        """The whole tensor as lists."""
-        return self.materialize().tolist()
+        """As of the plain tensor."""
+        return self._forced("tolist").tolist()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return self._forced("pickle").__reduce_ex__(proto)
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return self.materialize().clone()
+        return cast(torch.Tensor, memo.setdefault(id(self), self.clone()))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        if (whole := self._plain()) is not None:
+            return f"PatchTensor({whole!r})"
+        shape, dim, bounds = tuple(self.shape), self.patched_dim, self.bounds
+        return f"PatchTensor(shape={shape}, dtype={self.dtype}, patched_dim={dim}, bounds={bounds}, not evaluated)"
+
+    # The default would wrap plain results as this class.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.inplace_view in func.tags:
+            raise LazyError(f"a patch tensor cannot change its shape in place ({func}); use the operation without _")
+        if func in _NEED_NO_VALUES:
+            return func(*tree_map_only(PatchTensor, _blank, args), **kwargs)
+        out = None
+        if func._schema.is_mutable:
+            out = _write(func, args, kwargs)
+        elif (rule := _RULES.get(func)) is not None:
+            out = rule(func, args, kwargs)
+        elif torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
+            out = _pointwise(func, args, kwargs)
+        if out is None and func._can_decompose():  # in inference mode composite operations arrive whole
+            out = func.decompose(*args, **kwargs)
+        if out is not None and out is not NotImplemented:
+            return out
+        args, kwargs = tree_map_only(PatchTensor, lambda x: x._forced(str(func)), (args, kwargs))
+        return func(*args, **kwargs)
 
 
-def as_cell(x: Any) -> Cell:
-    """A tensor, callable or cell as a cell."""
-    if isinstance(x, Cell):
-        return x
-    return Cell(None, value=x) if isinstance(x, torch.Tensor) else Cell(x)
+def patchwise(fn: Callable[..., torch.Tensor], x: torch.Tensor, *more: Any) -> torch.Tensor:
+    """``fn(x, *more)``, patch by patch and lazily if ``x`` is a patch tensor.
 
+    Args:
+        fn: works on each row on its own and keeps their number; other dims may change. Must not write to its
+            arguments. It is called with meta tensors first, to learn the shape, and later without autocast.
+        more: passed on; patch tensors are passed patch by patch, anything else as it is.
 
-def cut(x: torch.Tensor, dim: int, bounds: Bounds) -> list[torch.Tensor]:
-    """The patches of a plain tensor."""
-    return [x.narrow(dim, a, b - a) for a, b in pairwise(bounds)]
+    Raises:
+        LazyError: ``fn`` changes the number of rows, or the patch tensors do not fit together.
+    """
+    operands = [_open(a) for a in (x, *more)]
+    if not _is_lazy(operands[0]):
+        return fn(*materialized(operands))
+    meta = fn(*map(_to_meta, operands))
+    out = _record(fn, operands, meta, meta.ndim + operands[0].patched_dim, cut_plain=False)
+    if out is None:
+        raise LazyError("a function that works patch by patch must keep the patched dim, and all its tensors share it")
+    return out
 
 
 def materialized(x: Any) -> Any:
-    """``x`` with every patch tensor in it (lists, tuples, dicts) made plain."""
-    return tree_map(lambda t: t.materialize() if isinstance(t, PatchTensor) else t, x)
+    """``x`` with every patch tensor in it, also in nested lists, tuples and dicts, replaced by its plain tensor."""
+    return tree_map_only(PatchTensor, PatchTensor.materialize, x)
 
 
-def patchwise(fn: Callable[..., torch.Tensor], x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-    """Apply ``fn`` to each patch when it is asked for, or at once to a plain tensor.
-
-    Args:
-        fn: keeps the extent of the patched dim, treats rows alike, and may change other dims; it is tried on the meta device for its shape.
-        x: decides whether and how the result is cut.
-        more: further tensors with the same rows.
-    """
-    if not isinstance(x, PatchTensor):
-        return fn(x, *more)
-    leaves: list[Any] = [x, *more]
-    shape = fn(*[meta(t) for t in leaves])
-    return mapped(lambda *values: fn(*values), leaves, shape, x.patch_dim, x.device)
+# Recording. Operands are open: patch tensors among them are not materialized, all other tensors are plain.
 
 
-def meta(x: Any) -> Any:
-    """A tensor without values."""
-    return torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
-
-
-def mapped(
-    fn: Callable[..., torch.Tensor], leaves: Sequence[Any], out: torch.Tensor, dim: int, device: torch.device
-) -> PatchTensor:
-    """The lazy ``fn(*leaves)``, patch by patch.
+def _record(
+    call: Callable[..., torch.Tensor],
+    operands: Sequence[Any],
+    meta: torch.Tensor,
+    position: int,
+    *,
+    device: Any = None,
+    cut_plain: bool = True,
+) -> PatchTensor | None:
+    """The patch tensor of ``call(*operands)``, or None if it cannot be computed patch by patch.
 
     Args:
-        leaves: tensors and other values; those with the full extent at the patched dim are cut, others go whole.
-        out: shape and dtype of the result.
-        dim: patched dim of the result.
+        meta: what the call returns of meta tensors.
+        position: the patched dim in the result, counted from the left.
+        cut_plain: cut plain tensors that have the patched dim.
     """
-    patched = [t for t in leaves if isinstance(t, PatchTensor)]
-    world, extent = patched[0].world, patched[0].shape[patched[0].patch_dim]
-    bounds = tuple(sorted({b for t in patched for b in t.bounds}))
-    new = PatchTensor.make(
-        (None,) * (len(bounds) - 1) if not world.evaluates else [Cell(None)] * (len(bounds) - 1),
-        shape=out.shape,
-        dim=dim,
-        bounds=bounds,
-        dtype=out.dtype,
-        device=device,
-        world=world,
+    lazy = [a for a in operands if isinstance(a, PatchTensor)]
+    lead, dim, extent, world = lazy[0], lazy[0].patched_dim, lazy[0].bounds[-1], lazy[0].world
+    if not 0 <= position < meta.ndim or meta.shape[position] != extent:
+        return None
+    if any((a.patched_dim, a.bounds[-1], a.world) != (dim, extent, world) for a in lazy):
+        return None
+    # At the union no row waits for more than it needs, and pieces do not multiply: cuts are few and recur.
+    bounds = lead.bounds if len(lazy) == 1 else sorted({b for a in lazy for b in a.bounds})
+    cells: list[Cell] = []
+    if world.evaluates:
+        plain = (torch.Tensor,) if len(lazy) < len(operands) else ()
+        owned = [a.clone() if isinstance(a, plain) and not isinstance(a, PatchTensor) else a for a in operands]
+        for start, stop in pairwise(bounds):
+            inputs: list[Any] = []
+            for a in owned:
+                if isinstance(a, PatchTensor):
+                    inputs.append(a._cell(start, stop))
+                elif cut_plain and isinstance(a, torch.Tensor) and a.ndim >= -dim and a.shape[dim] == extent:
+                    inputs.append(a.narrow(dim, start, stop - start))
+                else:
+                    inputs.append(a)
+            cells.append(Cell(call, *inputs))
+    return PatchTensor(meta, device or lead.device, cells, position - meta.ndim, bounds, world)
+
+
+def _infer(call: Callable[..., Any], operands: Sequence[Any]) -> torch.Tensor | None:
+    """A meta tensor like the result of ``call(*operands)``, or None if there is no telling.
+
+    Kernels of meta tensors take 100 us. Those of tensors with no rows take 2 us and know shapes and dtypes as well;
+    strides follow if everything is contiguous.
+    """
+    lead = next(a for a in operands if isinstance(a, PatchTensor))
+    if all(x.is_contiguous() if isinstance(x, torch.Tensor) else type(x) is not torch.memory_format for x in operands):
+        try:
+            shape, dtype = (empty := call(*[_no_rows(x, lead) for x in operands])).shape, empty.dtype
+            if list(shape).count(0) == 1:
+                return torch.empty([n or lead.bounds[-1] for n in shape], dtype=dtype, device="meta")
+        except RuntimeError:  # no such kernel on the CPU, or the operation is wrong, which is better said below
+            pass
+    try:
+        meta = call(*map(_to_meta, operands))
+    except NotImplementedError:
+        return None
+    return meta if isinstance(meta, torch.Tensor) else None
+
+
+def _no_rows(x: Any, lead: PatchTensor) -> Any:
+    """For a tensor one on the CPU with the same metadata, but no rows if it has the patched dim."""
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    if not isinstance(x, torch.Tensor):
+        return x
+    dim = lead.patched_dim
+    return torch.empty(
+        _replaced(x.shape, dim, 0) if x.ndim >= -dim and x.shape[dim] == lead.bounds[-1] else x.shape, dtype=x.dtype
     )
-    if not world.evaluates:
-        return new
-    position = patched[0].patch_dim
-    sources: list[Any] = []
-    constants: list[Any] = []
-    checks: list[Callable[[], None]] = []
-    for t in leaves:
-        plain = isinstance(t, torch.Tensor) and not isinstance(t, PatchTensor)
-        if plain:
-            t, check = held(t)
-            checks.append(check)
-        constants.append(t)
-        if isinstance(t, PatchTensor):
-            sources.append(t.cells(bounds))
-            constants[-1] = None
-        elif plain and t.dim() >= -position and t.shape[position] == extent and extent > 1:
-            sources.append(tuple(Cell(None, value=p) for p in cut(t, position, bounds)))
-            constants[-1] = None
-        else:
-            sources.append(None)
-    lazy = tuple(i for i, s in enumerate(sources) if s is not None)
-
-    def compute(*values: torch.Tensor) -> torch.Tensor:
-        for check in checks:
-            check()
-        filled = list(constants)
-        for i, value in zip(lazy, values, strict=True):
-            filled[i] = value
-        return fn(*filled)
-
-    new._cells = tuple(Cell(compute, [sources[i][m] for i in lazy]) for m in range(len(bounds) - 1))
-    return new
 
 
-def held(t: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-    """A plain operand that is read later, and a check that nobody wrote to it meanwhile. Small ones are copied.
-
-    Raises:
-        LazyError: (the check) it was written to; plain torch would have used the old values.
-    """
-    if t.numel() <= 4096 or t.is_inference():
-        return t.clone(), lambda: None
-    version = t._version
-
-    def check() -> None:
-        if t._version != version:
-            raise LazyError("a tensor was written to while patches computed from it are still to come; write to a clone of it")
-
-    return t, check
+def _to_meta(x: Any) -> Any:
+    if isinstance(x, PatchTensor):
+        return x._meta
+    return torch.device("meta") if isinstance(x, torch.device) else x.to("meta") if isinstance(x, torch.Tensor) else x
 
 
-def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
-    """One operation with a patch tensor among its arguments."""
-    packet = func.overloadpacket
-    if func._schema.is_mutable:
-        return in_place(func, args, kwargs)
-    if packet in LIKE:
-        return func(stand_in(args[0]), *args[1:], **kwargs)
-    rule = STRUCTURAL.get(packet)
-    if rule is not None:
-        result = rule(func, args, kwargs)
-    elif torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
-        result = pointwise(func, args, kwargs)
-    else:
-        result = NotImplemented
-    if result is NotImplemented:
-        return whole(func, args, kwargs)
-    if func.is_view:
-        for view in result if isinstance(result, list | tuple) else (result,):
-            view._base_of_view = args[0]
-            args[0]._views.add(view)
+def _blank(x: PatchTensor) -> torch.Tensor:
+    """A plain tensor with the metadata of ``x`` and no particular values."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _cut(x: PatchTensor, value: torch.Tensor) -> PatchTensor:
+    """A plain tensor that nobody else writes to, cut like ``x``."""
+    cells = [Cell.of(value.narrow(x.patched_dim, a, b - a)) for a, b in pairwise(x.bounds)] if x.world.evaluates else []
+    return PatchTensor(value.to("meta"), value.device, cells, x.patched_dim, x.bounds, x.world)
+
+
+def _open(x: Any) -> Any:
+    """The plain tensor in place of a materialized patch tensor."""
+    return x if not isinstance(x, PatchTensor) or (whole := x._plain()) is None else whole
+
+
+def _is_lazy(*operands: Any) -> bool:
+    return any(isinstance(a, PatchTensor) for a in operands)
+
+
+def _replaced(sizes: Sequence[int], dim: int, size: int) -> list[int]:
+    """Sizes with that of one dim replaced."""
+    result = list(sizes)
+    result[dim] = size
     return result
 
 
-def whole(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation on plain tensors: everybody waits."""
-    for t in tree_flatten((args, kwargs))[0]:
-        if isinstance(t, PatchTensor) and t._whole is None:
-            t.world.report(func.overloadpacket.__name__)
-    return func(*materialized(args), **materialized(kwargs))
+def _checked(shape: torch.Size, dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
+    if value.shape != shape or value.dtype != dtype:
+        raise LazyError(f"a patch should be {dtype} {tuple(shape)} and is {value.dtype} {tuple(value.shape)}")
+    return value
 
 
-def stand_in(x: Any) -> Any:
-    """A plain tensor of the same shape, for operations that look at nothing else."""
-    if not isinstance(x, PatchTensor):
-        return x
-    return torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
+def _cat(dim: int, *values: torch.Tensor) -> torch.Tensor:
+    return torch.cat(values, dim)
 
 
-def in_place(func: Any, args: Any, kwargs: Any) -> Any:
-    """``x += y`` drops what it gets back, so the tensor itself takes over the new futures.
+# Rules: (func, args, kwargs) -> the result, or None if the operation has to materialize its operands.
 
-    Raises:
-        LazyError: the tensor shares memory with another in plain torch, which futures cannot imitate.
+
+def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Element by element, with broadcasting."""
+    operands, count = [_open(a) for a in (*args, *kwargs.values())], len(args)
+    lead = next((a for a in operands if isinstance(a, PatchTensor)), None)
+    if lead is None:
+        return None
+
+    def with_names(*values: Any) -> Any:
+        return func(*values[:count], **dict(zip(kwargs, values[count:], strict=True)))
+
+    call = with_names if kwargs else func
+    meta = _infer(call, operands)
+    if meta is None:
+        return None
+    return _record(call, operands, meta, meta.ndim + lead.patched_dim, device=kwargs.get("device"))
+
+
+def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Cells are never written to, so a copy may share them."""
+    x = _open(args[0])
+    if not _is_lazy(x):
+        return None
+    return PatchTensor(func(x._meta, **kwargs), x.device, x._cells, x.patched_dim, x.bounds, x.world)
+
+
+def _constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Known at once, yet a patch tensor, so that what is accumulated in it in place stays lazy."""
+    x = _open(args[0])
+    return _cut(x, func(_blank(x), *args[1:], **kwargs)) if _is_lazy(x) else None
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operations that only change how the elements of one tensor are arranged, with one result or many.
+
+    Where the patched dim ends up is read off a probe, a meta tensor in which only that dim has a stride, 1: strides
+    and offset of its view say which row of the operand an element comes from, whatever the operation is.
     """
-    target, packet = args[0] if args else None, func.overloadpacket
-    if not isinstance(target, PatchTensor) or "out" in kwargs:
-        return whole(func, args, kwargs)  # into a plain tensor
-    if target._base_of_view is not None or len(target._views):
-        raise LazyError(
-            f"{packet.__name__} writes into a tensor that shares its memory with another while its patches are still to come; "
-            "clone it first"
-        )
-    name = packet.__name__
-    if name == "copy_":
-        new = torch.empty_like(target).copy_(args[1]) if not isinstance(args[1], PatchTensor) else args[1].to(target.dtype)
-        new = new.expand(target.shape) if new.shape != target.shape else new
-    elif name in ("zero_", "fill_"):
-        new = torch.full(target.shape, args[1] if name == "fill_" else 0, dtype=target.dtype, device=target.device)
-    else:
-        functional = getattr(getattr(aten, name.rstrip("_"), None), func._overloadname, None)
-        if functional is None or name.startswith(("normal", "uniform", "bernoulli", "random", "exponential")):
-            new = func(target.materialize().clone(), *materialized(args[1:]), **materialized(kwargs))
+    x, rest = _open(args[0]), args[1:]
+    if not _is_lazy(x):
+        return None
+    dim, left = x.patched_dim, x.ndim + x.patched_dim
+    probe = torch.empty_strided(x.shape, [int(d == left) for d in range(x.ndim)], device="meta")
+    metas = func(x._meta, *rest, **kwargs)
+    try:
+        traces = func(probe, *rest, **kwargs)
+    except RuntimeError:  # it would merge the patched dim with another
+        return None
+    many, results = isinstance(metas, (list, tuple)), []
+    for i, (meta, trace) in enumerate(zip(metas, traces, strict=True) if many else [(metas, traces)]):
+        carried = [d for d in range(trace.ndim) if trace.shape[d] > 1 and trace.stride(d) != 0]
+        if len(carried) != 1 or trace.stride(carried[0]) != 1:
+            return None
+        position, start, rows = carried[0], trace.storage_offset(), trace.shape[carried[0]]
+        out: PatchTensor | None = None
+        if func in _RANGES and list(meta.shape) == _replaced(x.shape, dim, rows):  # rows of x and nothing else
+            bounds = [0, *(b - start for b in x.bounds if start < b < start + rows), rows]
+            cells = [x._cell(start + a, start + b) for a, b in pairwise(bounds)] if x.world.evaluates else []
+            out = PatchTensor(meta, x.device, cells, dim, bounds, x.world)
+        elif func in _RESIZES:
+            out = _record(partial(_resize, _RESIZES[func], meta.shape, position, dim), [x], meta, position)
         else:
-            new = functional(*args, **kwargs)
-    if new.dtype != target.dtype:
-        new = new.to(target.dtype)
-    if isinstance(new, PatchTensor):
-        target._cells, target.bounds, target._whole = new._cells, new.bounds, new._whole
-    else:
-        target._whole = new
-        if target.world.evaluates:
-            target._cells = tuple(as_cell(p) for p in cut(new, target.patch_dim, target.bounds))
-    return target
+            out = _record(partial(_pick, func, rest, kwargs, i if many else None), [x], meta, position)
+        if out is None:
+            return None
+        results.append(out)
+    if func.is_view:
+        root = x if x._root is None else x._root
+        root._viewed = True
+        for out in results:
+            out._root = root
+    return results if many else results[0]
 
 
-def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
-    """Row by row the same; broadcasting included."""
-    leaves, spec = tree_flatten((args, kwargs))
-    patched = [t for t in leaves if isinstance(t, PatchTensor)]
-    dim, extent = patched[0].patch_dim, patched[0].shape[patched[0].patch_dim]
-    if any(t.patch_dim != dim or t.shape[dim] != extent for t in patched):
-        return NotImplemented
-    device = next((x for x in leaves if isinstance(x, torch.device)), patched[0].device)
-    sizes = [None if isinstance(x, torch.device) else meta(x) for x in leaves]
-    margs, mkwargs = tree_unflatten(sizes, spec)
-    out = func(*margs, **mkwargs)
-    if not isinstance(out, torch.Tensor) or out.dim() < -dim or out.shape[dim] != extent:
-        return NotImplemented
-
-    def fn(*values: Any) -> torch.Tensor:
-        a, k = tree_unflatten(list(values), spec)
-        return func(*a, **k)  # type: ignore[no-any-return]
-
-    return mapped(fn, leaves, out, dim, device)
+def _pick(func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any], index: int | None, value: torch.Tensor) -> Any:
+    out = func(value, *rest, **kwargs)
+    return out if index is None else out[index]
 
 
-# Structural rules: (func, args, kwargs) -> result, or NotImplemented to bring the whole tensor together.
+def _resize(resize: Any, shape: torch.Size, position: int, dim: int, value: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, resize(value, _replaced(shape, position, value.shape[dim])))
 
 
-def negative(dim: int, ndim: int) -> int:
-    """A dim counted from the right."""
-    return dim - ndim if dim >= 0 else dim
+def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``cat`` and ``stack`` along any dim but the patched one."""
+    tensors = [_open(a) for a in args[0]]
+    along = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    lead = next((a for a in tensors if isinstance(a, PatchTensor)), None)
+    if lead is None:
+        return None
+    dim, stacks = lead.patched_dim, func is aten.stack.default
+    along -= (lead.ndim + stacks) * (along >= 0)
+    dim -= stacks and along >= dim  # the new dim is to the right of the patched one
+
+    def call(*values: Any) -> Any:
+        return func(values, along)
+
+    meta = None if along == dim else _infer(call, tensors)
+    return None if meta is None else _record(call, tensors, meta, meta.ndim + dim)
 
 
-def unary(func: Any, x: PatchTensor, change: Callable[[int], tuple[Any, ...]], kwargs: Any, dim: int, pick: Any = None) -> Any:
-    """``func(x, *change(extent), **kwargs)`` for each patch; ``change`` gets the extent of the patch."""
-
-    def fn(rows: torch.Tensor) -> torch.Tensor:
-        out = func(rows, *change(rows.shape[position]), **kwargs)
-        return out if pick is None else out[pick]  # type: ignore[no-any-return]
-
-    position = x.patch_dim
-    return mapped(fn, (x,), fn(meta(x)), dim, x.device)
+def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``repeat`` of any dim but the patched one."""
+    x, times = _open(args[0]), args[1]
+    if not _is_lazy(x) or len(times) < x.ndim or times[x.patched_dim] != 1:
+        return None
+    meta = _infer(func, (x, times))
+    return None if meta is None else _record(func, (x, times), meta, meta.ndim + x.patched_dim)
 
 
-def several(func: Any, args: Any, kwargs: Any) -> Any:
-    """split, unbind: one result for each piece."""
-    x, rest = args[0], args[1:]
-    where = kwargs.get("dim", rest[-1] if func.overloadpacket is aten.unbind and rest else (rest[1] if len(rest) > 1 else 0))
-    where = negative(where, x.dim())
-    if where == x.patch_dim:
-        return NotImplemented
-    gone = func.overloadpacket is aten.unbind
-    dim = x.patch_dim + 1 if gone and where > x.patch_dim else x.patch_dim
-    count = len(func(meta(x), *rest, **kwargs))
-    return [unary(func, x, lambda _: rest, kwargs, dim, i) for i in range(count)]
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In place: the tensor takes over the cells of the same operation out of place."""
+    x, name = args[0] if args else None, func._schema.name.removeprefix("aten::")
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not isinstance(x, PatchTensor) or not name.endswith("_") or written != ["self"]:
+        return None
+    if x._plain() is not None or x._root is not None or x._viewed:
+        return None
+    rest = [_open(a) for a in args[1:]]
+    out: Any = None
+    if name not in _OVERWRITES:
+        functional = getattr(getattr(aten, name[:-1], None), func._overloadname, None)
+        if functional is not None and torch.Tag.pointwise in functional.tags:
+            out = _pointwise(functional, args, kwargs)
+    elif not _is_lazy(*rest):
+        out = _cut(x, func(_blank(x), *rest, **kwargs))
+    elif name == "copy_":
+        out = rest[0].to(x.device)
+    if out is None or (out.shape, out.patched_dim) != (x.shape, x.patched_dim):
+        return None
+    if not torch.can_cast(out.dtype, x.dtype) and name != "copy_":
+        return None
+    out = out.to(x.dtype)
+    x._cells, x.bounds = out._cells, out.bounds
+    return x
 
 
-def along(func: Any, args: Any, kwargs: Any) -> Any:
-    """slice and select on another dim."""
-    x, rest = args[0], args[1:]
-    where = negative(rest[0] if rest else kwargs.get("dim", 0), x.dim())
-    if where == x.patch_dim:
-        return NotImplemented
-    gone = func.overloadpacket is aten.select
-    dim = x.patch_dim + 1 if gone and where > x.patch_dim else x.patch_dim
-    return unary(func, x, lambda _: rest, kwargs, dim)
+def _overloads(*names: str) -> Iterator[Any]:
+    """Every overload of these operations that this torch has, but for those that write to a tensor."""
+    for packet in (getattr(aten, name) for name in names if hasattr(aten, name)):
+        yield from (f for f in (getattr(packet, o) for o in packet.overloads()) if not f._schema.is_mutable)
 
 
-def new_dim(func: Any, args: Any, kwargs: Any) -> Any:
-    """unsqueeze."""
-    x, where = args
-    where = negative(where, x.dim() + 1)
-    return unary(func, x, lambda _: (where,), kwargs, x.patch_dim - 1 if where > x.patch_dim - 1 else x.patch_dim)
-
-
-def lost_dim(func: Any, args: Any, kwargs: Any) -> Any:
-    """squeeze of named dims."""
-    x = args[0]
-    if len(args) < 2:
-        return NotImplemented
-    asked = args[1] if isinstance(args[1], list | tuple) else (args[1],)
-    wanted = {negative(d, x.dim()) for d in asked}
-    gone = [d for d in wanted if x.shape[d] == 1]
-    if x.patch_dim in wanted:
-        return NotImplemented
-    rest = ([d for d in gone],) if gone else ([],)
-    return unary(aten.squeeze.dims, x, lambda _: rest, kwargs, x.patch_dim + sum(d > x.patch_dim for d in gone))
-
-
-def moved(func: Any, args: Any, kwargs: Any) -> Any:
-    """permute and transpose: the patched dim goes along."""
-    x, n = args[0], args[0].dim()
-    order = list(range(n))
-    if func.overloadpacket is aten.permute:
-        order = [d % n for d in args[1]]
-    elif func.overloadpacket is aten.transpose:
-        a, b = args[1] % n, args[2] % n
-        order[a], order[b] = order[b], order[a]
-    else:
-        order.reverse()
-    return unary(aten.permute.default, x, lambda _: (order,), {}, order.index(x.patch_dim % n) - n)
-
-
-def expanded(func: Any, args: Any, kwargs: Any) -> Any:
-    """expand: new leading dims, or the batch."""
-    x, sizes = args[0], list(args[1])
-    if sizes[x.patch_dim] not in (-1, x.shape[x.patch_dim]):
-        return NotImplemented
-    sizes[x.patch_dim] = -1
-    return unary(func, x, lambda _: (sizes,), kwargs, x.patch_dim)
-
-
-def repeated(func: Any, args: Any, kwargs: Any) -> Any:
-    """repeat along other dims."""
-    x, times = args[0], args[1]
-    return NotImplemented if times[x.patch_dim] != 1 else unary(func, x, lambda _: (times,), kwargs, x.patch_dim)
-
-
-def reshaped(func: Any, args: Any, kwargs: Any) -> Any:
-    """view: where the patched dim stays a dim of its own."""
-    x = args[0]
-    shape = list(func(meta(x), *args[1:]).shape)
-    extent, before, behind = x.shape[x.patch_dim], x.shape[: x.patch_dim].numel(), x.shape[x.patch_dim :].numel()
-    for j, size in enumerate(shape):
-        if size == extent and torch.Size(shape[:j]).numel() == before and torch.Size(shape[j:]).numel() == behind:
-            return unary(
-                aten.reshape.default, x, lambda rows, j=j: ([*shape[:j], rows, *shape[j + 1 :]],), {}, j - len(shape)
-            )
-    return NotImplemented
-
-
-def joined(func: Any, args: Any, kwargs: Any) -> Any:
-    """cat and stack on another dim."""
-    tensors = list(args[0])
-    where = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    first = next(t for t in tensors if isinstance(t, PatchTensor))
-    new = func.overloadpacket is aten.stack
-    where = negative(where, first.dim() + new)
-    same = all(
-        t.shape[first.patch_dim] == first.shape[first.patch_dim]
-        and (not isinstance(t, PatchTensor) or t.patch_dim == first.patch_dim)
-        for t in tensors
-        if t.dim() == first.dim()
-    )
-    if not same or any(t.dim() != first.dim() for t in tensors) or (where == first.patch_dim and not new):
-        return NotImplemented
-    dim = first.patch_dim - 1 if new and where > first.patch_dim - 1 else first.patch_dim
-
-    def fn(*values: torch.Tensor) -> torch.Tensor:
-        return func(list(values), where)  # type: ignore[no-any-return]
-
-    return mapped(fn, tensors, fn(*[meta(t) for t in tensors]), dim, first.device)
-
-
-STRUCTURAL: Mapping[Any, Callable[[Any, Any, Any], Any]] = MappingProxyType(
+# Operations that look at nothing but shape, dtype and device. Noise is drawn at once, as for an eager tensor.
+_NEED_NO_VALUES = frozenset(
+    [
+        *_overloads("rand_like", "randn_like", "randint_like", "is_same_size"),
+        *_overloads("new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
+        aten.bernoulli.p,
+    ]
+)
+# Operations in place that do not depend on what was there before.
+_OVERWRITES = frozenset(["copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"])
+# Views that take a range of one dim.
+_RANGES = frozenset([aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default])
+# Views with sizes that patches do not share, and what has the same effect on a patch of any strides.
+_RESIZES: MappingProxyType[Any, Any] = MappingProxyType(
     {
-        **dict.fromkeys((aten.clone, aten.detach, aten.alias, aten._to_copy, aten.lift_fresh, aten.copy), pointwise),
-        **dict.fromkeys((aten.split, aten.split_with_sizes, aten.unbind), several),
-        **dict.fromkeys((aten.slice, aten.select), along),
-        **dict.fromkeys((aten.permute, aten.transpose, aten.t), moved),
-        **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias), reshaped),
-        **dict.fromkeys((aten.cat, aten.stack), joined),
-        aten.squeeze: lost_dim,
-        aten.unsqueeze: new_dim,
-        aten.expand: expanded,
-        aten.repeat: repeated,
+        **dict.fromkeys(_overloads("_unsafe_view", "squeeze", "unsqueeze"), torch.reshape),
+        aten.view.default: torch.reshape,
+        aten.expand.default: torch.Tensor.expand,
     }
 )
-LIKE = frozenset(
-    (
-        *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
-        *(aten.rand_like, aten.randn_like, aten.randint_like),
-        *(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty),
-    )
+_RULES: MappingProxyType[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = MappingProxyType(
+    {
+        **dict.fromkeys([*_RANGES, *_RESIZES, aten.select.int, aten.unbind.int], _view),
+        **dict.fromkeys(_overloads("alias", "detach", "lift_fresh", "permute", "t"), _view),
+        **dict.fromkeys([aten.transpose.int], _view),
+        **dict.fromkeys(_overloads("zeros_like", "ones_like", "full_like", "empty_like"), _constant),
+        **dict.fromkeys([aten.cat.default, aten.stack.default], _joined),
+        aten._to_copy.default: _pointwise,
+        aten.clone.default: _clone,
+        aten.repeat.default: _repeat,
+    }
 )

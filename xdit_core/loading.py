@@ -1,4 +1,7 @@
-"""Load a diffusers pipeline; of a divided denoiser only the blocks that this rank holds are read and allocated."""
+"""Load a diffusers pipeline; of the denoiser only the blocks that this rank holds are read and allocated.
+
+The denoiser is always read here: diffusers' own loader fills tensors that a checkpoint lacks with random numbers and a warning.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,7 @@ def load_pipeline(spec: ModelSpec, folder: Path, blocks: range, device: torch.de
     index = read_json(folder / INDEX)
     cls = getattr(diffusers, index["_class_name"])
     components: dict[str, Any] = absent_components(cls, index)
-    if len(blocks) < block_count(spec, folder):
-        components[spec.denoiser] = load_part(spec, folder / spec.denoiser, index[spec.denoiser][1], blocks, dtype)
+    components[spec.denoiser] = load_part(spec, folder / spec.denoiser, index[spec.denoiser][1], blocks, dtype)
     try:
         pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
     except (OSError, ValueError, RuntimeError) as error:
@@ -57,12 +59,6 @@ def module_arguments(cls: type[Any]) -> set[str]:
     return {p.name for p in parameters if p.name != "self" and (p.default is empty or p.default is None)}
 
 
-def block_count(spec: ModelSpec, folder: Path) -> int:
-    """Blocks of the checkpoint's denoiser."""
-    config = read_json(folder / spec.denoiser / "config.json")
-    return sum(int(config[part.count]) for part in spec.blocks)
-
-
 def load_part(spec: ModelSpec, folder: Path, class_name: str, blocks: range, dtype: torch.dtype) -> nn.Module:
     """The denoiser with ``Absent`` in place of the blocks that other stages hold.
 
@@ -83,7 +79,7 @@ def load_part(spec: ModelSpec, folder: Path, class_name: str, blocks: range, dty
             if start + i not in blocks:
                 modules[i] = Absent()
         start += len(modules)
-    model.to(dtype)
+    nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it keeps in float32, which is done below
     needed, state = set(model.state_dict()), {}
     fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
     for file in weight_files(folder):

@@ -7,8 +7,10 @@ anything is torn down: peers fail soon after, and only the time of writing tells
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from xdit_core import machine, outputs
 from xdit_core.beat import Beat, beat_path
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
-LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "timeout", "connection was")
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "application timeout")
 NO_MEMORY = ("defaultcpuallocator", "out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -100,7 +102,6 @@ def die_with(parent: int | None) -> None:
         return
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -215,7 +216,6 @@ def take_device(plan: Plan, place: Place) -> None:
 
 def work(plan: Plan, place: Place, beat: Beat) -> None:
     """Load, draw every prompt, write what this rank owns, leave."""
-    # every rank reports; only rank 0 has a screen
     with screens(place) as progress:
         progress.status("starting")
         beat.doing("importing torch")
@@ -260,15 +260,15 @@ def screens(place: Place) -> Iterator[Progress]:
     if len(place.screen) != 2:
         yield Progress(sys.stderr)
         return
-    own = sys.stdout
-    with open(place.screen[0], "w") as out, open(place.screen[1], "w") as err:
-        progress = Progress(err)
-        sys.stdout = Tee(own, out, before=progress.clear)
-        try:
-            yield progress
-        finally:
-            progress.clear()
-            sys.stdout = own
+    # left open: closing would complain about a terminal that has gone
+    out, err = (open(fd, "w", encoding="utf-8", errors="replace", closefd=False) for fd in place.screen)
+    progress, own = Progress(err), sys.stdout
+    sys.stdout = Tee(own, out, before=progress.clear)
+    try:
+        yield progress
+    finally:
+        progress.clear()
+        sys.stdout = own
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -316,7 +316,7 @@ def failure(error: BaseException, place: Place, doing: str) -> dict[str, Any]:
         "type": type(error).__name__,
         "message": message,
         "known": known,
-        "victim": not known and lost_peer(error),
+        "victim": code != OUT_OF_MEMORY and not isinstance(error, SystemExit) and lost_peer(error),
         "exit_code": code,
         "monotonic": time.monotonic(),
         "wall": time.time(),
@@ -356,6 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     die_with(place.parent)
+    if place.parent is not None:
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks a hung rank where it is
     quieten()
     folder = path.resolve().parent
     with contextlib.suppress(OSError):

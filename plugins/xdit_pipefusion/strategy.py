@@ -130,7 +130,7 @@ class StageWorld(PatchWorld):
     def materialize(self, tensor: PatchTensor) -> torch.Tensor:
         """The plain tensor; collective over the stages."""
         if self.evaluates:
-            whole = torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patch_dim).contiguous()
+            whole = torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patched_dim).contiguous()
         else:
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if self.group is not None:

@@ -1,0 +1,216 @@
+"""The command ``xdit-launch``. Nothing here imports torch: help, plans and refusals are instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xdit_core.errors import PluginError, UsageError, XditError
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+LAUNCHERS = "xdit.launchers"
+INTERRUPTED = 130
+
+
+class Main(click.Group):
+    """``xdit-launch [run] ...``: what does not start with the name of a command is a run."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put ``run`` in where it was left out."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Errors of ours are sentences, never tracebacks."""
+        try:
+            return super().invoke(ctx)
+        except XditError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+class RunCommand(click.Command):
+    """Its help lists the settings of every run."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The settings, from their class."""
+        from xdit_core.settings import ModelSettings, RunSettings
+        from xdit_launcher.show import settings_help
+
+        with formatter.section("Settings"):
+            for line in [*settings_help(RunSettings), *settings_help(ModelSettings, "model.")]:
+                formatter.write(f"  {line}\n")
+            formatter.write("\n  model=NAME: see xdit-launch models; settings of a plugin: see xdit-launch plugins show NAME\n")
+
+
+def print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    """``xdit-launch 0.1.0``."""
+    if value and not ctx.resilient_parsing:
+        try:
+            version = metadata.version("xdit")
+        except metadata.PackageNotFoundError:
+            version = "not installed"
+        click.echo(f"xdit-launch {version}")
+        ctx.exit()
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=print_version, help="Show the version.")
+def cli() -> None:
+    """Draw pictures with a diffusion transformer on several devices.
+
+    \b
+    xdit-launch model=emoji "red heart"
+    xdit-launch --plugins usp,pipefusion model=sd3 steps=20 "a red fox"
+    xdit-launch --plugins usp --dry-run model=sd3 usp.ulysses=4
+
+    Words with = are settings, all other words are prompts. Without a command, run is meant.
+    """
+
+
+@cli.command(cls=RunCommand)
+@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods; order never matters. None: one serial process.")
+@click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, as a worker reads it.")
+@click.option("--backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    plugins: tuple[str, ...],
+    config: str | None,
+    dry_run: bool,
+    as_json: bool,
+    backend: str,
+    words: tuple[str, ...],
+) -> None:
+    """Draw the prompts (the default command)."""
+    from xdit_core import outputs
+    from xdit_core.plan import make_plan
+    from xdit_launcher import show
+    from xdit_launcher.words import names_in, values_of
+
+    if as_json and not dry_run:
+        raise UsageError("--json shows a plan; add --dry-run.")
+    values, named = values_of(words, config)
+    chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
+    plan = make_plan(chosen, values)
+    files = [path for row in outputs.targets(plan.run) for path in row]
+    if not plan.run.prompt:
+        raise UsageError('there is no prompt; write what to draw, such as "red heart".')
+    if dry_run:
+        command = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else []), *words]
+        click.echo(plan.to_json() if as_json else "\n".join(show.plan_lines(plan, files, command)))
+        return
+    start = backend_named(backend)
+    outputs.check_writable(plan.run)
+    folder = run_folder(plan)
+    tell(plan, bool(values.get("prompt") or values.get("prompts")))
+    ctx.exit(start(plan, folder, {}))
+
+
+def tell(plan: Plan, prompted: bool) -> None:
+    """Say what was decided for the user."""
+    from xdit_core.degrees import describe
+
+    if not prompted:
+        click.echo(f"no prompt given; drawing {plan.model}'s sample: {plan.run.prompt[0]}", err=True)
+    notes: Sequence[str] = plan.notes
+    if not notes:
+        asked = f" (nproc={plan.run.nproc})" if plan.run.nproc else ""
+        notes = [f"{plan.world} process{'es' if plan.world > 1 else ''}: {describe(plan.axes)}{asked}"]
+    for note in notes:
+        click.echo(note, err=True)
+
+
+def run_folder(plan: Plan) -> Path:
+    """A new folder for the plan and the logs of this run.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    from xdit_core.outputs import make_folder
+
+    parent = Path(plan.run.runs).expanduser().absolute()
+    make_folder(parent, "runs", plan.run.runs)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.model}"
+    for n in range(1, 1000):
+        folder = parent / (name if n == 1 else f"{name}-{n}")
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run of this second
+            continue
+        return folder
+    raise UsageError(f"runs={plan.run.runs} is full of runs of this second; choose another folder with runs=.")
+
+
+def backend_named(name: str) -> Callable[..., int]:
+    """``start`` of a launch backend.
+
+    Raises:
+        UsageError: there is none of that name.
+        PluginError: it cannot be loaded.
+    """
+    from xdit_core.settings import did_you_mean
+
+    found = {entry.name: entry for entry in metadata.entry_points(group=LAUNCHERS)}
+    if name not in found:
+        raise UsageError(f"unknown backend {name!r} in --backend; {did_you_mean(name, found)}")
+    try:
+        start: Callable[..., int] = found[name].load().start
+    except Exception as error:
+        raise PluginError(f"backend {name} cannot be loaded: {type(error).__name__}: {error}; repair or uninstall it.") from error
+    return start
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def plugins(ctx: click.Context) -> None:
+    """List the parallel methods that are installed."""
+    from xdit_launcher import show
+
+    if ctx.invoked_subcommand is None:
+        click.echo("\n".join(show.plugin_list()))
+
+
+@plugins.command("show")
+@click.argument("name")
+def plugins_show(name: str) -> None:
+    """All about one of them: what it owns, its settings."""
+    from xdit_launcher import show
+
+    click.echo("\n".join(show.plugin_page(name)))
+
+
+@cli.command()
+def models() -> None:
+    """List the models that are installed."""
+    from xdit_launcher import show
+
+    click.echo("\n".join(show.model_list()))
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        cli(prog_name="xdit-launch")
+    except BrokenPipeError:  # such as ``xdit-launch plugins | head -1``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

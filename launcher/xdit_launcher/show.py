@@ -1,0 +1,194 @@
+"""Print plans, plugins and models for a person. Without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdit_core.degrees import describe
+from xdit_core.errors import XditError
+from xdit_core.records import Declaration, Facts
+from xdit_core.registry import MODELS, STRATEGIES, Found, Registry
+from xdit_core.settings import fields_of
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+EXAMPLE = Facts(model="a model", heads=24, blocks=24, rows=64, columns=64, text_tokens=333, pixels_per_token=16)
+WIDTH = 14
+
+
+def row(name: str, text: object) -> str:
+    """One line of a listing."""
+    return f"{name:<{WIDTH}}{text}"
+
+
+def settings_help(cls: type[Any] | None, prefix: str = "") -> Iterator[str]:
+    """``usp.ulysses  int (default: chosen for you)  what it is`` for every setting of a class."""
+    if cls is None:
+        return
+    kinds = fields_of(cls)
+    shown = [(f"{prefix}{f.name}=", type_name(kinds[f.name]), default_of(f), f.metadata.get("help", "")) for f in dataclasses.fields(cls)]
+    wide = [max((len(s[i]) for s in shown), default=0) for i in range(3)]
+    for key, kind, default, text in shown:
+        yield f"{key:<{wide[0]}}  {kind:<{wide[1]}}  {default:<{wide[2]}}  {text}".rstrip()
+
+
+def type_name(kind: Any) -> str:
+    """A type for a person."""
+    text = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
+    return text.replace("tuple[int, ...]", "int,int,...").replace("tuple[str, ...]", "str").replace(" | None", "")
+
+
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """The default of a setting; ``auto`` where model and machine decide."""
+    value = field.default
+    if value is None or value is dataclasses.MISSING:
+        return "auto"
+    return "yes" if value is True else "no" if value is False else "auto" if value == () else str(value)
+
+
+def coordinates(plan: Plan, rank: int) -> dict[str, int]:
+    """A rank's place on every axis; the last axis runs fastest."""
+    found: dict[str, int] = {}
+    for axis in reversed(plan.axes):
+        rank, found[axis.name] = divmod(rank, axis.degree or 1)
+    return {a.name: found[a.name] for a in plan.axes}
+
+
+def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str]) -> Iterator[str]:
+    """A plan for a person.
+
+    Args:
+        files: where the results go.
+        command: the words of the command line.
+    """
+    run, facts = plan.run, plan.facts
+    yield row("model", f"{plan.model} ({' '.join(plan.model_origin)}) in {plan.folder}")
+    guidance = "" if run.guidance is None else f", guidance {run.guidance:g}"
+    yield row("picture", f"{run.width} x {run.height}, {run.steps} steps{guidance}, seed {run.seed}")
+    for prompt in run.prompt:
+        yield row("prompt", prompt + (f"  ({run.images} pictures)" if run.images > 1 else ""))
+    for file in files:
+        yield row("writes", file)
+    yield row("tokens", f"{facts.rows} x {facts.columns} = {facts.tokens}, and at most {facts.text_tokens} of text")
+    yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
+    yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none: one serial process")
+    yield row("mesh", f"{plan.world} process{'es' if plan.world > 1 else ''}: {describe(plan.axes)}")
+    starts = [sum(plan.split[:i]) for i in range(len(plan.split) + 1)]
+    for rank in range(plan.world):
+        place = coordinates(plan, rank)
+        stage = place.get(plan.stages, 0)
+        where = ", ".join(f"{name} {i}" for name, i in place.items() if plan.degree(name) > 1) or "alone"
+        owner = "; writes the results" if rank == 0 else ""
+        yield row("", f"rank {rank}: {where}; blocks {starts[stage]} to {starts[stage + 1] - 1}{owner}")
+    if plan.patches > 1:
+        yield row("patches", f"{plan.patches} in time")
+    if plan.displaced:
+        yield row("displaced", f"{', '.join(plan.displaced)}: the picture differs a little from a serial run's")
+    for point, pairs in plan.wraps.items():
+        yield row("at " + point, " > ".join(f"{name} ({level})" for level, name in pairs))
+    for slot, name in sorted(plan.claims.items()):
+        yield row("slot", f"{slot}: {name}")
+    for note in plan.notes:
+        yield row("note", note)
+    yield row("command", shlex.join(["xdit-launch", *command]))
+    words = shlex.join(["xdit-launch", "run", "--dry-run", "--json", *command])
+    yield row("by hand", f"{words} > plan.json; torchrun --nproc-per-node {plan.world} -m xdit_core.worker plan.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What can be said about an installed plugin.
+
+    Args:
+        error: why it cannot be loaded, else "".
+    """
+
+    found: Found
+    summary: str = ""
+    text: str = ""
+    settings: type[Any] | None = None
+    declaration: Declaration | None = None
+    error: str = ""
+
+
+def look(found: Found) -> Look:
+    """Load one strategy by itself, so that a broken one harms no other."""
+    registry, name = Registry(), found.name
+    try:
+        registry.select([name])
+        plugin = registry.manager.get_plugin(name)
+        text = inspect.getdoc(plugin) or ""
+        settings = registry.call("xdit_settings", {name: {}}).get(name)
+        arguments = {name: {"settings": settings() if settings else None, "facts": EXAMPLE}}
+        declared = registry.call("xdit_declare", arguments).get(name)
+    except XditError as error:
+        return Look(found, error=str(error))
+    declaration = declared if isinstance(declared, Declaration) else None
+    return Look(found, text.strip().split("\n")[0], text, settings, declaration)
+
+
+def plugin_list() -> Iterator[str]:
+    """A line for each strategy, and why a broken one is broken."""
+    everyone = [item for items in Registry().found(STRATEGIES).values() for item in items]
+    wide = max((len(f.name) for f in everyone), default=0)
+    for found in everyone:
+        seen = look(found)
+        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {seen.summary if not seen.error else 'BROKEN'}".rstrip()
+        if seen.error:
+            yield f"{'':<{wide}}  {seen.error}"
+        elif seen.declaration and seen.declaration.claims:
+            yield f"{'':<{wide}}  owns {', '.join(c.slot for c in seen.declaration.claims)}"
+    if not everyone:
+        yield "no plugin is installed; install xdit again, or a distribution with entry points in the group xdit.plugins."
+
+
+def plugin_page(name: str) -> Iterator[str]:
+    """All about one strategy.
+
+    Raises:
+        XditError: it is not installed or broken.
+    """
+    registry = Registry()
+    found = registry.pick(STRATEGIES, name)
+    seen = look(found)
+    yield row("plugin", name)
+    yield row("from", f"{found.distribution} {found.version} ({found.entry.value})")
+    if seen.error:
+        yield row("broken", seen.error)
+        return
+    if seen.text:
+        yield from ("", seen.text, "")
+    if seen.declaration:
+        for axis in seen.declaration.axes:
+            setting = f", set by {axis.setting}=" if axis.setting else ""
+            yield row("axis", f"{axis.name} ({axis.traffic.name.lower().replace('_', ' ')}){setting}")
+        for claim in seen.declaration.claims:
+            yield row("owns", f"{claim.slot}: {claim.why}")
+        for wrap in seen.declaration.wraps:
+            yield row("wraps", f"{wrap.point}, level {wrap.level}")
+    for line in settings_help(seen.settings, f"{name}."):
+        yield row("setting", line)
+
+
+def model_list() -> Iterator[str]:
+    """A line for each model."""
+    everyone = [item for items in Registry().found(MODELS).values() for item in items]
+    wide = max((len(f.name) for f in everyone), default=0)
+    for found in everyone:
+        start = f"{found.name:<{wide}}  {found.distribution} {found.version}"
+        try:
+            spec, _ = Registry().model(found.name)
+        except XditError as error:
+            yield f"{start}  BROKEN"
+            yield f"{'':<{wide}}  {error}"
+            continue
+        source = "bundled" if spec.path else spec.hub or "needs model.path="
+        yield f"{start}  {', '.join(spec.pipelines)}; {source}"
+    if not everyone:
+        yield "no model is installed; install xdit again, or a distribution with entry points in the group xdit.models."

@@ -1,0 +1,169 @@
+"""The engine: nothing but plain calls on the hot path, several engines side by side, calls it cannot honour."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from xdit_core import Engine, GuardError, ModelError, PluginError, Registry, UnsupportedCall, UsageError
+from xdit_core.testing.runs import diffusers_latents, generate, plan_for
+
+ONE = {"pipefusion.stages": 1, "pipefusion.patches": 3}
+
+
+def test_without_a_plugin_it_is_diffusers(tiny_sd3_folder):
+    for changes in ({}, {"guidance": 1.0}, {"images": 2}):
+        latents, sent = generate([], str(tiny_sd3_folder), changes)
+        names = {"guidance": "guidance_scale", "images": "num_images_per_prompt"}
+        assert torch.equal(latents, diffusers_latents(str(tiny_sd3_folder), **{names[k]: v for k, v in changes.items()}))
+        assert not sent
+
+
+def test_the_hot_path_calls_no_hook(tiny_sd3_folder):
+    registry = Registry()
+    engine = Engine(plan_for(["usp", "pipefusion"], str(tiny_sd3_folder), {**ONE, "usp.ulysses": 1, "usp.ring": 1}), registry)
+
+    def alarm(name, methods, kwargs):
+        raise RuntimeError(f"hook {name} was called")
+
+    registry.manager.add_hookcall_monitoring(alarm, lambda *_: None)
+    with pytest.raises(PluginError, match="hook xdit_settings was called"):
+        registry.call("xdit_settings", {"usp": {}})
+    assert len(engine.generate("a red fox", output_type="image").images) == 1
+
+
+def test_two_engines_with_different_plans(tiny_sd3_folder):
+    folder = str(tiny_sd3_folder)
+    serial, lazy = Engine(plan_for([], folder)), Engine(plan_for(["pipefusion"], folder, ONE))
+    a, b = serial.generate("a red fox").latents, lazy.generate("a red fox").latents
+    assert not torch.allclose(a, b, atol=1e-3)
+    assert torch.equal(serial.generate("a red fox").latents, a) and torch.equal(lazy.generate("a red fox").latents, b)
+
+
+def test_requests_of_different_sizes_in_turn(tiny_sd3_folder):
+    engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), ONE))
+    first = engine.generate("a red fox").latents
+    other = engine.generate("a red fox", height=20, width=44, images=2, steps=3).latents
+    assert other.shape == (2, 4, 10, 22)
+    assert torch.equal(engine.generate("a red fox").latents, first)
+
+
+def test_a_failed_request_leaves_nothing_behind(tiny_sd3_folder):
+    engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), ONE))
+    first = engine.generate("a red fox").latents
+
+    def stop(pipe, i, t, values):
+        if i == 1:
+            raise KeyError("stop")
+        return values
+
+    with pytest.raises(KeyError):
+        engine.generate("a red fox", call={"callback_on_step_end": stop})
+    assert torch.equal(engine.generate("a red fox").latents, first)
+
+
+def test_a_callback_may_read_the_latents(tiny_sd3_folder):
+    seen = []
+
+    def look(pipe, i, t, values):
+        seen.append(values["latents"].mean().item())
+        return values
+
+    folder = str(tiny_sd3_folder)
+    engine = Engine(plan_for(["pipefusion"], folder, ONE))
+    plain = engine.generate("a red fox").latents
+    assert torch.equal(engine.generate("a red fox", call={"callback_on_step_end": look}).latents, plain)
+    assert len(seen) == 4 and len(set(seen)) == 4
+
+
+@pytest.mark.parametrize("plugins", [[], ["pipefusion"]])
+def test_skip_layer_guidance_is_honoured(tiny_sd3_folder, plugins):
+    """A second call of the transformer in some steps, with blocks left out: a branch of its own."""
+    call = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+    settings = {"pipefusion.stages": 1, "pipefusion.patches": 2, "pipefusion.warmup": 4} if plugins else {}
+    latents, _ = generate(plugins, str(tiny_sd3_folder), settings, changes={"call": call})
+    serial = diffusers_latents(str(tiny_sd3_folder), **call)
+    assert torch.equal(latents, serial)
+    assert not torch.allclose(serial, diffusers_latents(str(tiny_sd3_folder)), atol=1e-3)
+
+
+def test_skip_layer_guidance_over_stages(gloo, tiny_sd3_folder):
+    call = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+    late = {"pipefusion.patches": 3, "pipefusion.warmup": 1}
+    reference = generate(["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 1}, "a red fox", {"call": call})
+    arguments = ["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 2}, "a red fox", {"call": call}
+    results = gloo.run(generate, *arguments, world=2)
+    torch.testing.assert_close(results[1][0], reference[0], atol=1e-5, rtol=1e-5)
+
+
+def test_controlnet_residuals_are_refused(tiny_sd3_folder):
+    engine = Engine(plan_for([], str(tiny_sd3_folder)))
+    x = torch.zeros(1, 4, 16, 16)
+    with pytest.raises(UnsupportedCall, match="block_controlnet_hidden_states=...\\) cannot be honoured"):
+        engine.pipe.transformer(hidden_states=x, block_controlnet_hidden_states=[x])
+
+
+def test_the_guard_sees_an_attention_that_went_elsewhere(tiny_sd3_folder):
+    engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), ONE))
+
+    class Own:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+            return hidden_states, encoder_hidden_states
+
+    list(engine.trunk.blocks.values())[2].attn.set_processor(Own())
+    with pytest.raises(GuardError, match="block 2 made 0 attention calls through the engine where the adapter declares 1"):
+        engine.generate("a red fox")
+
+
+def test_unknown_arguments_of_generate(tiny_sd3_folder):
+    with pytest.raises(UsageError, match="generate has no argument stpes"):
+        Engine(plan_for([], str(tiny_sd3_folder))).generate("x", stpes=3)
+
+
+def test_unknown_scheduler(tiny_sd3_folder):
+    with pytest.raises(UsageError, match="scheduler=Nope is no scheduler class of diffusers"):
+        Engine(plan_for([], str(tiny_sd3_folder), {"scheduler": "Nope"}))
+
+
+def test_components_that_are_listed_as_null_or_missing(tmp_path):
+    from xdit_core.testing.models import save_tiny_sd3
+
+    folder = save_tiny_sd3(tmp_path / "m")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder_3"], index["tokenizer_3"] = [None, None], [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    nulls, _ = generate([], str(folder))
+    for name in ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"):
+        index.pop(name, None)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert torch.equal(generate([], str(folder))[0], nulls)
+
+
+def test_weights_of_another_model(tmp_path):
+    from safetensors.torch import save_file
+
+    from xdit_core.testing.models import save_tiny_sd3
+
+    folder = save_tiny_sd3(tmp_path / "m")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({"other": torch.zeros(3)}, file)
+    with pytest.raises(ModelError, match="lacks"):
+        Engine(plan_for(["pipefusion"], str(folder), {"pipefusion.stages": 1}))
+
+
+def test_memory_does_not_grow(tiny_sd3_folder):
+    import gc
+
+    engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), {**ONE, "steps": 3}))
+
+    def tensors():
+        gc.collect()
+        return sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)
+
+    engine.generate("a")
+    before = tensors()
+    for i in range(10):
+        engine.generate(f"prompt {i}", height=16 + 8 * (i % 3))
+    assert tensors() <= before + 5

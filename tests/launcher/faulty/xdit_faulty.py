@@ -1,0 +1,68 @@
+"""A strategy that fails on purpose, at a chosen rank and step; for the tests of the launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from xdit_core import Built, Declaration, Facts, Rank, UnsupportedCall, Wrap, hookimpl
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``faulty``."""
+
+    how: str = field(default="raise", metadata={"help": "raise, known, exit, kill, hang, memory or allocator"})
+    rank: int = 1
+    step: int = 2
+
+
+@hookimpl
+def xdit_settings() -> type[Settings]:
+    """``faulty.how``, ``.rank``, ``.step``."""
+    return Settings
+
+
+@hookimpl
+def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+    """One wrap around the denoiser."""
+    return Declaration(wraps=(Wrap("forward", "reuse"),))
+
+
+@hookimpl
+def xdit_build(settings: Settings, rank: Rank) -> Built:
+    """Count the calls of the denoiser and fail at one."""
+    calls = 0
+
+    def wrap(inner: Any, call: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank.mesh.rank == settings.rank and calls == settings.step:
+            fail(settings.how)
+        return inner(call)
+
+    return Built(wraps={"forward/reuse": wrap})
+
+
+def fail(how: str) -> None:
+    """Fail."""
+    if how == "raise":
+        raise ValueError("a number that is no number")
+    if how == "known":
+        raise UnsupportedCall("this cannot be honoured; leave it out.")
+    if how == "exit":
+        sys.exit(3)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hang":
+        time.sleep(600)
+    if how == "memory":
+        raise MemoryError
+    if how == "allocator":
+        import torch
+
+        torch.empty(1 << 55)
