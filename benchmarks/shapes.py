@@ -98,10 +98,12 @@ def main() -> None:
                     sent[name] = results[0][1]
         pool.close()
     base = statistics.median(times["plain diffusers"])
-    print(f"| | median s | against plain diffusers | bytes sent by rank 0 a step, in tokens x hidden |\n|---|---|---|---|")
+    print("| | median s | against plain diffusers | bytes sent by rank 0 a step, in tokens x hidden |\n|---|---|---|---|")
     for name, values in times.items():
         middle = statistics.median(values)
-        print(f"| {name} | {middle:.2f} | {base / middle:.2f}x ({middle / base:.3f}) | {', '.join(table(sent.get(name, {}), args.steps))} |")
+        print(
+            f"| {name} | {middle:.2f} | {base / middle:.2f}x ({middle / base:.3f}) | {', '.join(table(sent.get(name, {}), args.steps))} |"
+        )
     if args.json:
         Path(args.json).write_text(json.dumps({"seconds": times, "sent": sent}, indent=1), encoding="utf-8")
 

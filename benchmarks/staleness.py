@@ -80,9 +80,7 @@ def main() -> None:
             got = {q: picture(engine, *q) for q in [*asked, *shown]}
             quality = [psnr(got[q], truth[q]) for q in asked]
             right, _ = score(lambda n, s, got=got: got[n, s], names, pictures, asked)  # type: ignore[misc]
-            lines.append(
-                f"| {m} | {w} | {sum(quality) / len(quality):.1f} | {min(quality):.1f} | {right} of {len(asked)} |"
-            )
+            lines.append(f"| {m} | {w} | {sum(quality) / len(quality):.1f} | {min(quality):.1f} | {right} of {len(asked)} |")
             rows.append((f"M={m} W={w}", [got[q] for q in shown]))
             print(lines[-1], f"{time.monotonic() - started:.0f} s", flush=True)
     lines += ["", "![serial and displaced pictures](staleness.png)", ""]

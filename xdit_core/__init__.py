@@ -1,7 +1,7 @@
 """Parallel inference for diffusion transformers, where every parallel method and every model is a plugin.
 
-The names here are the public ones; plugins use these and nothing else. Those that need torch are loaded when first used, so that declaring
-and planning stay instant.
+The names here are the public ones; plugins use these and nothing else. Those that need torch are loaded when first
+used, so that declaring and planning stay instant.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from xdit_core.records import (
     Problem,
     Stream,
     Traffic,
+    Transform,
     Wrap,
     divisors,
     listed,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from xdit_core.forward import Run as ForwardRun
     from xdit_core.lazy import PatchTensor, PatchWorld, materialized, patchwise
     from xdit_core.mesh import Mesh
+    from xdit_core.preview import Preview
     from xdit_core.rank import Now, Rank
     from xdit_core.trunk import Rows, Selector
     from xdit_core.trunk import Run as TrunkRun
@@ -64,6 +66,7 @@ _WITH_TORCH = {
     "Output": ("engine", "Output"),
     "PatchTensor": ("lazy", "PatchTensor"),
     "PatchWorld": ("lazy", "PatchWorld"),
+    "Preview": ("preview", "Preview"),
     "Rank": ("rank", "Rank"),
     "Rows": ("trunk", "Rows"),
     "Selector": ("trunk", "Selector"),
@@ -107,6 +110,7 @@ __all__ = [
     "Plan",
     "PlanRefused",
     "PluginError",
+    "Preview",
     "Problem",
     "Rank",
     "Registry",
@@ -115,6 +119,7 @@ __all__ = [
     "Stream",
     "TokenLayout",
     "Traffic",
+    "Transform",
     "TrunkRun",
     "UnsupportedCall",
     "UsageError",

@@ -65,7 +65,9 @@ def refuse_mask(call: Attend, who: str) -> None:
         UnsupportedCall: the call has a mask or is causal.
     """
     if call.options.get("attn_mask") is not None or call.options.get("is_causal"):
-        raise UnsupportedCall(f"{who} cannot divide a masked self-attention (block {call.block}); run this model without {who}.")
+        raise UnsupportedCall(
+            f"{who} cannot divide a masked self-attention (block {call.block}); run this model without {who}."
+        )
 
 
 def sdpa(call: Attend) -> Any:
@@ -205,11 +207,11 @@ class Redirect(TorchFunctionMode):
 
     def __enter__(self) -> Redirect:
         self._token = _point.set(self.point)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *details: Any) -> None:
-        super().__exit__(*details)
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
         _point.reset(self._token)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

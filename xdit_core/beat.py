@@ -1,6 +1,6 @@
 """A rank's sign of life: a small file in the run folder that says when it last moved and what it is doing.
 
-The file is mapped into memory, so that a beat costs microseconds and outlives the process. Without torch: the launcher reads it.
+The file is mapped into memory: a beat costs microseconds and outlives the process. Without torch: the launcher reads it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,11 @@ def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices:
     elif not open_axes:
         sizes = (fixed,)
     else:
-        idle = sum(1 for group in declared.values() if group and not any((a.degree or 0) > 1 for a in group) and any(a.degree is None for a in group))
+        idle = sum(
+            1
+            for group in declared.values()
+            if group and not any((a.degree or 0) > 1 for a in group) and any(a.degree is None for a in group)
+        )
         most = max(devices, fixed * 2**idle if grow else fixed)
         sizes = range(most, 0, -1)
     for size in sizes:
@@ -63,7 +67,7 @@ def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices:
         if best is not None:
             degree = dict(zip((a.name for a in open_axes), best, strict=True))
             done = ordered(dataclasses.replace(a, degree=degree.get(a.name, a.degree)) for a in axes)
-            notes = (f"{size} processes: {describe(done)}",) if nproc is None else ()
+            notes = (f"{size} process{'es' if size > 1 else ''}: {describe(done)}",) if nproc is None else ()
             return Completed(axes=done, notes=notes)
     return Completed(problems=(misfit(declared, axes, open_axes, fixed, nproc or devices),))
 
@@ -104,7 +108,9 @@ def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixe
     return best[1] if best else None
 
 
-def misfit(declared: Mapping[str, Sequence[Axis]], axes: Sequence[Axis], open_axes: Sequence[Axis], fixed: int, nproc: int) -> Problem:
+def misfit(
+    declared: Mapping[str, Sequence[Axis]], axes: Sequence[Axis], open_axes: Sequence[Axis], fixed: int, nproc: int
+) -> Problem:
     """Why no degrees fit the processes asked for, and which numbers would."""
     given = ", ".join(f"{a.setting or a.name}={a.degree}" for a in axes if a.degree is not None)
     works = [n for n in range(1, max(2 * nproc, 2 * fixed) + 1) if fill(declared, open_axes, fixed, n) is not None]

@@ -108,12 +108,15 @@ class Engine:
                 if wrap is None:
                     raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
                 chains.setdefault(point, []).append(wrap)
+        for phase, name in plan.transforms:
+            change = built[name].transforms.get(phase) if name in built else None
+            if change is None:
+                raise PluginError(f"plugin {name} declares a transform in the phase {phase} but xdit_build gave none.")
+            change(self.pipe)
         now, denoiser = self.rank.now, getattr(self.pipe, spec.denoiser)
         self.once = [Once(denoiser.get_submodule(name)) for name in spec.once]
-        point = AttentionPoint(now, chains.get("attention", []))
-        self.trunk = replace_blocks(
-            denoiser, spec, lambda blocks: Trunk(blocks, spec, now, point, chains.get("trunk", []))
-        )
+        attention = AttentionPoint(now, chains.get("attention", []))
+        self.trunk = replace_blocks(denoiser, spec, lambda blocks: Trunk(blocks, spec, now, attention, chains.get("trunk", [])))
         self.forward = ForwardPoint(self.rank, denoiser, chains.get("forward", []))
         self.decode: Callable[..., Any] | None = None
         if getattr(self.pipe, "vae", None) is not None:
@@ -144,8 +147,9 @@ class Engine:
             raise UsageError(f"generate has no argument {', '.join(unknown)}; pipeline arguments go into call={{...}}.")
         run = dataclasses.replace(self.plan.run, **changes)
         arguments = {**call_arguments(run, self.rank.spec, self.pipe), **more, "prompt": prompt}
-        for part in (self.forward, *self.once):
-            part.begin()
+        self.forward.begin()
+        for module in self.once:
+            module.begin()
         for built in self._built:
             if built.begin:
                 built.begin()
@@ -280,7 +284,7 @@ def scheduler_named(name: str, current: Any) -> Any:
     """
     import diffusers
 
-    cls = getattr(diffusers, name, None)
+    cls: Any = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         same = ", ".join(c.__name__ for c in current.compatibles) if hasattr(current, "compatibles") else "see diffusers"
         raise UsageError(f"scheduler={name} is no scheduler class of diffusers; this model's compatible ones: {same}.")

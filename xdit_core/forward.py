@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_core.errors import UnsupportedCall
+from xdit_core.errors import UnsupportedCall, UsageError
 from xdit_core.rank import Rank
 from xdit_core.tokens import TokenLayout
 
@@ -98,6 +98,10 @@ class ForwardPoint:
             text_first=self.spec.stream.text_first,
         )
         if layout != now.layout:
+            try:
+                _ = layout.bounds
+            except ValueError as error:
+                raise UsageError(f"{error}; ask for a larger picture, or make a plan with fewer patches.") from error
             now.layout = layout
         key = (None if text is None else (id(text), text.data_ptr(), tuple(text.shape)), skip)
         if key not in self._branches:

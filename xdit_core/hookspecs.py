@@ -1,8 +1,9 @@
 """The whole contract between xdit and its plugins.
 
 A plugin is a module (or any object) registered under the entry-point group ``xdit.plugins`` (strategies) or
-``xdit.models`` (adapters), whose functions carry ``@hookimpl``. The order in which plugins are selected or registered never matters: what runs inside what
-follows from the records they return. Declarations are collected once, at set-up; the hot path calls plain functions.
+``xdit.models`` (adapters), whose functions carry ``@hookimpl``. The order in which plugins are selected or registered
+never matters: what runs inside what follows from the records they return. Declarations are collected once, at set-up;
+the hot path calls plain functions.
 
 The lifecycle, in order: ``xdit_settings`` -> ``xdit_declare`` -> ``xdit_check`` (launcher, and again on every rank)
 -> ``xdit_build`` (every rank). ``xdit_model`` is the only hook of an adapter.
@@ -55,7 +56,7 @@ def xdit_settings() -> type[Any]:  # type: ignore[empty-body]
 
 @hookspec
 def xdit_declare(settings: Any, facts: Facts) -> Declaration:  # type: ignore[empty-body]
-    """What the strategy brings: axes, claims, wraps, the split of the blocks.
+    """What the strategy brings: axes, claims, wraps, transforms of the modules, the split of the blocks.
 
     When: after the settings are parsed and the model's JSON files are read, before degrees are completed.
     Where: launcher and every rank; no torch. It must be a pure function: the ranks compare the digest of the result.

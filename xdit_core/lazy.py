@@ -48,13 +48,6 @@ class Cell:
         self._inputs = inputs
         self._value: torch.Tensor | None = None
 
-    @staticmethod
-    def of(value: torch.Tensor) -> Cell:
-        """A cell that has its value."""
-        cell = Cell(torch.detach)
-        cell._run, cell._value = None, value
-        return cell
-
     def value(self) -> torch.Tensor:
         """The value, not to be written to. Chains may be of any length: there is no recursion."""
         if self._run is not None:
@@ -124,7 +117,7 @@ class PatchTensor(torch.Tensor):
     ) -> PatchTensor:
         """For this module; use `make`."""
         size, stride, offset = meta.shape, meta.stride(), meta.storage_offset()
-        self: PatchTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: PatchTensor = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, storage_offset=offset, dtype=meta.dtype, device=device
         )
         self.patched_dim, self.bounds, self.world = dim, tuple(bounds), world
@@ -158,20 +151,16 @@ class PatchTensor(torch.Tensor):
         dim = dim - ndim if dim >= 0 else dim
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != shape[dim] or any(a >= b for a, b in pairwise(bounds)):
             raise LazyError(f"bounds must ascend from 0 to {shape[dim]}, the extent of dim {dim}: {tuple(bounds)}")
-        if not world.evaluates:
-            cells = ()
-        elif len(cells) != len(bounds) - 1 or None in [c for c in cells if not isinstance(c, torch.Tensor)]:
+        if world.evaluates and (len(cells) != len(bounds) - 1 or any(cell is None for cell in cells)):
             raise LazyError(f"{len(bounds) - 1} patches need as many cells with values")
-        made = []
-        for source, (a, b) in zip(cells, pairwise(bounds), strict=False):
-            wanted = torch.Size(_replaced(shape, dim, b - a))
+        made: list[Cell] = []
+        for source, (a, b) in zip(cells if world.evaluates else (), pairwise(bounds), strict=False):
+            future = Cell(source) if callable(source) and not isinstance(source, torch.Tensor) else source
+            made.append(Cell(_checked, torch.Size(_replaced(shape, dim, b - a)), dtype, future))
             if isinstance(source, torch.Tensor):
-                made.append(Cell.of(_checked(wanted, dtype, source)))
-            else:
-                future = source if isinstance(source, Cell) else Cell(cast(Callable[[], torch.Tensor], source))
-                made.append(Cell(_checked, wanted, dtype, future))
+                made[-1].value()
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        return PatchTensor(meta, torch.device(device), made, dim, bounds, world)
+        return PatchTensor(meta, device, made, dim, bounds, world)
 
     @property
     def patches(self) -> int:
@@ -212,8 +201,9 @@ class PatchTensor(torch.Tensor):
     def _plain(self) -> torch.Tensor | None:
         """The plain tensor if there is one already."""
         if self._whole is None and self._root is not None and self._root._whole is not None:
-            self._whole = self._root._whole.as_strided(self.shape, self.stride(), self.storage_offset())
-            self._cells = ()
+            whole = self._root._whole
+            offset = whole.storage_offset() + self.storage_offset() - self._root.storage_offset()
+            self._whole, self._cells = whole.as_strided(self.shape, self.stride(), offset), ()
         return self._whole
 
     def _cell(self, start: int, stop: int) -> Cell:
@@ -225,7 +215,7 @@ class PatchTensor(torch.Tensor):
                 parts.append(cell)
             elif low < high:
                 parts.append(Cell(torch.narrow, cell, self.patched_dim, low - a, high - low))
-        return parts[0] if len(parts) == 1 else Cell(_cat, self.patched_dim, *parts)
+        return parts[0] if len(parts) == 1 else Cell(lambda dim, *rows: torch.cat(rows, dim), self.patched_dim, *parts)
 
     def _forced(self, op: str) -> torch.Tensor:
         """The plain tensor, for an operation that cannot do without."""
@@ -244,12 +234,12 @@ class PatchTensor(torch.Tensor):
         return self._forced("tolist").tolist()
 
     def __reduce_ex__(self, proto: Any) -> Any:
-        return self._forced("pickle").__reduce_ex__(proto)
+        return self._forced("pickle").__reduce_ex__(proto)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         return cast(torch.Tensor, memo.setdefault(id(self), self.clone()))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if (whole := self._plain()) is not None:
             return f"PatchTensor({whole!r})"
         shape, dim, bounds = tuple(self.shape), self.patched_dim, self.bounds
@@ -268,13 +258,15 @@ class PatchTensor(torch.Tensor):
         if func in _NEED_NO_VALUES:
             return func(*tree_map_only(PatchTensor, _blank, args), **kwargs)
         out = None
-        if func._schema.is_mutable:
+        if not _any_lazy([*args, *kwargs.values()]):
+            pass
+        elif func._schema.is_mutable:
             out = _write(func, args, kwargs)
         elif (rule := _RULES.get(func)) is not None:
             out = rule(func, args, kwargs)
-        elif torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
+        elif _is_pointwise(func):
             out = _pointwise(func, args, kwargs)
-        if out is None and func._can_decompose():  # in inference mode composite operations arrive whole
+        if out is None and func._can_decompose():  # in inference mode composite operations arrive in one piece
             out = func.decompose(*args, **kwargs)
         if out is not None and out is not NotImplemented:
             return out
@@ -287,17 +279,16 @@ def patchwise(fn: Callable[..., torch.Tensor], x: torch.Tensor, *more: Any) -> t
 
     Args:
         fn: works on each row on its own and keeps their number; other dims may change. Must not write to its
-            arguments. It is called with meta tensors first, to learn the shape, and later without autocast.
+            arguments. It is first called with tensors of no rows, to learn the shape, and later without autocast.
         more: passed on; patch tensors are passed patch by patch, anything else as it is.
 
     Raises:
         LazyError: ``fn`` changes the number of rows, or the patch tensors do not fit together.
     """
     operands = [_open(a) for a in (x, *more)]
-    if not _is_lazy(operands[0]):
+    if not isinstance(operands[0], PatchTensor):
         return fn(*materialized(operands))
-    meta = fn(*map(_to_meta, operands))
-    out = _record(fn, operands, meta, meta.ndim + operands[0].patched_dim, cut_plain=False)
+    out = _record(fn, operands, cut=False)
     if out is None:
         raise LazyError("a function that works patch by patch must keep the patched dim, and all its tensors share it")
     return out
@@ -312,24 +303,20 @@ def materialized(x: Any) -> Any:
 
 
 def _record(
-    call: Callable[..., torch.Tensor],
-    operands: Sequence[Any],
-    meta: torch.Tensor,
-    position: int,
-    *,
-    device: Any = None,
-    cut_plain: bool = True,
+    call: Any, operands: Sequence[Any], out_dim: Any = None, *, meta: Any = None, device: Any = None, cut: bool = True
 ) -> PatchTensor | None:
     """The patch tensor of ``call(*operands)``, or None if it cannot be computed patch by patch.
 
     Args:
-        meta: what the call returns of meta tensors.
-        position: the patched dim in the result, counted from the left.
-        cut_plain: cut plain tensors that have the patched dim.
+        out_dim: the patched dim of the result, if not that of the operands.
+        meta: what the call returns of meta tensors, if known.
+        cut: give each patch its rows of plain tensors that have the patched dim.
     """
     lazy = [a for a in operands if isinstance(a, PatchTensor)]
     lead, dim, extent, world = lazy[0], lazy[0].patched_dim, lazy[0].bounds[-1], lazy[0].world
-    if not 0 <= position < meta.ndim or meta.shape[position] != extent:
+    out_dim = dim if out_dim is None else out_dim
+    meta = _infer(call, operands, lead) if meta is None else meta
+    if meta is None or meta.ndim < -out_dim or meta.shape[out_dim] != extent:
         return None
     if any((a.patched_dim, a.bounds[-1], a.world) != (dim, extent, world) for a in lazy):
         return None
@@ -337,33 +324,24 @@ def _record(
     bounds = lead.bounds if len(lazy) == 1 else sorted({b for a in lazy for b in a.bounds})
     cells: list[Cell] = []
     if world.evaluates:
-        plain = (torch.Tensor,) if len(lazy) < len(operands) else ()
-        owned = [a.clone() if isinstance(a, plain) and not isinstance(a, PatchTensor) else a for a in operands]
+        owned = [a.clone() if isinstance(a, torch.Tensor) and not isinstance(a, PatchTensor) else a for a in operands]
         for start, stop in pairwise(bounds):
-            inputs: list[Any] = []
-            for a in owned:
-                if isinstance(a, PatchTensor):
-                    inputs.append(a._cell(start, stop))
-                elif cut_plain and isinstance(a, torch.Tensor) and a.ndim >= -dim and a.shape[dim] == extent:
-                    inputs.append(a.narrow(dim, start, stop - start))
-                else:
-                    inputs.append(a)
+            inputs = [_rows(a, lead, start, stop) if cut or isinstance(a, PatchTensor) else a for a in owned]
             cells.append(Cell(call, *inputs))
-    return PatchTensor(meta, device or lead.device, cells, position - meta.ndim, bounds, world)
+    return PatchTensor(meta, device or lead.device, cells, out_dim, bounds, world)
 
 
-def _infer(call: Callable[..., Any], operands: Sequence[Any]) -> torch.Tensor | None:
+def _infer(call: Callable[..., Any], operands: Sequence[Any], lead: PatchTensor) -> torch.Tensor | None:
     """A meta tensor like the result of ``call(*operands)``, or None if there is no telling.
 
     Kernels of meta tensors take 100 us. Those of tensors with no rows take 2 us and know shapes and dtypes as well;
     strides follow if everything is contiguous.
     """
-    lead = next(a for a in operands if isinstance(a, PatchTensor))
     if all(x.is_contiguous() if isinstance(x, torch.Tensor) else type(x) is not torch.memory_format for x in operands):
         try:
-            shape, dtype = (empty := call(*[_no_rows(x, lead) for x in operands])).shape, empty.dtype
-            if list(shape).count(0) == 1:
-                return torch.empty([n or lead.bounds[-1] for n in shape], dtype=dtype, device="meta")
+            empty = call(*[_no_rows(x, lead) for x in operands])
+            if isinstance(empty, torch.Tensor) and list(empty.shape).count(0) == 1:
+                return torch.empty([n or lead.bounds[-1] for n in empty.shape], dtype=empty.dtype, device="meta")
         except RuntimeError:  # no such kernel on the CPU, or the operation is wrong, which is better said below
             pass
     try:
@@ -373,22 +351,29 @@ def _infer(call: Callable[..., Any], operands: Sequence[Any]) -> torch.Tensor | 
     return meta if isinstance(meta, torch.Tensor) else None
 
 
+def _rows(x: Any, lead: PatchTensor, start: int, stop: int) -> Any:
+    """What a patch needs of an operand."""
+    if isinstance(x, PatchTensor):
+        return x._cell(start, stop)
+    return x.narrow(lead.patched_dim, start, stop - start) if _has_rows(x, lead) else x
+
+
+def _has_rows(x: Any, lead: PatchTensor) -> bool:
+    """Has a tensor the patched dim?"""
+    return isinstance(x, torch.Tensor) and x.ndim >= -lead.patched_dim and x.shape[lead.patched_dim] == lead.bounds[-1]
+
+
 def _no_rows(x: Any, lead: PatchTensor) -> Any:
     """For a tensor one on the CPU with the same metadata, but no rows if it has the patched dim."""
-    if isinstance(x, torch.device):
-        return torch.device("cpu")
     if not isinstance(x, torch.Tensor):
-        return x
-    dim = lead.patched_dim
-    return torch.empty(
-        _replaced(x.shape, dim, 0) if x.ndim >= -dim and x.shape[dim] == lead.bounds[-1] else x.shape, dtype=x.dtype
-    )
+        return torch.device("cpu") if isinstance(x, torch.device) else x
+    return torch.empty(_replaced(x.shape, lead.patched_dim, 0) if _has_rows(x, lead) else x.shape, dtype=x.dtype)
 
 
 def _to_meta(x: Any) -> Any:
-    if isinstance(x, PatchTensor):
-        return x._meta
-    return torch.device("meta") if isinstance(x, torch.device) else x.to("meta") if isinstance(x, torch.Tensor) else x
+    if isinstance(x, torch.Tensor):
+        return x._meta if isinstance(x, PatchTensor) else x.to("meta")
+    return torch.device("meta") if isinstance(x, torch.device) else x
 
 
 def _blank(x: PatchTensor) -> torch.Tensor:
@@ -396,19 +381,26 @@ def _blank(x: PatchTensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
-def _cut(x: PatchTensor, value: torch.Tensor) -> PatchTensor:
-    """A plain tensor that nobody else writes to, cut like ``x``."""
-    cells = [Cell.of(value.narrow(x.patched_dim, a, b - a)) for a, b in pairwise(x.bounds)] if x.world.evaluates else []
-    return PatchTensor(value.to("meta"), value.device, cells, x.patched_dim, x.bounds, x.world)
-
-
 def _open(x: Any) -> Any:
     """The plain tensor in place of a materialized patch tensor."""
     return x if not isinstance(x, PatchTensor) or (whole := x._plain()) is None else whole
 
 
-def _is_lazy(*operands: Any) -> bool:
-    return any(isinstance(a, PatchTensor) for a in operands)
+def _any_lazy(values: Any) -> bool:
+    """Is there a patch tensor that is not materialized, in nested sequences too?"""
+    for x in values:
+        if isinstance(x, PatchTensor):
+            if x._plain() is None:
+                return True
+        elif isinstance(x, (list, tuple)) and _any_lazy(x):
+            return True
+    return False
+
+
+def _is_pointwise(func: Any) -> bool:
+    """Noise drawn patch by patch would be other noise; an alias has to know what it is an alias of."""
+    tags = func.tags
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and not func.is_view
 
 
 def _replaced(sizes: Sequence[int], dim: int, size: int) -> list[int]:
@@ -424,42 +416,17 @@ def _checked(shape: torch.Size, dtype: torch.dtype, value: torch.Tensor) -> torc
     return value
 
 
-def _cat(dim: int, *values: torch.Tensor) -> torch.Tensor:
-    return torch.cat(values, dim)
-
-
 # Rules: (func, args, kwargs) -> the result, or None if the operation has to materialize its operands.
 
 
 def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Element by element, with broadcasting."""
     operands, count = [_open(a) for a in (*args, *kwargs.values())], len(args)
-    lead = next((a for a in operands if isinstance(a, PatchTensor)), None)
-    if lead is None:
-        return None
 
     def with_names(*values: Any) -> Any:
         return func(*values[:count], **dict(zip(kwargs, values[count:], strict=True)))
 
-    call = with_names if kwargs else func
-    meta = _infer(call, operands)
-    if meta is None:
-        return None
-    return _record(call, operands, meta, meta.ndim + lead.patched_dim, device=kwargs.get("device"))
-
-
-def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Cells are never written to, so a copy may share them."""
-    x = _open(args[0])
-    if not _is_lazy(x):
-        return None
-    return PatchTensor(func(x._meta, **kwargs), x.device, x._cells, x.patched_dim, x.bounds, x.world)
-
-
-def _constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Known at once, yet a patch tensor, so that what is accumulated in it in place stays lazy."""
-    x = _open(args[0])
-    return _cut(x, func(_blank(x), *args[1:], **kwargs)) if _is_lazy(x) else None
+    return _record(with_names if kwargs else func, operands, device=kwargs.get("device"))
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -468,9 +435,7 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Where the patched dim ends up is read off a probe, a meta tensor in which only that dim has a stride, 1: strides
     and offset of its view say which row of the operand an element comes from, whatever the operation is.
     """
-    x, rest = _open(args[0]), args[1:]
-    if not _is_lazy(x):
-        return None
+    x, rest = args[0], args[1:]
     dim, left = x.patched_dim, x.ndim + x.patched_dim
     probe = torch.empty_strided(x.shape, [int(d == left) for d in range(x.ndim)], device="meta")
     metas = func(x._meta, *rest, **kwargs)
@@ -480,36 +445,35 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None
     many, results = isinstance(metas, (list, tuple)), []
     for i, (meta, trace) in enumerate(zip(metas, traces, strict=True) if many else [(metas, traces)]):
-        carried = [d for d in range(trace.ndim) if trace.shape[d] > 1 and trace.stride(d) != 0]
-        if len(carried) != 1 or trace.stride(carried[0]) != 1:
-            return None
-        position, start, rows = carried[0], trace.storage_offset(), trace.shape[carried[0]]
+        strides = [s if n > 1 else 0 for n, s in zip(trace.shape, trace.stride(), strict=True)]
         out: PatchTensor | None = None
-        if func in _RANGES and list(meta.shape) == _replaced(x.shape, dim, rows):  # rows of x and nothing else
-            bounds = [0, *(b - start for b in x.bounds if start < b < start + rows), rows]
-            cells = [x._cell(start + a, start + b) for a, b in pairwise(bounds)] if x.world.evaluates else []
-            out = PatchTensor(meta, x.device, cells, dim, bounds, x.world)
-        elif func in _RESIZES:
-            out = _record(partial(_resize, _RESIZES[func], meta.shape, position, dim), [x], meta, position)
-        else:
-            out = _record(partial(_pick, func, rest, kwargs, i if many else None), [x], meta, position)
+        if func in _RANGES and (rows := trace.shape[left]) > 0 and list(meta.shape) == _replaced(x.shape, dim, rows):
+            if strides[left] in (0, 1):  # rows of x and nothing else
+                start = trace.storage_offset()
+                bounds = [0, *(b - start for b in x.bounds if start < b < start + rows), rows]
+                cells = [x._cell(start + a, start + b) for a, b in pairwise(bounds)] if x.world.evaluates else []
+                out = PatchTensor(meta, x.device, cells, dim, bounds, x.world)
+        elif sorted(strides)[-1:] == [1] and strides.count(0) == len(strides) - 1:
+            place, resize = strides.index(1), _RESIZES.get(func)
+            again = partial(_again, func, rest, kwargs, i if many else None)
+            call = again if resize is None else partial(_resized, resize, meta.shape, place, dim)
+            out = _record(call, [x], place - meta.ndim, meta=meta)
         if out is None:
             return None
         results.append(out)
-    if func.is_view:
-        root = x if x._root is None else x._root
-        root._viewed = True
-        for out in results:
-            out._root = root
+    root = x if x._root is None else x._root
+    root._viewed = True
+    for out in results:
+        out._root = root
     return results if many else results[0]
 
 
-def _pick(func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any], index: int | None, value: torch.Tensor) -> Any:
+def _again(func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any], index: int | None, value: torch.Tensor) -> Any:
     out = func(value, *rest, **kwargs)
     return out if index is None else out[index]
 
 
-def _resize(resize: Any, shape: torch.Size, position: int, dim: int, value: torch.Tensor) -> torch.Tensor:
+def _resized(resize: Any, shape: torch.Size, position: int, dim: int, value: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, resize(value, _replaced(shape, position, value.shape[dim])))
 
 
@@ -517,27 +481,16 @@ def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``cat`` and ``stack`` along any dim but the patched one."""
     tensors = [_open(a) for a in args[0]]
     along = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    lead = next((a for a in tensors if isinstance(a, PatchTensor)), None)
-    if lead is None:
-        return None
-    dim, stacks = lead.patched_dim, func is aten.stack.default
+    lead, stacks = next(a for a in tensors if isinstance(a, PatchTensor)), func is aten.stack.default
     along -= (lead.ndim + stacks) * (along >= 0)
-    dim -= stacks and along >= dim  # the new dim is to the right of the patched one
-
-    def call(*values: Any) -> Any:
-        return func(values, along)
-
-    meta = None if along == dim else _infer(call, tensors)
-    return None if meta is None else _record(call, tensors, meta, meta.ndim + dim)
+    dim = lead.patched_dim - (stacks and along >= lead.patched_dim)  # a new dim to the right moves it
+    return None if along == dim else _record(lambda *values: func(values, along), tensors, dim)
 
 
 def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``repeat`` of any dim but the patched one."""
-    x, times = _open(args[0]), args[1]
-    if not _is_lazy(x) or len(times) < x.ndim or times[x.patched_dim] != 1:
-        return None
-    meta = _infer(func, (x, times))
-    return None if meta is None else _record(func, (x, times), meta, meta.ndim + x.patched_dim)
+    dim, times = args[0].patched_dim, args[1]
+    return _record(func, args) if len(times) >= -dim and times[dim] == 1 else None
 
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -548,20 +501,21 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None
     if x._plain() is not None or x._root is not None or x._viewed:
         return None
-    rest = [_open(a) for a in args[1:]]
-    out: Any = None
-    if name not in _OVERWRITES:
-        functional = getattr(getattr(aten, name[:-1], None), func._overloadname, None)
-        if functional is not None and torch.Tag.pointwise in functional.tags:
-            out = _pointwise(functional, args, kwargs)
-    elif not _is_lazy(*rest):
-        out = _cut(x, func(_blank(x), *rest, **kwargs))
-    elif name == "copy_":
-        out = rest[0].to(x.device)
-    if out is None or (out.shape, out.patched_dim) != (x.shape, x.patched_dim):
+    rest, out = [_open(a) for a in args[1:]], None
+    if name in _OVERWRITES and not _any_lazy(rest):
+        value = func(_blank(x), *rest, **kwargs)
+        pieces = [value.narrow(x.patched_dim, a, b - a) for a, b in pairwise(x.bounds)]
+        x._cells = tuple(Cell(torch.detach, piece) for piece in pieces if x._cells)
+        return x
+    functional = getattr(getattr(aten, name[:-1], None), func._overloadname, None)
+    if name == "copy_":
+        out = rest[0].to(x.device, x.dtype)
+    elif functional is not None and _is_pointwise(functional):
+        out = _pointwise(functional, args, kwargs)
+    if out is None or out.patched_dim != x.patched_dim:
         return None
-    if not torch.can_cast(out.dtype, x.dtype) and name != "copy_":
-        return None
+    if out.shape != x.shape or not torch.can_cast(out.dtype, x.dtype):
+        return None  # the operation itself says what is wrong
     out = out.to(x.dtype)
     x._cells, x.bounds = out._cells, out.bounds
     return x
@@ -574,34 +528,21 @@ def _overloads(*names: str) -> Iterator[Any]:
 
 
 # Operations that look at nothing but shape, dtype and device. Noise is drawn at once, as for an eager tensor.
-_NEED_NO_VALUES = frozenset(
-    [
-        *_overloads("rand_like", "randn_like", "randint_like", "is_same_size"),
-        *_overloads("new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
-        aten.bernoulli.p,
-    ]
-)
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like")
+_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros")
+_NEED_NO_VALUES = frozenset([*_overloads(*_LIKE, *_NEW, "is_same_size"), aten.bernoulli.p])
 # Operations in place that do not depend on what was there before.
 _OVERWRITES = frozenset(["copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"])
 # Views that take a range of one dim.
 _RANGES = frozenset([aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default])
 # Views with sizes that patches do not share, and what has the same effect on a patch of any strides.
 _RESIZES: MappingProxyType[Any, Any] = MappingProxyType(
-    {
-        **dict.fromkeys(_overloads("_unsafe_view", "squeeze", "unsqueeze"), torch.reshape),
-        aten.view.default: torch.reshape,
-        aten.expand.default: torch.Tensor.expand,
-    }
+    dict.fromkeys([*_overloads("_unsafe_view", "squeeze", "unsqueeze"), aten.view.default], torch.reshape)
+    | {aten.expand.default: torch.Tensor.expand}
 )
+_MOVES = (*_overloads("alias", "detach", "lift_fresh", "permute", "t"), aten.select.int, aten.unbind.int)
 _RULES: MappingProxyType[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = MappingProxyType(
-    {
-        **dict.fromkeys([*_RANGES, *_RESIZES, aten.select.int, aten.unbind.int], _view),
-        **dict.fromkeys(_overloads("alias", "detach", "lift_fresh", "permute", "t"), _view),
-        **dict.fromkeys([aten.transpose.int], _view),
-        **dict.fromkeys(_overloads("zeros_like", "ones_like", "full_like", "empty_like"), _constant),
-        **dict.fromkeys([aten.cat.default, aten.stack.default], _joined),
-        aten._to_copy.default: _pointwise,
-        aten.clone.default: _clone,
-        aten.repeat.default: _repeat,
-    }
+    dict.fromkeys([*_MOVES, *_RANGES, *_RESIZES, aten.transpose.int], _view)
+    | {aten.cat.default: _joined, aten.stack.default: _joined}
+    | {aten.repeat.default: _repeat, aten._to_copy.default: _pointwise}
 )

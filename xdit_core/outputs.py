@@ -62,7 +62,7 @@ def targets(run: RunSettings) -> tuple[tuple[Path, ...], ...]:
 def without_repeats(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """The names, with ``-2``, ``-3`` ... after a name that occurred before."""
     taken: set[str] = set()
-    result = []
+    result: list[list[str]] = []
     for row in rows:
         result.append([])
         for name in row:
@@ -185,8 +185,8 @@ def write(output: Output, paths: Sequence[Path], plan: Plan, seconds: Mapping[st
 
 
 def save(output: Output, i: int, path: Path, about: Mapping[str, Any], text: str) -> None:
-    """Picture ``i`` as PNG, or all latents as safetensors; the settings are inside, the timings are not (same run, same bytes)."""
-    settings = json.dumps(about, ensure_ascii=False)
+    """Picture ``i`` as PNG, or all latents as safetensors. Inside are the settings, not the timings: same run, same bytes."""
+    settings = json.dumps(about)
     if output.latents is not None:
         from safetensors.torch import save_file
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from xdit_core import checkpoint, degrees, hub, machine
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
-from xdit_core.records import POINTS, Axis, Declaration, Facts, ModelSpec, Problem, listed
+from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, ModelSpec, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
 from xdit_core.settings import ModelSettings, RunSettings, build, check_keys
 
@@ -36,6 +36,7 @@ class Plan:
         run: the shared settings with the model's defaults filled in.
         axes: mesh axes with their degrees, outermost first.
         wraps: for each point, (level, plugin), outermost first.
+        transforms: (phase, plugin) in the order in which they run.
         claims: slot to plugin.
         stages: name of the axis along which the blocks are divided, "" if they are not.
         split: number of blocks of each stage; one entry if they are not divided.
@@ -52,6 +53,7 @@ class Plan:
     run: RunSettings
     axes: tuple[Axis, ...]
     wraps: Mapping[str, tuple[tuple[str, str], ...]]
+    transforms: tuple[tuple[str, str], ...]
     claims: Mapping[str, str]
     stages: str
     split: tuple[int, ...]
@@ -83,10 +85,9 @@ class Plan:
         """Read what ``to_json`` wrote."""
         d = json.loads(text)
         d["run"] = RunSettings(**{**d["run"], "prompt": tuple(d["run"]["prompt"])})
-        d["axes"] = tuple(
-            Axis(**{**a, "choices": None if a["choices"] is None else tuple(a["choices"])}) for a in d["axes"]
-        )
+        d["axes"] = tuple(Axis(**{**a, "choices": None if a["choices"] is None else tuple(a["choices"])}) for a in d["axes"])
         d["wraps"] = {point: tuple((level, name) for level, name in pairs) for point, pairs in d["wraps"].items()}
+        d["transforms"] = tuple((phase, name) for phase, name in d["transforms"])
         d["plugins"] = {name: tuple(origin) for name, origin in d["plugins"].items()}
         d["facts"] = Facts(**d["facts"])
         for key in ("model_origin", "split", "displaced", "notes"):
@@ -176,6 +177,7 @@ def make_plan(
         run=run,
         axes=result.axes,
         wraps=wraps,
+        transforms=sort_transforms(declared),
         claims=claims,
         stages=divider.stages if divider else "",
         split=split,
@@ -283,6 +285,21 @@ def sort_wraps(declared: Mapping[str, Declaration]) -> dict[str, tuple[tuple[str
             result.setdefault(wrap.point, []).append((wrap.level, name))
     order = {point: {level: i for i, level in enumerate(levels)} for point, levels in POINTS.items()}
     return {p: tuple(sorted(pairs, key=lambda pair: (order[p][pair[0]], pair[1]))) for p, pairs in sorted(result.items())}
+
+
+def sort_transforms(declared: Mapping[str, Declaration]) -> tuple[tuple[str, str], ...]:
+    """The transforms in the order of the phases, then of the plugins' names.
+
+    Raises:
+        PluginError: a transform names a phase that does not exist.
+    """
+    pairs = [(t.phase, name) for name in sorted(declared) for t in declared[name].transforms]
+    for phase, name in pairs:
+        if phase not in PHASES:
+            raise PluginError(
+                f"plugin {name} transforms in the phase {phase}, which does not exist; phases are {', '.join(PHASES)}."
+            )
+    return tuple(sorted(pairs, key=lambda pair: (PHASES.index(pair[0]), pair[1])))
 
 
 def same_plan(plan: Plan, registry: Registry | None = None) -> None:

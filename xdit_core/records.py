@@ -36,6 +36,10 @@ POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+# What happens to the modules once, at load time: the phases in which transforms run, whatever plugins bring them.
+PHASES = ("adapt", "shard", "quantize", "compile", "offload")
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis of the mesh.
@@ -90,6 +94,13 @@ class Wrap:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """A declared change of the modules at load time, in one of ``PHASES``; the callable is in ``Built.transforms``."""
+
+    phase: str
+
+
+@dataclass(frozen=True)
 class Declaration:
     """What a strategy brings to a plan.
 
@@ -97,6 +108,7 @@ class Declaration:
         axes: its mesh axes.
         claims: slots that it must own alone.
         wraps: where it attaches.
+        transforms: what it does to the modules once.
         stages: name of the axis along which the blocks are divided, or "".
         block_split: number of blocks of each stage; called with the resolved degree of that axis.
         patches: the number of patches the tokens are cut into in time; called with the resolved degrees.
@@ -107,6 +119,7 @@ class Declaration:
     axes: tuple[Axis, ...] = ()
     claims: tuple[Claim, ...] = ()
     wraps: tuple[Wrap, ...] = ()
+    transforms: tuple[Transform, ...] = ()
     stages: str = ""
     block_split: Callable[[int], tuple[int, ...]] | None = None
     patches: Callable[[Mapping[str, int]], int] | None = None
@@ -225,12 +238,14 @@ class Built:
 
     Args:
         wraps: for each declared wrap, under ``point/level``, the callable ``f(inner, x) -> y``.
+        transforms: for each declared transform, under its phase, a callable ``f(pipe) -> None``.
         begin: called before every request.
         end: called after a request that went through; here handles are waited for.
         close: called when the engine is closed.
     """
 
     wraps: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    transforms: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
     begin: Callable[[], None] | None = None
     end: Callable[[], None] | None = None
     close: Callable[[], None] | None = None

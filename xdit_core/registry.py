@@ -108,7 +108,9 @@ class Registry:
         try:
             self.manager.check_pending()  # a misspelt hook would otherwise be ignored
         except pluggy.PluginValidationError as error:
-            raise PluginError(f"plugin {self.manager.get_name(error.plugin)}: {error}; compare with xdit_core/hookspecs.py.") from error
+            raise PluginError(
+                f"plugin {self.manager.get_name(error.plugin)}: {error}; compare with xdit_core/hookspecs.py."
+            ) from error
         return chosen
 
     def model(self, name: str) -> tuple[ModelSpec, tuple[str, str]]:
@@ -122,7 +124,9 @@ class Registry:
         manager.register(module, name=name)
         specs = manager.hook.xdit_model()
         if len(specs) != 1 or not isinstance(specs[0], ModelSpec):
-            raise PluginError(f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}.")
+            raise PluginError(
+                f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}."
+            )
         return specs[0], (found.distribution, found.version)
 
     def call(self, hook: str, arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Progress:
         if self.screen is None:
             return
         with contextlib.suppress(OSError):
-            line = line[: os.get_terminal_size(self.screen.fileno()).columns - 1]
+            line = line[: (os.get_terminal_size(self.screen.fileno()).columns or 80) - 1]
         self._last = line
         self._write("\r\x1b[K" + line)
 
@@ -78,7 +78,7 @@ class Progress:
     def peak() -> int:
         """Most memory so far in bytes: of the GPU, or of this process."""
         torch: Any = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
+        if torch is not None and torch.cuda.is_initialized():
             return int(torch.cuda.max_memory_allocated())
         import resource
 

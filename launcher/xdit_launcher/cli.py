@@ -30,6 +30,13 @@ class Main(click.Group):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options of a run too: most people mean one."""
+        records = [r for p in run.get_params(ctx) if not isinstance(p, click.Argument) and (r := p.get_help_record(ctx))]
+        with formatter.section("Options of a run"):
+            formatter.write_dl([r for r in records if "--help" not in r[0]])
+        super().format_options(ctx, formatter)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Errors of ours are sentences, never tracebacks."""
         try:
@@ -43,6 +50,17 @@ class Main(click.Group):
 
 class RunCommand(click.Command):
     """Its help lists the settings of every run."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Whoever writes a setting as an option is told how settings are written."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            meant = f"; did you mean {error.possibilities[0]}?" if error.possibilities else "."
+            raise UsageError(
+                f"there is no option {error.option_name}{meant} Settings are written key=value, such as steps=20 or usp.ulysses=2; "
+                "a prompt that starts with a dash comes after --."
+            ) from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The settings, from their class."""
@@ -66,7 +84,12 @@ def print_version(ctx: click.Context, option: click.Parameter, value: bool) -> N
         ctx.exit()
 
 
-@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.group(
+    cls=Main,
+    subcommand_metavar="[COMMAND] [KEY=VALUE | PROMPT]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=print_version, help="Show the version.")
 def cli() -> None:
     """Draw pictures with a diffusion transformer on several devices.
@@ -76,12 +99,12 @@ def cli() -> None:
     xdit-launch --plugins usp,pipefusion model=sd3 steps=20 "a red fox"
     xdit-launch --plugins usp --dry-run model=sd3 usp.ulysses=4
 
-    Words with = are settings, all other words are prompts. Without a command, run is meant.
+    Words with = are settings (xdit-launch run --help lists them), all others are prompts. Without a command, run is meant.
     """
 
 
 @cli.command(cls=RunCommand)
-@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods; order never matters. None: one serial process.")
+@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order; none: one serial process.")
 @click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, as a worker reads it.")
@@ -172,7 +195,8 @@ def backend_named(name: str) -> Callable[..., int]:
     try:
         start: Callable[..., int] = found[name].load().start
     except Exception as error:
-        raise PluginError(f"backend {name} cannot be loaded: {type(error).__name__}: {error}; repair or uninstall it.") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(f"backend {name} cannot be loaded: {reason}; repair or uninstall it.") from error
     return start
 
 

@@ -1,7 +1,7 @@
 """The backend ``local``: every rank is a process of this machine.
 
-Plain supervision rather than ``elastic_launch``, which costs 2 s before the first worker starts, blocks where hangs must be noticed, and
-leaves the workers running when it is killed itself.
+Plain supervision rather than ``elastic_launch``, which costs 2 s before the first worker starts, blocks where hangs must be
+noticed, and leaves the workers running when it is killed itself.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ def settings_help(cls: type[Any] | None, prefix: str = "") -> Iterator[str]:
     if cls is None:
         return
     kinds = fields_of(cls)
-    shown = [(f"{prefix}{f.name}=", type_name(kinds[f.name]), default_of(f), f.metadata.get("help", "")) for f in dataclasses.fields(cls)]
+    shown = [
+        (f"{prefix}{f.name}=", type_name(kinds[f.name]), default_of(f), f.metadata.get("help", ""))
+        for f in dataclasses.fields(cls)
+    ]
     wide = [max((len(s[i]) for s in shown), default=0) for i in range(3)]
     for key, kind, default, text in shown:
         yield f"{key:<{wide[0]}}  {kind:<{wide[1]}}  {default:<{wide[2]}}  {text}".rstrip()
@@ -139,7 +142,8 @@ def plugin_list() -> Iterator[str]:
     wide = max((len(f.name) for f in everyone), default=0)
     for found in everyone:
         seen = look(found)
-        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {seen.summary if not seen.error else 'BROKEN'}".rstrip()
+        text = "BROKEN" if seen.error else seen.summary
+        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {text}".rstrip()
         if seen.error:
             yield f"{'':<{wide}}  {seen.error}"
         elif seen.declaration and seen.declaration.claims:

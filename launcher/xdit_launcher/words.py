@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read, is no map, or gives a key twice.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -83,17 +83,21 @@ def flat(root: Any, path: Path, prefix: str = "") -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, node in root.value:
         key = f"{prefix}{key_node.value}"
-        if node.id == "mapping" and prefix:
-            raise UsageError(f"--config {path}: {key} nests too deep; settings are named plugin.setting.")
-        if node.id == "sequence" and any(item.id != "scalar" for item in node.value):
-            raise UsageError(f"--config {path}: {key} must be a list of plain values.")
-        found: Mapping[str, Any]
-        if node.id == "mapping":
-            found = flat(node, path, f"{key}.")
-        else:
-            found = {key: node.value if node.id == "scalar" else [item.value for item in node.value]}
-        for name, value in found.items():
+        for name, value in pairs(node, path, key, nested=bool(prefix)).items():
             if name in values:
                 raise UsageError(f"--config {path} gives {name} twice; keep one.")
             values[name] = value
     return values
+
+
+def pairs(node: Any, path: Path, key: str, nested: bool) -> dict[str, Any]:
+    """What one value of a map gives: itself, or the pairs of the map that it is."""
+    if node.id == "scalar":
+        return {key: node.value}
+    if node.id == "sequence":
+        if any(item.id != "scalar" for item in node.value):
+            raise UsageError(f"--config {path}: {key} must be a list of plain values.")
+        return {key: [item.value for item in node.value]}
+    if nested:
+        raise UsageError(f"--config {path}: {key} nests too deep; settings are named plugin.setting.")
+    return flat(node, path, f"{key}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, hookimpl
@@ -45,7 +46,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         if settings.layers is not None:
             return settings.layers
         bounds = even_bounds(facts.blocks, degree)
-        return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(b - a for a, b in pairwise(bounds))
 
     return Declaration(
         axes=(

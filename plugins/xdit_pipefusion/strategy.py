@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from xdit_core import (
     Built,
     Call,
     ForwardRun,
+    LazyError,
     Now,
     PatchTensor,
     PatchWorld,
@@ -135,8 +137,24 @@ class StageWorld(PatchWorld):
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if self.group is not None:
             self.rank.doing("waiting for the stages to bring a patch tensor together")
-            dist.broadcast(whole, self.ranks[0], group=self.group)
+            work = dist.broadcast(whole, self.ranks[0], group=self.group, async_op=True)
+            self.together(work)
         return whole
+
+    def together(self, work: Any) -> None:
+        """Wait for a collective that only some ranks may have entered.
+
+        Raises:
+            LazyError: the others did not come within half of the run's ``timeout``.
+        """
+        patience = timedelta(seconds=self.rank.plan.run.timeout / 2)
+        try:
+            work.wait(patience)
+        except RuntimeError as error:
+            raise LazyError(
+                "latents whose patches are still under way were read on this rank, and the other stages did not join within "
+                f"{patience.total_seconds():g} s; a callback or print must read them on all ranks, or use xdit_core.Preview."
+            ) from error
 
 
 class PipeFusion:
@@ -352,4 +370,3 @@ def positions(now: Now, kind: str, patch: int | None, shards: tuple[int, ...]) -
 def as_index(place: torch.Tensor | tuple[int, int], device: torch.device) -> torch.Tensor:
     """A range or index tensor as an index tensor."""
     return torch.arange(*place, device=device) if isinstance(place, tuple) else place
-

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, divisors, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, TokenLayout, Traffic, Wrap, divisors, hookimpl, length
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -61,11 +61,12 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
 @hookimpl
 def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
     """Every rank needs at least one token of every patch."""
-    smallest = (facts.rows // max(plan.patches, 1)) * facts.columns
-    if plan.shards > max(smallest, 1):
+    layout = TokenLayout(facts.rows, facts.columns, facts.text_tokens, min(plan.patches, facts.rows))
+    smallest = min(length(layout.picture(m, None)) for m in range(layout.patches))
+    if plan.shards > smallest:
         yield Problem(
             f"{facts.tokens} tokens in {plan.patches} patches leave fewer than one for each of {plan.shards} ranks",
-            f"take a larger picture, or usp.ulysses x usp.ring of at most {max(smallest, 1)}",
+            f"take a larger picture, or usp.ulysses x usp.ring of at most {smallest}",
         )
 
 

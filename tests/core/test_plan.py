@@ -134,7 +134,7 @@ def test_usage_errors(tiny_sd3_folder, plugins, settings, sentence):
 
 def test_two_claims_on_a_slot_name_both(tiny_sd3_folder):
     rival = plugin(Declaration(claims=(Claim("tokens", "it wants them all"),)))
-    with pytest.raises(PlanRefused, match="rival and usp both need the slot 'tokens' .*it wants them all.*; drop one of"):
+    with pytest.raises(PlanRefused, match=r"rival and usp both need the slot 'tokens' .*it wants them all.*; drop one of"):
         plan(tiny_sd3_folder, ["usp", "rival"], extra={"rival": rival})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def test_every_token_has_one_owner(rows, columns, text, patches, shards, frames,
 def test_patches_are_cut_by_work():
     """The patch with the text is the smaller one in rows, so that all take about as long."""
     bounds = patch_bounds(64, 64, 333, 4)
-    work = [(b - a) * 64 + (333 if a == 0 else 0) for a, b in zip(bounds, bounds[1:], strict=False)]
+    work = [(b - a) * 64 + (333 if a == 0 else 0) for a, b in pairwise(bounds)]
     assert max(work) / min(work) < 1.08
 
 
@@ -63,4 +65,4 @@ def test_more_patches_than_rows():
 def test_no_stage_is_left_empty():
     """Rounding up leaves 28 blocks on 8 stages as 4,4,4,4,4,4,4,0."""
     bounds = even_bounds(28, 8)
-    assert [b - a for a, b in zip(bounds, bounds[1:], strict=False)] == [4, 4, 4, 4, 3, 3, 3, 3]
+    assert [b - a for a, b in pairwise(bounds)] == [4, 4, 4, 4, 3, 3, 3, 3]

@@ -188,3 +188,66 @@ def test_what_is_refused(tiny_sd3_folder, settings, sentence):
     with pytest.raises(PlanRefused) as caught:
         plan_for(["pipefusion"], str(tiny_sd3_folder), settings)
     assert sentence in str(caught.value)
+
+
+def previewed(folder, stages):
+    """Steps shown on this rank, and the latents of the run."""
+    from xdit_core import Engine, Preview
+
+    settings = {"pipefusion.stages": stages, "pipefusion.patches": 2, "pipefusion.warmup": 2}
+    engine, shown = Engine(plan_for(["pipefusion"], folder, settings)), []
+    call = {"callback_on_step_end": Preview(lambda step, latents: shown.append((step, latents.clone())))}
+    latents = engine.generate("a red fox", call=call).latents.clone()
+    engine.close()
+    return shown, latents
+
+
+def test_previews_show_on_the_first_stage_and_change_nothing(gloo, tiny_sd3_folder):
+    (first, latents), (second, same) = gloo.run(previewed, str(tiny_sd3_folder), 2, world=2)
+    reference, _ = generate(
+        ["pipefusion"], str(tiny_sd3_folder), {"pipefusion.patches": 2, "pipefusion.warmup": 2, "pipefusion.stages": 1}
+    )
+    torch.testing.assert_close(latents, reference, atol=1e-5, rtol=1e-5)
+    assert torch.equal(latents, same)
+    assert [step for step, _ in first] == [0, 1, 2] and not second
+    seen = []
+
+    def look(pipe, step, timestep, values):
+        seen.append(values["latents"].clone())
+        return values
+
+    diffusers_latents(str(tiny_sd3_folder), callback_on_step_end=look)
+    assert torch.equal(first[0][1], seen[0]) and torch.equal(first[1][1], seen[1])  # the warm-up
+
+
+def read_on_one_rank(folder):
+    """What a callback that reads the latents on rank 0 alone raises there."""
+    import torch.distributed as dist
+
+    from xdit_core import Engine
+
+    settings = {"pipefusion.stages": 2, "pipefusion.warmup": 2, "timeout": 3}
+    engine = Engine(plan_for(["pipefusion"], folder, settings))
+
+    def look(pipe, step, timestep, values):
+        if dist.get_rank() == 0:
+            values["latents"].mean().item()
+        return values
+
+    try:
+        engine.generate("a red fox", call={"callback_on_step_end": look})
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_reading_latents_on_one_rank_is_an_error_and_no_hang(tiny_sd3_folder):
+    from xdit_core.testing.pool import Pool, PoolError
+
+    pool = Pool()  # of its own: these ranks lose each other
+    try:
+        (name, sentence), _ = pool.run(read_on_one_rank, str(tiny_sd3_folder), world=2, timeout=20)
+    except PoolError as error:
+        name, sentence = "LazyError", str(error)
+    finally:
+        pool.close()
+    assert name == "LazyError" and "were read on this rank, and the other stages did not join" in sentence

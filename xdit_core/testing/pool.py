@@ -28,10 +28,10 @@ def serve(link: Connection) -> None:
         except EOFError:
             return
         try:
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))  # type: ignore[attr-defined]
             dist.init_process_group(
                 "gloo",
-                store=dist.PrefixStore(name, store),
+                store=dist.PrefixStore(name, store),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world,
                 timeout=timedelta(seconds=seconds),
@@ -64,12 +64,12 @@ class Pool:
     def __init__(self) -> None:
         self._context = mp.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
-        self._store: dist.TCPStore | None = None
+        self._store: Any = None
         self._tasks = 0
 
     def _grow(self, world: int) -> None:
         if self._store is None:
-            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         while len(self._workers) < world:
             ours, theirs = self._context.Pipe()
@@ -99,17 +99,17 @@ class Pool:
             task = (function, arguments, rank, world, port, f"task{self._tasks}", timeout)
             link.send_bytes(pickle.dumps(task))
         results: dict[int, Any] = {}
-        ranks = {link: rank for rank, (_, link) in enumerate(chosen)}
+        ranks: dict[Any, int] = {link: rank for rank, (_, link) in enumerate(chosen)}
         while len(results) < world:
             ready = wait([link for link, rank in ranks.items() if rank not in results], timeout)
             if not ready:
                 waiting = sorted(set(ranks.values()) - set(results))
                 self.close()
                 raise PoolError(f"ranks {waiting} did not finish within {timeout} s")
-            for link in ready:
-                rank = ranks[link]  # type: ignore[index]
+            for found in ready:
+                rank = ranks[found]
                 try:
-                    good, value = pickle.loads(link.recv_bytes())  # type: ignore[union-attr]
+                    good, value = pickle.loads(chosen[rank][1].recv_bytes())
                 except (EOFError, ConnectionError):
                     self.close()
                     raise PoolError(f"rank {rank} died") from None

@@ -44,7 +44,7 @@ def read_names(path: str = NAMES) -> list[Emoji]:
             continue
         text = "".join(chr(int(code, 16)) for code in match[1].split())
         name = match[2].lower().replace("’", "'").replace("“", "").replace("”", "")
-        if "skin tone" in name or "‍" in text and group == "People & Body":
+        if "skin tone" in name or ("‍" in text and group == "People & Body"):
             continue
         found.append(Emoji(text, name, group))
     return found

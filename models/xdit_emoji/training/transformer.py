@@ -110,7 +110,9 @@ def train(model: Denoiser, latents: torch.Tensor, ids: torch.Tensor, empty: torc
             print(f"transformer step {step}  loss {smooth:.4f}  {(time.monotonic() - started) / step:.3f} s/step", flush=True)
             if step % 1000 == 0:
                 torch.save(averaged.module.state_dict(), Path(args.out).with_suffix(".pt"))
-    print(f"transformer: {step} steps of {args.batch} in {(time.monotonic() - started) / 60:.1f} minutes on {device}", flush=True)
+    print(
+        f"transformer: {step} steps of {args.batch} in {(time.monotonic() - started) / 60:.1f} minutes on {device}", flush=True
+    )
     return averaged.module.eval()
 
 
@@ -133,7 +135,9 @@ def save(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, out: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", default="build/emoji/vae")
-    parser.add_argument("--names", default=None, help="a file of names, one a line; 'all' for every picture; default: names.txt")
+    parser.add_argument(
+        "--names", default=None, help="a file of names, one a line; 'all' for every picture; default: names.txt"
+    )
     parser.add_argument("--out", default="build/emoji/pipeline")
     parser.add_argument("--minutes", type=float, default=100)
     parser.add_argument("--batch", type=int, default=64)

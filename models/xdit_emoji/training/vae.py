@@ -1,6 +1,6 @@
 """Train the AutoencoderKL of the emoji model: 128 x 128 pictures to 8 x 16 x 16 latents.
 
-    python -m xdit_emoji.training.vae --data build/emoji --out build/emoji/vae --minutes 15
+python -m xdit_emoji.training.vae --data build/emoji --out build/emoji/vae --minutes 15
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def encode_all(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 64) -> t
     return torch.cat([vae.encode(p).latent_dist.mode().float().cpu() for p in parts])
 
 
-def train(
-    vae: AutoencoderKL, pictures: torch.Tensor, minutes: float, batch: int, lr: float, kl_weight: float
-) -> AutoencoderKL:
+def train(vae: AutoencoderKL, pictures: torch.Tensor, minutes: float, batch: int, lr: float, kl_weight: float) -> AutoencoderKL:
     """Train for ``minutes`` of wall time under a cosine schedule over time; sets shift and scale in the config."""
     device = vae.device
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)

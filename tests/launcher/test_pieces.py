@@ -1,0 +1,203 @@
+"""Beats, blame and file names, without processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from xdit_core.beat import SIZE, Beat, beat_path, read_beat
+from xdit_core.errors import ModelError, UsageError, XditError
+from xdit_core.failure import error_path, failure
+from xdit_core.outputs import atomically, check_writable, slug, targets
+from xdit_core.place import Place, compare
+from xdit_core.screen import Progress, Tee
+from xdit_core.settings import RunSettings
+from xdit_launcher.report import Blame, blame, lines
+from xdit_launcher.words import is_setting, values_of
+
+
+def names(**settings: object) -> list[list[str]]:
+    return [[str(p) for p in row] for row in targets(RunSettings(**settings))]  # type: ignore[arg-type]
+
+
+def test_beat(tmp_path: Path) -> None:
+    path = beat_path(tmp_path, 3)
+    assert read_beat(path) is None
+    beat = Beat(path)
+    beat.doing("step 2 of 9")
+    beat.doing("waiting for the ring")
+    beat.doing("waiting for the gather")
+    pulse = read_beat(path)
+    assert pulse is not None and pulse.waiting and pulse.count == 4
+    assert pulse.doing == "waiting for the gather (step 2 of 9)"
+    assert 0 <= time.monotonic() - pulse.at < 5
+    beat.doing("ü" * SIZE)
+    assert (read_beat(path) or pulse).doing.startswith("üüü") and path.stat().st_size == SIZE
+    Beat(tmp_path / "no" / "folder").doing("nothing to write to")
+
+
+def test_a_beat_is_cheap(tmp_path: Path) -> None:
+    beat = Beat(tmp_path / "b")
+    started = time.perf_counter()
+    for _ in range(10_000):
+        beat.doing("waiting for the Ulysses exchange")
+    assert (time.perf_counter() - started) / 10_000 < 50e-6  # about 1 us where nothing else runs
+
+
+def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v1.5").mkdir()
+    assert names(prompt=("a",)) == [["out.png"]]
+    assert names(prompt=("a",), output_type="latent") == [["out.safetensors"]]
+    assert names(prompt=("a", "b"), images=2, out="d/x.png") == [["d/x-0.png", "d/x-1.png"], ["d/x-2.png", "d/x-3.png"]]
+    assert names(prompt=("a", "b"), images=2, out="x.safetensors", output_type="latent") == [["x-0.safetensors"], ["x-1.safetensors"]]
+    assert names(prompt=("A red fox!", "a red fox"), out="d", seed=4) == [["d/a-red-fox-4.png"], ["d/a-red-fox-4-2.png"]]
+    assert names(prompt=("a",), out="new.d/", images=2, seed=1) == [["new.d/a-1.png", "new.d/a-2.png"]]
+    assert names(prompt=("a",), out="v1.5") == [["v1.5/a-0.png"]]
+    assert slug("../../etc/passwd") == "etc-passwd" and slug("?!") == "picture" and slug("Schöne Füchse") == "schöne-füchse"
+    assert len(slug("x" * 500)) <= 48
+    check_writable(RunSettings(prompt=("a",), out="p/q/x.png"))
+    assert (tmp_path / "p" / "q").is_dir() and not any((tmp_path / "p" / "q").iterdir())
+    with pytest.raises(UsageError, match=r"x\.webp ends in \.webp"):
+        names(prompt=("a",), out="x.webp")
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    with pytest.raises(OSError), atomically(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("steps=3", True), ("usp.ulysses=2", True), ("1+1=2", False), ("a sign: x=y", False), ("=x", False), ("prompt=", True)],
+)
+def test_settings_and_prompts(word: str, expected: bool) -> None:
+    assert is_setting(word) is expected
+
+
+def test_words_in_any_order() -> None:
+    assert values_of(["a fox", "steps=3", "1+1=2", "prompt=b=c"]) == ({"prompt": ["a fox", "1+1=2", "b=c"], "steps": "3"}, ())
+
+
+def fail(folder: Path, rank: int, error: BaseException, doing: str = "step 1 of 2") -> None:
+    """As a worker would."""
+    try:
+        raise error
+    except BaseException as e:
+        error_path(folder, rank).write_text(json.dumps(failure(e, rank, doing)))
+
+
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
+
+
+def test_own_errors_before_lost_peers(tmp_path: Path) -> None:
+    fail(tmp_path, 0, LOST)
+    fail(tmp_path, 2, ValueError("first"))
+    fail(tmp_path, 1, ValueError("second"))
+    found = blame(tmp_path, [1, 1, 1])
+    assert (found.rank, found.sentence, found.code) == (2, "ValueError: first", 1)
+
+
+def test_signals_before_lost_peers(tmp_path: Path) -> None:
+    fail(tmp_path, 0, LOST)
+    found = blame(tmp_path, [1, -11, None])
+    assert (found.rank, found.code) == (1, 139) and "signal 11 (SIGSEGV)" in found.sentence
+
+
+def test_an_exit_without_a_word(tmp_path: Path) -> None:
+    fail(tmp_path, 0, LOST)
+    assert blame(tmp_path, [1, 7]) == Blame(1, blame(tmp_path, [1, 7]).host, "starting", "it ended with exit code 7 and left no error", 7)
+
+
+def test_only_lost_peers(tmp_path: Path) -> None:
+    """Two ranks waited too long for the third, which still runs."""
+    for rank in range(3):
+        Beat(beat_path(tmp_path, rank)).doing("step 2 of 4" if rank == 2 else "waiting for the ring")
+    fail(tmp_path, 0, RuntimeError("Timed out waiting 1000ms for recv operation to complete"))
+    assert blame(tmp_path, [1, None, None]).rank == 2
+
+
+def test_a_hang_of_all(tmp_path: Path) -> None:
+    for rank, count in enumerate((5, 3, 4)):
+        beat = Beat(beat_path(tmp_path, rank))
+        for _ in range(count):
+            beat.doing("waiting for the ring")
+    found = blame(tmp_path, [None, None, None], stuck_for=30)
+    assert found.rank == 1 and "no rank made progress for 30 s" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (ModelError("the file is damaged, fetch it again."), 2, "the file is damaged, fetch it again."),
+        (SystemExit(3), 3, "the process left with exit code 3 before its work was done"),
+        (SystemExit(0), 1, "the process left with exit code 0 before its work was done"),
+        (MemoryError(), 137, "out of memory (MemoryError); lower height, width or images"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 137, "out of memory ("),
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (RuntimeError("line\nand more\nException raised from here\n#0"), 1, "RuntimeError: line and more"),
+    ],
+)
+def test_codes_and_sentences(tmp_path: Path, error: BaseException, code: int, sentence: str) -> None:
+    fail(tmp_path, 1, error)
+    found = blame(tmp_path, [None, 1])
+    assert found.code == code and found.sentence.startswith(sentence)
+    assert len(lines(found, 2, tmp_path)) <= 5
+
+
+def test_ranks_with_another_plan_are_named() -> None:
+    class Shelf(dict):  # type: ignore[type-arg]
+        """A store that holds what the other ranks said."""
+
+        def set(self, key: str, value: str) -> None:
+            self[key] = value.encode()
+
+        def wait(self, keys: list[str], patience: object) -> None:
+            assert all(key in self for key in keys)
+
+    shelf = Shelf({"digest/0": b"x", "digest/2": b"y"})
+    with pytest.raises(XditError, match="ranks 1 and 2 of 3 got another plan than rank 0; copy one plan"):
+        compare(shelf, "z", Place(rank=1, world=3), None)
+    compare(Shelf({"digest/0": b"x"}), "x", Place(rank=1, world=2), None)
+
+
+@pytest.mark.parametrize(
+    ("env", "part"),
+    [
+        ({}, "needs 2 processes but WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "4"}, "needs 2 processes but WORLD_SIZE is 4"),
+        ({"WORLD_SIZE": "2"}, "must be numbers"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "must be numbers"),
+    ],
+)
+def test_a_wrong_environment(env: dict[str, str], part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        Place.of(env, 2)
+
+
+def test_progress_in_a_log_and_on_a_terminal() -> None:
+    log, terminal = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    for screen in (log, terminal):
+        progress = Progress(screen)
+        progress.begin("a fox")
+        for step in (1, 2, 3):
+            progress(step, 3)
+        progress.end()
+    assert len(log.getvalue().splitlines()) == 1 and log.getvalue().startswith("step 3/3  0.00 s/step  peak ")
+    assert terminal.getvalue().count("\r\x1b[K") == 5 and "[####################] step 3/3" in terminal.getvalue()
+    kept = io.StringIO()
+    print("a line", file=Tee(kept, terminal, before=progress.clear))  # type: ignore[type-var]
+    assert kept.getvalue() == "a line\n" and terminal.getvalue().endswith("a line\n")
+    gone = io.StringIO()
+    gone.close()
+    print("a line", file=Tee(kept, gone, before=progress.clear))  # type: ignore[type-var]
+    Progress(gone := io.StringIO()).status("nothing where nobody watches")
+    assert gone.getvalue() == ""

@@ -1,0 +1,74 @@
+"""What a rank tells of its failure: who is to blame is decided from these files. Without torch."""
+
+from __future__ import annotations
+
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xdit_core.errors import XditError
+
+OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "application timeout")
+NO_MEMORY = ("defaultcpuallocator", "out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def error_path(folder: Path, rank: int) -> Path:
+    """Where a rank tells of its failure."""
+    return folder / f"rank{rank}.error.json"
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Another rank went away or did not answer: this rank is not the cause."""
+    for e in chain(error):
+        names = {cls.__name__ for cls in type(e).__mro__}
+        if names & {"DistNetworkError", "DistStoreError", "DistBackendError"}:
+            return True
+        if isinstance(e, RuntimeError) and any(words in str(e).lower() for words in LOST_PEER):
+            return True
+    return False
+
+
+def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
+    """What the launcher needs for its report.
+
+    Returns:
+        Among others ``known`` (the message is a sentence for the user), ``victim`` (see ``lost_peer``) and ``exit_code``.
+    """
+    message, code = str(error).strip() or type(error).__name__, 1
+    known = isinstance(error, XditError)
+    if isinstance(error, XditError):
+        code = error.exit_code
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) and error.code else 1
+        message, known = f"the process left with exit code {error.code} before its work was done", True
+    if any(isinstance(e, MemoryError) or any(words in str(e).lower() for words in NO_MEMORY) for e in chain(error)):
+        code, known = OUT_OF_MEMORY, True
+        message = (
+            f"out of memory ({message.splitlines()[0][:160]}); lower height, width or images, use dtype=bfloat16, "
+            "or divide the model over more processes with --plugins pipefusion."
+        )
+    return {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "doing": doing,
+        "type": type(error).__name__,
+        "message": message,
+        "known": known,
+        "victim": code != OUT_OF_MEMORY and not isinstance(error, SystemExit) and lost_peer(error),
+        "exit_code": code,
+        "monotonic": time.monotonic(),
+        "wall": time.time(),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
