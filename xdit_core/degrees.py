@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from xdit_core.records import Axis, Problem, divisors, listed
@@ -67,9 +67,17 @@ def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices:
         if best is not None:
             degree = dict(zip((a.name for a in open_axes), best, strict=True))
             done = ordered(dataclasses.replace(a, degree=degree.get(a.name, a.degree)) for a in axes)
-            notes = (f"{size} process{'es' if size > 1 else ''}: {describe(done)}",) if nproc is None else ()
-            return Completed(axes=done, notes=notes)
+            return Completed(axes=done, notes=tuple(notes_on(declared, done, size)))
     return Completed(problems=(misfit(declared, axes, open_axes, fixed, nproc or devices),))
+
+
+def notes_on(declared: Mapping[str, Sequence[Axis]], done: Sequence[Axis], size: int) -> Iterator[str]:
+    """What was decided, for the screen."""
+    yield f"{size} process{'es' if size > 1 else ''}: {describe(done)}"
+    degree = {a.name: a.degree for a in done}
+    for name, group in sorted(declared.items()):
+        if size > 1 and group and all(degree[a.name] == 1 for a in group):
+            yield f"{name} has nothing to divide among {size} processes; give more with nproc=, or set its degrees"
 
 
 def wrong_degrees(declared: Mapping[str, Sequence[Axis]]) -> list[Problem]:

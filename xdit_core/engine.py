@@ -147,6 +147,7 @@ class Engine:
             raise UsageError(f"generate has no argument {', '.join(unknown)}; pipeline arguments go into call={{...}}.")
         run = dataclasses.replace(self.plan.run, **changes)
         arguments = {**call_arguments(run, self.rank.spec, self.pipe), **more, "prompt": prompt}
+        self.rank.slow.clear()
         self.forward.begin()
         for module in self.once:
             module.begin()

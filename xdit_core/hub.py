@@ -22,6 +22,10 @@ def locate(spec: ModelSpec, settings: ModelSettings) -> Path:
         ModelError: the folder does not exist, or the hub is out of reach; says what was tried.
     """
     if settings.path is None and spec.path:
+        if not Path(spec.path).is_dir():
+            raise ModelError(
+                f"the bundled checkpoint of model={spec.name} is missing; install the package again, or give model.path=DIR."
+            )
         return Path(spec.path)
     source = settings.path or spec.hub
     if not source:

@@ -158,8 +158,10 @@ def make_plan(
     if problems:  # degrees completed from wrong settings would only add noise
         raise PlanRefused(problems)
 
-    target = devices or machine.cuda_devices() or machine.cores()
-    result = degrees.complete({n: d.axes for n, d in declared.items()}, run.nproc, target, grow=not machine.cuda_devices())
+    gpus = 0 if run.device == "cpu" else machine.cuda_devices()
+    result = degrees.complete(
+        {n: d.axes for n, d in declared.items()}, run.nproc, devices or gpus or machine.cores(), grow=not gpus
+    )
     if result.problems:
         raise PlanRefused(result.problems)
     by_name = {a.name: a.degree or 1 for a in result.axes}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ class Rank:
         device, dtype: where and in what the denoiser runs.
         now: the work in hand.
         sent: bytes that this rank sent, by axis name.
-        doing: call it with a few words before waiting for others: a hang is then reported with the right rank.
+        slow: operations that made every rank wait although a strategy could have gone on, with their number.
+        doing: told in a few words what the rank is at.
         pipe: the diffusers pipeline, as loaded.
     """
 
@@ -65,8 +67,16 @@ class Rank:
     dtype: torch.dtype
     now: Now = field(default_factory=Now)
     sent: Counter[str] = field(default_factory=Counter)
+    slow: Counter[str] = field(default_factory=Counter)
     doing: Callable[[str], None] = ignore
     pipe: Any = None
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait."""
+        self.doing(f"waiting for {what}")
+        yield
+        self.doing("computing")
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Process group along an axis, None where this rank is alone."""

@@ -100,6 +100,8 @@ def work(plan: Plan, place: Place, beat: Beat) -> None:
             seconds = {"load": engine.load_seconds, **output.seconds}
             outputs.write(output, files[i], plan, seconds, peak_bytes=progress.peak())
             shown = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+            for op, times in engine.rank.slow.items():
+                print(f"slow path: {op} needed the whole picture {times} times, and every stage waited", flush=True)
             for path in files[i]:
                 print(f"{path}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
         engine.close()

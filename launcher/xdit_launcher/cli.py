@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,15 +147,9 @@ def run(
 
 def tell(plan: Plan, prompted: bool) -> None:
     """Say what was decided for the user."""
-    from xdit_core.degrees import describe
-
     if not prompted:
         click.echo(f"no prompt given; drawing {plan.model}'s sample: {plan.run.prompt[0]}", err=True)
-    notes: Sequence[str] = plan.notes
-    if not notes:
-        asked = f" (nproc={plan.run.nproc})" if plan.run.nproc else ""
-        notes = [f"{plan.world} process{'es' if plan.world > 1 else ''}: {describe(plan.axes)}{asked}"]
-    for note in notes:
+    for note in plan.notes:
         click.echo(note, err=True)
 
 

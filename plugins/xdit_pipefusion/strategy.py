@@ -113,8 +113,8 @@ class Receive:
     def wait(self) -> torch.Tensor:
         """The tensor, once it is here."""
         if self._work is not None:
-            self._channel.rank.doing(f"waiting for {self._channel.name}")
-            self._work.wait()
+            with self._channel.rank.waiting(self._channel.name):
+                self._work.wait()
             self._work = None
             self._channel.done(self)
         return self._buffer
@@ -136,10 +136,14 @@ class StageWorld(PatchWorld):
         else:
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if self.group is not None:
-            self.rank.doing("waiting for the stages to bring a patch tensor together")
-            work = dist.broadcast(whole, self.ranks[0], group=self.group, async_op=True)
-            self.together(work)
+            with self.rank.waiting("all stages to bring the latents together"):
+                self.together(dist.broadcast(whole, self.ranks[0], group=self.group, async_op=True))
         return whole
+
+    def report(self, op: str) -> None:
+        """An operation of the pipeline or its scheduler needs all rows at once."""
+        super().report(op)
+        self.rank.slow[op] += 1
 
     def together(self, work: Any) -> None:
         """Wait for a collective that only some ranks may have entered.
@@ -282,7 +286,6 @@ class PipeFusion:
                 text = self.down.receive(text, text.shape[1], 1, self.ranks[self.stage - 1]).wait()
             rows = rows.but(tokens=tokens, text=text)
             self.post_next(rows.tokens)
-        self.rank.doing("computing")
         out = inner(rows)
         if self.last or out is None:
             return out

@@ -53,11 +53,11 @@ class Ulysses:
             call = call.but(k=call.k.repeat_interleave(times, 1), v=call.v.repeat_interleave(times, 1))
             call.options.pop("enable_gqa", None)
         rows = [length(spans_of(self.now, call.kind, self.now.patch, s)) for s in shards]
-        self.rank.doing("waiting for the Ulysses exchange")
-        q, k, v = self.scatter_heads(torch.stack((call.q, call.k, call.v)), rows)
+        with self.rank.waiting("the Ulysses exchange"):
+            q, k, v = self.scatter_heads(torch.stack((call.q, call.k, call.v)), rows)
         out = inner(call.but(q=q, k=k, v=v, shards=shards))
-        self.rank.doing("waiting for the Ulysses exchange")
-        return self.gather_heads(out, rows)
+        with self.rank.waiting("the Ulysses exchange"):
+            return self.gather_heads(out, rows)
 
     def scatter_heads(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """``[3, B, H, Su, D]`` to ``[3, B, Hu, S, D]``."""
@@ -127,8 +127,8 @@ class Ring:
             part, part_lse = inner(call.but(k=kv[0], v=kv[1], with_lse=True))
             out, lse = update_out_and_lse(out, lse, part.transpose(1, 2), part_lse)
             if hop + 1 < self.degree and pending is not None:
-                self.rank.doing("waiting for the ring")
-                ring.wait()
+                with self.rank.waiting("the ring"):
+                    ring.wait()
                 kv = pending
         if out is None:  # a ring of no hops cannot be built
             raise RuntimeError("empty ring")
@@ -158,12 +158,12 @@ class Gather:
             return out
         now, x = self.now, out.tokens.contiguous()
         counts = [length(now.layout.picture(now.patch, s)) for s in range(self.shards)]
-        self.rank.doing("waiting for the rows of the other ranks")
         most = max(counts)
         if x.shape[1] < most:  # all_gather wants equal shapes; at most one row is added
             x = torch.cat((x, x.new_zeros(x.shape[0], most - x.shape[1], x.shape[2])), dim=1)
         parts = [torch.empty_like(x) for _ in counts]
-        dist.all_gather(parts, x, group=self.group)
+        with self.rank.waiting("the rows of the other ranks"):
+            dist.all_gather(parts, x, group=self.group)
         self.rank.sent["gather"] += x.nbytes * (self.shards - 1)
         whole = self.in_order([p[:, :n] for p, n in zip(parts, counts, strict=True)])
         return out.but(tokens=whole)

@@ -54,7 +54,10 @@ def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(prompt=("a",)) == [["out.png"]]
     assert names(prompt=("a",), output_type="latent") == [["out.safetensors"]]
     assert names(prompt=("a", "b"), images=2, out="d/x.png") == [["d/x-0.png", "d/x-1.png"], ["d/x-2.png", "d/x-3.png"]]
-    assert names(prompt=("a", "b"), images=2, out="x.safetensors", output_type="latent") == [["x-0.safetensors"], ["x-1.safetensors"]]
+    assert names(prompt=("a", "b"), images=2, out="x.safetensors", output_type="latent") == [
+        ["x-0.safetensors"],
+        ["x-1.safetensors"],
+    ]
     assert names(prompt=("A red fox!", "a red fox"), out="d", seed=4) == [["d/a-red-fox-4.png"], ["d/a-red-fox-4-2.png"]]
     assert names(prompt=("a",), out="new.d/", images=2, seed=1) == [["new.d/a-1.png", "new.d/a-2.png"]]
     assert names(prompt=("a",), out="v1.5") == [["v1.5/a-0.png"]]
@@ -113,7 +116,9 @@ def test_signals_before_lost_peers(tmp_path: Path) -> None:
 
 def test_an_exit_without_a_word(tmp_path: Path) -> None:
     fail(tmp_path, 0, LOST)
-    assert blame(tmp_path, [1, 7]) == Blame(1, blame(tmp_path, [1, 7]).host, "starting", "it ended with exit code 7 and left no error", 7)
+    assert blame(tmp_path, [1, 7]) == Blame(
+        1, blame(tmp_path, [1, 7]).host, "starting", "it ended with exit code 7 and left no error", 7
+    )
 
 
 def test_only_lost_peers(tmp_path: Path) -> None:

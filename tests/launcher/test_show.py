@@ -25,7 +25,9 @@ def imported(code: str) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.rsplit("IMPORTED", 1)[1].split()
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["plugins"], ["plugins", "show", "usp"], ["models"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["run", "--help"], ["plugins"], ["plugins", "show", "usp"], ["models"], ["--version"]]
+)
 def test_no_slow_imports(words: list[str]) -> None:
     code = f"from xdit_launcher.cli import cli\ncli({words!r}, standalone_mode=False)"
     if "--help" in words or "--version" in words:
@@ -39,7 +41,9 @@ def test_a_plan_needs_no_torch(tiny: tuple[str, ...]) -> None:
 
 
 def test_dry_run(say: Say, tiny: tuple[str, ...]) -> None:
-    result = say("--dry-run", *tiny, "a red fox", "--plugins", "usp", "--plugins", "pipefusion", "usp.ulysses=2", "out=pictures")
+    result = say(
+        "--dry-run", *tiny, "a red fox", "--plugins", "usp", "--plugins", "pipefusion", "usp.ulysses=2", "out=pictures"
+    )
     assert result.exit_code == 0, result.output
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     for line in (
@@ -94,7 +98,9 @@ def test_plugins_show(say: Say) -> None:
     assert "setting pipefusion.warmup= int 1 synchronous steps at the start; 0: attend to what exists so far" in lines
     assert "axis stages (per stage), set by pipefusion.stages=" in lines
     assert "owns blocks: it divides the blocks among stages" in lines
-    assert "broken plugin broken of xdit-faulty 0.1 cannot be loaded" in " ".join(say("plugins", "show", "broken").stdout.split())
+    assert "broken plugin broken of xdit-faulty 0.1 cannot be loaded" in " ".join(
+        say("plugins", "show", "broken").stdout.split()
+    )
     assert say("plugins", "show", "ups").exit_code == 2
 
 
