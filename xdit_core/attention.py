@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from xdit_core.chain import nest
 from xdit_core.errors import GuardError, UnsupportedCall
 from xdit_core.rank import Now
 
@@ -96,9 +97,7 @@ class AttentionPoint:
 
     def __init__(self, now: Now, chain: Sequence[Callable[[Kernel, Attend], Any]]) -> None:
         self.now = now
-        self.run: Kernel = sdpa
-        for wrap in reversed(chain):
-            self.run = link(wrap, self.run)
+        self.run: Kernel = nest(chain, sdpa)
         self.active = bool(chain)
         self.pattern: tuple[str, ...] = ()
         self.calls = 0
@@ -131,15 +130,6 @@ class AttentionPoint:
             return F.scaled_dot_product_attention(q, k, v, **options)
         out: torch.Tensor = self.run(Attend(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,)))
         return out
-
-
-def link(wrap: Callable[[Kernel, Attend], Any], inner: Kernel) -> Kernel:
-    """``wrap`` with its inner bound."""
-
-    def linked(call: Attend) -> Any:
-        return wrap(inner, call)
-
-    return linked
 
 
 # Which point a compiled block's op belongs to: compiled code can hold no reference to the engine.

@@ -61,11 +61,11 @@ class Beat:
         self.doing(self.now)
 
     def doing(self, text: str) -> None:
-        """Say what the rank does from now on. A wait is shown together with the phase in which it happens."""
+        """Say what the rank does from now on. A wait is shown with the phase in which it happens; "" ends it."""
         if text.startswith(WAITING):
             self.now = f"{text} ({self._phase})"
         else:
-            self.now = self._phase = text
+            self.now = self._phase = text or self._phase
         self.count += 1
         if self._map is None:
             return

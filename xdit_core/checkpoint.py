@@ -56,17 +56,23 @@ def check_safetensors(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder.
+    """The safetensors files that diffusers and transformers would read from a component folder; variants are left alone.
 
     Raises:
         ModelError: a shard that the index names is missing, or a file is damaged.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder / name} is missing though {index.name} names it; fetch the model again.")
-    files = sorted(folder.glob("*.safetensors"))
+    files: list[Path] = []
+    for stem in ("diffusion_pytorch_model", "model"):
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
+            files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        if files:
+            break
     for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file} is missing though the index beside it names it; fetch the model again.")
         check_safetensors(file)
     return files
 
@@ -103,7 +109,7 @@ def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     if spec.denoiser not in configs:
         raise ModelError(f"{folder} has no {spec.denoiser}/config.json; model={spec.name} cannot run without it.")
     if not weight_files(folder / spec.denoiser):
-        raise ModelError(f"{folder / spec.denoiser} holds no safetensors file; fetch the model again.")
+        raise ModelError(f"{folder / spec.denoiser} holds no diffusion_pytorch_model.safetensors; fetch the model again.")
     return configs
 
 

@@ -55,20 +55,22 @@ def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices:
     elif not open_axes:
         sizes = (fixed,)
     else:
-        idle = sum(
-            1
-            for group in declared.values()
-            if group and not any((a.degree or 0) > 1 for a in group) and any(a.degree is None for a in group)
-        )
-        most = max(devices, fixed * 2**idle if grow else fixed)
-        sizes = range(most, 0, -1)
-    for size in sizes:
-        best = fill(declared, open_axes, fixed, size)
-        if best is not None:
-            degree = dict(zip((a.name for a in open_axes), best, strict=True))
-            done = ordered(dataclasses.replace(a, degree=degree.get(a.name, a.degree)) for a in axes)
-            return Completed(axes=done, notes=tuple(notes_on(declared, done, size)))
-    return Completed(problems=(misfit(declared, axes, open_axes, fixed, nproc or devices),))
+        sizes = range(1, most_processes(declared, fixed, devices, grow) + 1)
+    found = [(best, size) for size in sizes if (best := fill(declared, open_axes, fixed, size)) is not None]
+    if not found:
+        return Completed(problems=(misfit(declared, axes, open_axes, fixed, nproc or devices),))
+    best, size = min(found, key=lambda pair: (pair[0].idle, -pair[1]))  # all at work, then as many as there can be
+    degree = dict(zip((a.name for a in open_axes), best.degrees, strict=True))
+    done = ordered(dataclasses.replace(a, degree=degree.get(a.name, a.degree)) for a in axes)
+    return Completed(axes=done, notes=tuple(notes_on(declared, done, size)))
+
+
+def most_processes(declared: Mapping[str, Sequence[Axis]], fixed: int, devices: int, grow: bool) -> int:
+    """GPUs are all used and never shared. Cores are better used by threads than by more processes than the plugins need: two for each."""
+    if not grow:
+        return max(devices, fixed)
+    groups = [g for g in declared.values() if any(a.degree is None for a in g)]
+    return fixed * 2 ** sum(1 for g in groups if all((a.degree or 1) == 1 for a in g))
 
 
 def notes_on(declared: Mapping[str, Sequence[Axis]], done: Sequence[Axis], size: int) -> Iterator[str]:
@@ -94,14 +96,26 @@ def wrong_degrees(declared: Mapping[str, Sequence[Axis]]) -> list[Problem]:
     return found
 
 
-def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixed: int, size: int) -> tuple[int, ...] | None:
+@dataclass(frozen=True, order=True)
+class Filled:
+    """Degrees of the open axes; the smaller, the better."""
+
+    idle: int
+    resort: int
+    total: int
+    chatty: tuple[int, ...]
+    degrees: tuple[int, ...] = ()
+
+
+def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixed: int, size: int) -> Filled | None:
     """Degrees of the open axes whose product with the fixed ones is ``size``; the best, or None.
 
     Best: fewest plugins left idle, then the smallest last resorts, then the smallest sum, then large degrees for chatty axes.
     """
     if size % fixed:
         return None
-    rest, best = size // fixed, None
+    rest = size // fixed
+    best: Filled | None = None
     options = [[d for d in divisors(rest) if a.choices is None or d in a.choices] for a in open_axes]
     for combination in itertools.product(*options):
         if product(combination) != rest:
@@ -110,10 +124,9 @@ def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixe
         idle = sum(1 for group in declared.values() if group and all((a.degree or degree.get(a.name, 1)) == 1 for a in group))
         resort = product(d for a, d in zip(open_axes, combination, strict=True) if a.last_resort)
         chatty = tuple(-degree[a.name] for a in sorted(open_axes, key=lambda a: (-a.traffic, a.name)))
-        key = (idle, resort, sum(combination), chatty)
-        if best is None or key < best[0]:
-            best = (key, combination)
-    return best[1] if best else None
+        filled = Filled(idle, resort, sum(combination), chatty, combination)
+        best = filled if best is None else min(best, filled)
+    return best
 
 
 def misfit(
@@ -121,14 +134,14 @@ def misfit(
 ) -> Problem:
     """Why no degrees fit the processes asked for, and which numbers would."""
     given = ", ".join(f"{a.setting or a.name}={a.degree}" for a in axes if a.degree is not None)
-    works = [n for n in range(1, max(2 * nproc, 2 * fixed) + 1) if fill(declared, open_axes, fixed, n) is not None]
+    around = {*range(1, 17), *range(max(1, nproc - 16), nproc + 17), fixed, 2 * fixed}
+    works = [n for n in sorted(around) if fill(declared, open_axes, fixed, n) is not None]
     near = sorted(sorted(works, key=lambda n: abs(n - nproc))[:6])
-    because = "; ".join([f"given {given}"] if given else [] + [a.why for a in open_axes if a.why])
+    because = "; ".join([f"given {given}"] if given else [a.why for a in open_axes if a.why])
+    choice = f"use nproc={near[0]}" if len(near) == 1 else f"use one of {', '.join(map(str, near))}"
     return Problem(
         f"nproc={nproc} does not fit the degrees ({because or 'nothing can use more than one process'})",
-        f"use nproc={listed(near) if len(near) == 1 else 'one of ' + ', '.join(map(str, near))}, or leave nproc out"
-        if near
-        else "leave nproc out",
+        f"{choice}, or leave nproc out" if near else "leave nproc out",
     )
 
 

@@ -16,17 +16,23 @@ from typing import Any
 import torch
 
 from xdit_core.attention import AttentionPoint
-from xdit_core.errors import PluginError, UsageError
+from xdit_core.chain import nest
+from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint, Once
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
 from xdit_core.mesh import Mesh
-from xdit_core.plan import Plan
+from xdit_core.plan import Plan, check_run, check_size
 from xdit_core.rank import Rank, ignore
 from xdit_core.records import Built
 from xdit_core.registry import Registry
 from xdit_core.settings import RunSettings
 from xdit_core.trunk import Trunk, replace_blocks
+
+# What may differ from request to request; everything else is decided by the plan.
+PER_REQUEST = frozenset(
+    ("negative", "steps", "guidance", "height", "width", "images", "seed", "output_type", "max_sequence_length")
+)
 
 
 class _Elsewhere(Exception):
@@ -72,7 +78,7 @@ class Engine:
         doing: Callable[[str], None] = ignore,
     ) -> None:
         registry = registry or Registry()
-        registry.select(n for n in plan.plugins if not registry.manager.has_plugin(n))
+        registry.select(plan.plugins)
         spec, _ = registry.model(plan.model)
         self.plan, self.progress = plan, progress
         started = time.perf_counter()
@@ -92,6 +98,7 @@ class Engine:
         self._weave(registry, spec)
         self.load_seconds = time.perf_counter() - started
         self._marks: dict[str, float] = {}
+        self._broken = False
 
     def _weave(self, registry: Registry, spec: Any) -> None:
         """Build every strategy and nest its wraps in the plan's order."""
@@ -120,14 +127,10 @@ class Engine:
         self.forward = ForwardPoint(self.rank, denoiser, chains.get("forward", []))
         self.decode: Callable[..., Any] | None = None
         if getattr(self.pipe, "vae", None) is not None:
-            self.decode = self.pipe.vae.decode
-            for wrap in reversed(chains.get("decode", [])):
-                self.decode = bind(wrap, self.decode)
+            self.decode = nest(chains.get("decode", []), self.pipe.vae.decode)
             self.pipe.vae.decode = self._decode
         self.pipe.progress_bar = self._progress_bar
-        self._generate: Callable[[dict[str, Any]], Output] = self._call_pipeline
-        for wrap in reversed(chains.get("request", [])):
-            self._generate = bind(wrap, self._generate)
+        self._generate: Callable[[dict[str, Any]], Output] = nest(chains.get("request", []), self._call_pipeline)
         self._built = tuple(built.values())
 
     @torch.no_grad()
@@ -136,16 +139,26 @@ class Engine:
 
         Args:
             prompt: what to draw.
-            changes: any field of ``RunSettings``, and ``call={...}`` with further arguments of the pipeline's ``__call__``.
+            changes: any of ``PER_REQUEST``, and ``call={...}`` with further arguments of the pipeline's ``__call__``.
 
         Raises:
-            UsageError: an unknown argument.
+            UsageError: an argument that is unknown or decided by the plan.
+            PlanRefused: a value that no run can have.
+            XditError: an earlier request failed on several ranks, which then no longer agree on what was sent.
         """
+        if self._broken:
+            raise XditError("an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine.")
         more = changes.pop("call", {})
-        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(RunSettings)})
+        unknown = sorted(set(changes) - PER_REQUEST)
         if unknown:
-            raise UsageError(f"generate has no argument {', '.join(unknown)}; pipeline arguments go into call={{...}}.")
+            raise UsageError(
+                f"generate takes no {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other arguments of the "
+                "pipeline in call={...}; the rest is decided by the plan."
+            )
         run = dataclasses.replace(self.plan.run, **changes)
+        problems = check_run(run) + check_size(run, self.plan.facts)
+        if problems:
+            raise PlanRefused(problems)
         arguments = {**call_arguments(run, self.rank.spec, self.pipe), **more, "prompt": prompt}
         self.rank.slow.clear()
         self.forward.begin()
@@ -156,12 +169,14 @@ class Engine:
                 built.begin()
         self._marks = {"start": time.perf_counter()}
         self.rank.doing("encoding the prompt")
+        self._broken = self.plan.world > 1
         with torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []):
             torch.manual_seed(run.seed % 2**63)  # stochastic schedulers draw from the default generator
             output = self._generate(arguments)
         for built in self._built:
             if built.end:
                 built.end()
+        self._broken = False
         output.seconds = self._seconds()
         return output
 
@@ -233,15 +248,6 @@ class _Bar:
 
     def set_postfix(self, *args: Any, **kwargs: Any) -> None:
         """Accepted for pipelines that show more."""
-
-
-def bind(wrap: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``wrap`` with its inner bound."""
-
-    def bound(*args: Any, **kwargs: Any) -> Any:
-        return wrap(inner, *args, **kwargs)
-
-    return bound
 
 
 def settings_of(cls: type[Any] | None, name: str, plan: Plan) -> Any:

@@ -31,6 +31,8 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 def lost_peer(error: BaseException) -> bool:
     """Another rank went away or did not answer: this rank is not the cause."""
+    if isinstance(error, XditError):
+        return False
     for e in chain(error):
         names = {cls.__name__ for cls in type(e).__mro__}
         if names & {"DistNetworkError", "DistStoreError", "DistBackendError"}:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_core.chain import nest
 from xdit_core.errors import UnsupportedCall, UsageError
 from xdit_core.rank import Rank
-from xdit_core.tokens import TokenLayout
+from xdit_core.tokens import TokenLayout, length
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,7 @@ class ForwardPoint:
         config: Any = denoiser.config
         self._patch = int(config[self.spec.patch])
         self._branches: dict[Any, torch.Tensor | None] = {}
-        run: Run = self.base
-        for wrap in reversed(chain):
-            run = link(wrap, run)
-        self._run = run
+        self._run: Run = nest(chain, self.base)
         denoiser.forward = self.forward
 
     def begin(self) -> None:
@@ -84,9 +82,27 @@ class ForwardPoint:
 
         return Transformer2DModelOutput(sample=out)
 
+    def check(self, layout: TokenLayout) -> None:
+        """A request may ask for another size than the plan was checked for.
+
+        Raises:
+            UsageError: too few tokens for the patches and shards of the plan.
+        """
+        fix = "ask for a larger picture, or make a plan with fewer patches or ranks"
+        try:
+            fewest = min(length(layout.picture(m, None)) for m in range(layout.patches))
+        except ValueError as error:
+            raise UsageError(f"{error}; {fix}.") from error
+        if fewest < layout.shards:
+            raise UsageError(f"a patch of {fewest} tokens cannot be shared by {layout.shards} ranks; {fix}.")
+
     def look(self, latents: torch.Tensor, given: Mapping[str, Any], skip: frozenset[int]) -> None:
         """Work out the token layout and the branch of this call."""
         now, plan, patch = self.rank.now, self.rank.plan, self._patch
+        if latents.dim() != 4:
+            raise UnsupportedCall(
+                f"latents of shape {tuple(latents.shape)} where [B, C, h, w] is expected; the adapter does not fit."
+            )
         text = given.get(self.spec.text_input)
         words = text.shape[1] if self.spec.stream.text and text is not None else 0
         layout = TokenLayout(
@@ -98,11 +114,8 @@ class ForwardPoint:
             text_first=self.spec.stream.text_first,
         )
         if layout != now.layout:
-            try:
-                _ = layout.bounds
-            except ValueError as error:
-                raise UsageError(f"{error}; ask for a larger picture, or make a plan with fewer patches.") from error
-            now.layout = layout
+            self.check(layout)
+            now.layout, now.cuts = layout, tuple(b * patch for b in layout.bounds)
         key = (None if text is None else (id(text), text.data_ptr(), tuple(text.shape)), skip)
         if key not in self._branches:
             if len(self._branches) >= 16:
@@ -112,15 +125,6 @@ class ForwardPoint:
                 )
             self._branches[key] = text  # held, so that its id stays taken
         now.branch, now.skip = list(self._branches).index(key), skip
-
-
-def link(wrap: Callable[[Run, Call], torch.Tensor], inner: Run) -> Run:
-    """``wrap`` with its inner bound."""
-
-    def linked(call: Call) -> torch.Tensor:
-        return wrap(inner, call)
-
-    return linked
 
 
 class Once:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -31,21 +32,23 @@ def locate(spec: ModelSpec, settings: ModelSettings) -> Path:
     if not source:
         raise ModelError(f"model={spec.name} needs a checkpoint; give its folder or hub id as model.path=.")
     if looks_like_folder(source):
-        return Path(source).expanduser()
+        return Path(source).expanduser().resolve()
     from huggingface_hub import snapshot_download  # slow to import, and most runs do not need it
 
     try:
-        return Path(
-            snapshot_download(
-                source,
-                revision=settings.revision,
-                allow_patterns=["*.json", "*.txt", "*.model", "*/*.safetensors"],
-                ignore_patterns=["*.fp16.*", "*.bf16.*", "*.non_ema.*"],
-            )
+        folder = Path(snapshot_download(source, revision=settings.revision, allow_patterns=["model_index.json"]))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        wanted = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]
+        snapshot_download(
+            source,
+            revision=settings.revision,
+            allow_patterns=[f"{name}/*.{end}" for name in wanted for end in ("json", "txt", "model", "safetensors")],
+            ignore_patterns=["*.fp16*", "*.bf16*", "*.non_ema*"],
         )
+        return folder
     except Exception as error:  # the hub client raises many unrelated classes; all mean "not to be had"
         raise ModelError(
-            f"model={spec.name} was looked for as {source} in the local hub cache and on the hub, without success "
+            f"model={spec.name} was looked for as {source} in the local hub cache and on the hub, without success, and there is no such folder here "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no answer'}); "
             "give a local folder with model.path=DIR, or try the bundled model=emoji."
         ) from error

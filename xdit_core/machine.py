@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from pathlib import Path
 
 
 def cuda_devices() -> int:
     """Number of NVIDIA GPUs that a process started here would see; 0 without the driver."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
-    folder = Path("/proc/driver/nvidia/gpus")
     try:
-        return len(list(folder.iterdir())) if folder.is_dir() else 0
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
 
 
 def cores() -> int:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xdit_core.degrees import product
+from xdit_core.errors import UsageError
 from xdit_core.records import Axis
 
 
@@ -26,11 +27,18 @@ class Mesh:
         self.axes = tuple(axes)
         self.degrees = {a.name: a.degree or 1 for a in axes}
         self.world = product(self.degrees.values())
-        self.rank = dist.get_rank() if self.world > 1 else 0
         self.device_mesh: DeviceMesh | None = None
         self._own: list[dist.ProcessGroup] = []
         if self.world > 1:
+            found = dist.get_world_size() if dist.is_initialized() else 0
+            if found != self.world:
+                raise UsageError(
+                    f"the plan needs {self.world} ranks and this process belongs to {found or 'no group'}"
+                    f"{' of ranks' if found else ''}; start it with xdit-launch, or with torchrun --nproc-per-node {self.world} "
+                    "and torch.distributed.init_process_group."
+                )
             self.device_mesh = init_device_mesh(device, tuple(self.degrees.values()), mesh_dim_names=tuple(self.degrees))
+        self.rank = dist.get_rank() if self.world > 1 else 0
 
     def index(self, axis: str) -> int:
         """This rank's coordinate along an axis; 0 if there is no such axis."""
@@ -83,9 +91,8 @@ class Mesh:
         """Release the groups that this mesh made."""
         if self.device_mesh is None or not dist.is_initialized():
             return
-        wide = [a for a, degree in self.degrees.items() if degree > 1]
-        groups = [self.device_mesh.get_group(a) for a in wide]
-        for group in {*groups, *self._own}:
+        groups = [self.device_mesh.get_group(a) for a in self.degrees]
+        for group in reversed(list(dict.fromkeys([*groups, *self._own]))):  # in one order on all ranks
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         self.device_mesh = None

@@ -18,7 +18,7 @@ from xdit_core import checkpoint, degrees, hub, machine
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
 from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, ModelSpec, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
-from xdit_core.settings import ModelSettings, RunSettings, build, check_keys
+from xdit_core.settings import ModelSettings, RunSettings, build, check_class, check_keys
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -133,8 +133,10 @@ def make_plan(
     wrong = check_keys(values, known, unselected)
     if wrong:
         raise UsageError("\n".join(str(e) for e in wrong))
-    if not values.get("model"):
+    if not values.get("model") or not isinstance(values["model"], str):
         raise UsageError(f"no model; add model=NAME with one of {', '.join(registry.names('xdit.models'))}.")
+    for name, cls in classes.items():
+        check_class(cls, name)
     own = {name: build(classes.get(name), name + ".", values) for name in chosen}
     given = build(RunSettings, "", {k: v for k, v in values.items() if k != "model"})
 
@@ -159,6 +161,7 @@ def make_plan(
         raise PlanRefused(problems)
 
     gpus = 0 if run.device == "cpu" else machine.cuda_devices()
+    run = dataclasses.replace(run, device=run.device or ("cuda" if gpus else "cpu"))
     result = degrees.complete(
         {n: d.axes for n, d in declared.items()}, run.nproc, devices or gpus or machine.cores(), grow=not gpus
     )
@@ -167,9 +170,13 @@ def make_plan(
     by_name = {a.name: a.degree or 1 for a in result.axes}
     divider = next((d for d in declared.values() if d.stages), None)
     split: tuple[int, ...] = (facts.blocks,)
-    if divider and divider.block_split:
-        split = divider.block_split(by_name.get(divider.stages, 1))
-    patches = next((d.patches(by_name) for d in declared.values() if d.patches), 1)
+    patches = 1
+    for name, d in declared.items():
+        try:
+            split = d.block_split(by_name.get(d.stages, 1)) if d.stages and d.block_split else split
+            patches = d.patches(by_name) if d.patches else patches
+        except Exception as error:
+            raise PluginError(f"plugin {name} failed to divide blocks or tokens: {type(error).__name__}: {error}.") from error
     plan = Plan(
         plugins=chosen,
         model=spec.name,
@@ -184,7 +191,7 @@ def make_plan(
         stages=divider.stages if divider else "",
         split=split,
         patches=patches,
-        displaced=tuple(n for n, d in declared.items() if d.displaced),
+        displaced=tuple(n for n, d in declared.items() if d.displaced and patches > 1),
         facts=facts,
         notes=result.notes,
     )
@@ -220,7 +227,15 @@ def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
 def check_run(run: RunSettings) -> list[Problem]:
     """Values that no run can have."""
     found = []
-    for name, least in (("steps", 1), ("images", 1), ("height", 1), ("width", 1), ("threads", 1), ("nproc", 1)):
+    for name, least in (
+        ("steps", 1),
+        ("images", 1),
+        ("height", 1),
+        ("width", 1),
+        ("threads", 1),
+        ("nproc", 1),
+        ("max_sequence_length", 0),
+    ):
         value = getattr(run, name)
         if value is not None and value < least:
             found.append(Problem(f"{name}={value} is too small", f"give {least} or more"))
@@ -310,14 +325,14 @@ def same_plan(plan: Plan, registry: Registry | None = None) -> None:
     Raises:
         XditError: it came out different here.
     """
-    mine = make_plan(
-        list(plan.plugins), {**plan.values, "model.path": plan.folder, "nproc": plan.world}, registry, devices=plan.world
-    )
+    same = {"model.path": plan.folder, "nproc": plan.world, "device": plan.run.device, "prompt": plan.run.prompt}
+    values = {k: v for k, v in plan.values.items() if k != "prompts"}  # the file may lie on another machine
+    mine = make_plan(list(plan.plugins), {**values, **same}, registry, devices=plan.world)
     ours, theirs = json.loads(mine.to_json()), json.loads(plan.to_json())
     for data in (ours, theirs):
         for key in ("values", "notes", "folder"):
             del data[key]
-        data["run"]["nproc"] = None
+        data["run"]["nproc"] = data["run"]["prompts"] = None
     different = [key for key in theirs if ours[key] != theirs[key]]
     if different:
         raise XditError(

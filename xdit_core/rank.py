@@ -29,6 +29,8 @@ class Now:
 
     Args:
         layout: tokens of the current call of the denoiser (written by the core).
+        row_dim: dim of the latents along which patches are cut (written by the core).
+        cuts: where, ``patches + 1`` rows of the latents (written by the core).
         patch: the patch in hand, None for the whole picture (written by whoever owns the slot ``patches``).
         shard: this rank's part of every patch.
         branch: tells apart the calls of one step with different conditions.
@@ -37,6 +39,8 @@ class Now:
     """
 
     layout: TokenLayout = field(default_factory=lambda: TokenLayout(1, 1))
+    row_dim: int = -2
+    cuts: tuple[int, ...] = (0, 1)
     patch: int | None = None
     shard: int = 0
     branch: Any = None
@@ -76,7 +80,7 @@ class Rank:
         """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait."""
         self.doing(f"waiting for {what}")
         yield
-        self.doing("computing")
+        self.doing("")  # back to what it was at
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Process group along an axis, None where this rank is alone."""

@@ -174,7 +174,6 @@ class ModelSpec:
         attention: for a block module, the kinds of its attention calls in order: ``joint`` (picture and text rows),
             ``self`` (picture rows only) or ``cross`` (keys and values from the text, left alone).
         latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``.
-        row_dim: dim of the latents along which a patch is cut.
         text_input: argument of forward whose identity tells the branches of a step apart.
         skips: argument of forward that lists blocks to leave out, "" if it has none.
         refused: arguments of forward that cannot be honoured, each with the reason.
@@ -194,7 +193,6 @@ class ModelSpec:
     path: str = ""
     denoiser: str = "transformer"
     latents: str = "hidden_states"
-    row_dim: int = -2
     text_input: str = "encoder_hidden_states"
     skips: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)

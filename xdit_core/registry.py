@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -42,6 +43,7 @@ class Registry:
         self.manager.add_hookspecs(hookspecs)
         self.extra = dict(extra or {})
         self.extra_models = dict(extra_models or {})
+        self._origins: dict[str, tuple[str, str]] = {}
 
     def found(self, group: str) -> dict[str, list[Found]]:
         """Installed plugins of a group by name; a name with two entries is kept twice, to be refused when selected."""
@@ -98,13 +100,16 @@ class Registry:
         """
         chosen: dict[str, tuple[str, str]] = {}
         for name in sorted(set(names)):
+            if self.manager.has_plugin(name):
+                chosen[name] = self._origins[name]
+                continue
             if name in self.extra:
                 plugin, origin = self.extra[name], ("(given)", "0")
             else:
                 found = self.pick(STRATEGIES, name)
                 plugin, origin = self.load(found), (found.distribution, found.version)
             self.manager.register(plugin, name=name)
-            chosen[name] = origin
+            chosen[name] = self._origins[name] = origin
         try:
             self.manager.check_pending()  # a misspelt hook would otherwise be ignored
         except pluggy.PluginValidationError as error:
@@ -143,7 +148,7 @@ class Registry:
         for name, kwargs in arguments.items():
             caller = self.manager.subset_hook_caller(hook, [p for n, p in everyone.items() if n != name])
             try:
-                answers: Sequence[Any] = caller(**kwargs)
+                answers: Sequence[Any] = [list(a) if inspect.isgenerator(a) else a for a in caller(**kwargs)]
             except Exception as error:
                 if isinstance(error, PluginError | UsageError):
                     raise

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from xdit_core.errors import UsageError
+from xdit_core.errors import PluginError, UsageError
 
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
@@ -87,6 +87,8 @@ def convert(key: str, value: Any, kind: Any) -> Any:
             return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
         parts = value.split(",") if isinstance(value, str) else value
         return tuple(convert(key, part, inner) for part in parts)
+    if isinstance(value, (list, tuple, dict)):
+        raise UsageError(f"{key} takes one value and was given {len(value)}; write for example {key}={example(kind)}.")
     try:
         if kind is bool:
             if isinstance(value, bool):
@@ -118,6 +120,19 @@ def fields_of(settings: type[Any] | None) -> dict[str, Any]:
         return {}
     hints = typing.get_type_hints(settings)
     return {f.name: hints[f.name] for f in dataclasses.fields(settings)}
+
+
+def check_class(settings: Any, plugin: str) -> None:
+    """A settings class that can be used.
+
+    Raises:
+        PluginError: it is no dataclass, a field has no default, or a type cannot be found.
+    """
+    try:
+        fields_of(settings)
+        settings()
+    except Exception as error:
+        raise PluginError(f"the settings class of plugin {plugin} cannot be used: {type(error).__name__}: {error}.") from error
 
 
 def build(settings: type[Any] | None, prefix: str, values: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from xdit_core.attention import AttentionPoint, Redirect
+from xdit_core.chain import nest
 from xdit_core.errors import ModelError, UnsupportedCall
 from xdit_core.rank import Now
 from xdit_core.records import ModelSpec, Stream
@@ -105,10 +106,7 @@ class Trunk(nn.Module):
         self.select = Selector()
         self._redirect = Redirect(point)
         self._names = tuple(inspect.signature(next(iter(blocks.values())).forward).parameters)
-        run: Run = self.run_blocks
-        for wrap in reversed(chain):
-            run = link(wrap, run)
-        self._run = run
+        self._run: Run = nest(chain, self.run_blocks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""
@@ -152,15 +150,6 @@ class Trunk(nn.Module):
                 parts = dict(zip(stream.returns, out if isinstance(out, tuple) else (out,), strict=False))
                 rows = rows.but(tokens=parts["tokens"], text=parts.get("text", rows.text))
         return rows
-
-
-def link(wrap: Callable[[Run, Rows], Rows | None], inner: Run) -> Run:
-    """``wrap`` with its inner bound."""
-
-    def linked(rows: Rows) -> Rows | None:
-        return wrap(inner, rows)
-
-    return linked
 
 
 def replace_blocks(denoiser: nn.Module, spec: ModelSpec, make: Callable[[Mapping[int, nn.Module]], Trunk]) -> Trunk:

@@ -13,7 +13,7 @@ from xdit_core.degrees import describe
 from xdit_core.errors import XditError
 from xdit_core.records import Declaration, Facts
 from xdit_core.registry import MODELS, STRATEGIES, Found, Registry
-from xdit_core.settings import fields_of
+from xdit_core.settings import check_class, fields_of
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -128,6 +128,8 @@ def look(found: Found) -> Look:
         plugin = registry.manager.get_plugin(name)
         text = inspect.getdoc(plugin) or ""
         settings = registry.call("xdit_settings", {name: {}}).get(name)
+        if settings:
+            check_class(settings, name)
         arguments = {name: {"settings": settings() if settings else None, "facts": EXAMPLE}}
         declared = registry.call("xdit_declare", arguments).get(name)
     except XditError as error:

@@ -46,12 +46,12 @@ class Ulysses:
         refuse_mask(call, "usp")
         first = self.now.shard - self.index
         shards = tuple(range(first, first + self.degree))
-        if self.group is None:
-            return inner(call.but(shards=shards))
         if call.k.shape[1] != call.q.shape[1]:  # grouped queries: give every query head its key head
             times = call.q.shape[1] // call.k.shape[1]
             call = call.but(k=call.k.repeat_interleave(times, 1), v=call.v.repeat_interleave(times, 1))
             call.options.pop("enable_gqa", None)
+        if self.group is None:
+            return inner(call.but(shards=shards))
         rows = [length(spans_of(self.now, call.kind, self.now.patch, s)) for s in shards]
         with self.rank.waiting("the Ulysses exchange"):
             q, k, v = self.scatter_heads(torch.stack((call.q, call.k, call.v)), rows)

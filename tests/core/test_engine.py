@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from xdit_core import Engine, GuardError, ModelError, PluginError, Registry, UnsupportedCall, UsageError
+from xdit_core import Engine, GuardError, ModelError, PlanRefused, PluginError, Registry, UnsupportedCall, UsageError, XditError
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 ONE = {"pipefusion.stages": 1, "pipefusion.patches": 3}
@@ -118,8 +118,84 @@ def test_the_guard_sees_an_attention_that_went_elsewhere(tiny_sd3_folder):
 
 
 def test_unknown_arguments_of_generate(tiny_sd3_folder):
-    with pytest.raises(UsageError, match="generate has no argument stpes"):
+    with pytest.raises(UsageError, match="generate takes no stpes; it takes guidance, height"):
         Engine(plan_for([], str(tiny_sd3_folder))).generate("x", stpes=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"), [({"height": 30}, PlanRefused), ({"steps": 0}, PlanRefused), ({"dtype": "float16"}, UsageError)]
+)
+def test_requests_are_checked_like_plans(tiny_sd3_folder, changes, kind):
+    with pytest.raises(kind):
+        Engine(plan_for([], str(tiny_sd3_folder))).generate("x", **changes)
+
+
+def test_a_request_too_small_for_its_patches(tiny_sd3_folder):
+    engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), ONE))
+    with pytest.raises(UsageError, match="2 rows of tokens cannot be cut into 3 patches; ask for a larger picture"):
+        engine.generate("a red fox", height=8)
+
+
+def test_an_engine_for_more_ranks_than_there_are(tiny_sd3_folder):
+    with pytest.raises(
+        UsageError, match="the plan needs 2 ranks and this process belongs to no group; start it with xdit-launch"
+    ):
+        Engine(plan_for(["usp"], str(tiny_sd3_folder), {"usp.ulysses": 2}))
+
+
+def fails_then_asks_again(folder):
+    """On two ranks: a request that fails, then another."""
+    engine = Engine(plan_for(["pipefusion"], folder, {"pipefusion.stages": 2}))
+
+    def stop(pipe, i, t, values):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        engine.generate("a red fox", call={"callback_on_step_end": stop})
+    with pytest.raises(XditError, match="an earlier request failed, and the ranks no longer agree"):
+        engine.generate("a red fox")
+
+
+def test_after_a_failure_on_several_ranks_an_engine_refuses(gloo, tiny_sd3_folder):
+    gloo.run(fails_then_asks_again, str(tiny_sd3_folder), world=2)
+
+
+def test_variants_beside_the_weights_are_left_alone(tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from xdit_core.testing.models import save_tiny_sd3
+
+    folder = save_tiny_sd3(tmp_path / "m")
+    before, _ = generate([], str(folder))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(
+        {k: torch.zeros_like(v) for k, v in load_file(file).items()}, file.with_name("diffusion_pytorch_model.fp16.safetensors")
+    )
+    shutil.copy(file, file.with_name("zzz.safetensors"))
+    assert torch.equal(generate([], str(folder))[0], before)
+
+
+def test_sharded_weights(tmp_path):
+    from xdit_core.testing.models import tiny_sd3
+
+    pipe = tiny_sd3()
+    pipe.save_pretrained(tmp_path / "one")
+    pipe.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    assert len(list((tmp_path / "many" / "transformer").glob("*.safetensors"))) > 1
+    settings = {"pipefusion.stages": 1, "pipefusion.patches": 2}
+    assert torch.equal(*(generate(["pipefusion"], str(tmp_path / n), settings)[0] for n in ("one", "many")))
+
+
+def test_blocks_compile_whole(tiny_sd3_folder):
+    """The attention of a compiled block is one op; eager and compiled agree."""
+    folder = str(tiny_sd3_folder)
+    plain = Engine(plan_for(["pipefusion"], folder, ONE)).generate("a red fox").latents
+    engine = Engine(plan_for(["pipefusion"], folder, ONE))
+    for block in engine.trunk.blocks.values():
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(engine.generate("a red fox").latents, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_unknown_scheduler(tiny_sd3_folder):

@@ -80,6 +80,7 @@ def test_open_degrees_are_completed(tiny_sd3_folder, nproc, expected):
 def test_every_selected_plugin_gets_work_on_a_small_machine(tiny_sd3_folder):
     made = plan(tiny_sd3_folder, devices=2)
     assert degrees(made) == {"stages": 2, "ring": 1, "ulysses": 2} and made.world == 4
+    assert plan(tiny_sd3_folder, devices=256).world == 4  # more cores become threads
     assert made.notes == ("4 processes: stages 2 x ulysses 2",)
 
 
@@ -90,7 +91,10 @@ def test_axes_are_ordered_by_traffic(tiny_sd3_folder):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"nproc": 7, "usp__ulysses": 2}, "nproc=7 does not fit the degrees (given usp.ulysses=2); use nproc="),
+        (
+            {"nproc": 7, "usp__ulysses": 2},
+            "nproc=7 does not fit the degrees (given usp.ulysses=2); use one of 2, 4, 6, 8, 10, 12, or leave nproc out.",
+        ),
         ({"usp__ulysses": 3}, "sd3 has 4 heads, which does not fit usp.ulysses=3; use one of 1, 2, 4."),
         ({"usp__ulysses": 0}, "usp.ulysses=0 is below 1; give 1 or more."),
         ({"height": 30}, "height=30 is no multiple of 4, as sd3 needs; nearest are 28 and 32."),
@@ -193,6 +197,20 @@ def test_planning_needs_no_torch(tiny_sd3_folder):
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_gpus_are_all_used_unless_a_plugin_would_be_idle():
+    """7 GPUs: a ring of 7 would leave the stages nothing to do, 2 x 3 does not."""
+    axes = {
+        "usp": (
+            Axis("ring", None, Traffic.PER_RING_HOP, last_resort=True),
+            Axis("ulysses", None, Traffic.PER_LAYER, choices=(1, 2, 4)),
+        ),
+        "pipefusion": (Axis("stages", None, Traffic.PER_STAGE, choices=tuple(range(1, 25))),),
+    }
+    done = complete(axes, None, 7, grow=False)
+    assert {a.name: a.degree for a in done.axes} == {"stages": 3, "ring": 1, "ulysses": 2}
+    assert [a.degree for a in complete(axes, None, 8, grow=False).axes] == [2, 1, 4]
 
 
 def test_a_plan_for_64_ranks():

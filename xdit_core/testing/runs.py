@@ -44,11 +44,13 @@ def generate(
         engine.close()
 
 
-def diffusers_latents(folder: str, prompt: str = "a red fox", scheduler: str | None = None, **changes: Any) -> torch.Tensor:
+def diffusers_latents(
+    folder: str, prompt: str = "a red fox", scheduler: str | None = None, dtype: torch.dtype | None = None, **changes: Any
+) -> torch.Tensor:
     """The oracle: the unmodified pipeline, called as a user of diffusers would."""
     import diffusers
 
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if scheduler:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
