@@ -14,6 +14,7 @@ from xdit_core.chain import nest
 from xdit_core.errors import UnsupportedCall, UsageError
 from xdit_core.rank import Rank
 from xdit_core.tokens import TokenLayout, length
+from xdit_core.trunk import NothingHere
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +53,25 @@ class ForwardPoint:
         config: Any = denoiser.config
         self._patch = int(config[self.spec.patch])
         self._branches: dict[Any, torch.Tensor | None] = {}
+        self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
         self._run: Run = nest(chain, self.base)
         denoiser.forward = self.forward
 
     def begin(self) -> None:
         """Forget the branches of the last request."""
         self._branches.clear()
+        self._shapes.clear()
 
     def base(self, call: Call) -> torch.Tensor:
-        """The model's own forward."""
-        out: torch.Tensor = self._original(**{self.spec.latents: call.latents}, **call.rest, return_dict=False)[0]
+        """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no values."""
+        key = (call.latents.shape, call.latents.dtype)
+        self.rank.now.known = key in self._shapes
+        try:
+            out: torch.Tensor = self._original(**{self.spec.latents: call.latents}, **call.rest, return_dict=False)[0]
+        except NothingHere:
+            shape, dtype = self._shapes[key]
+            return call.latents.new_empty((), dtype=dtype).expand(shape)
+        self._shapes[key] = (out.shape, out.dtype)
         return out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +138,9 @@ class ForwardPoint:
 
 
 class Once:
-    """Remembers what a submodule gave for an input, while the input is the same tensor; for projections of the text."""
+    """Remembers what a submodule gave for its last two inputs: a projection of the text is computed once a request, and a rank
+    that has no latents does not embed its blank over and over.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._original = module.forward
@@ -143,7 +155,7 @@ class Once:
         """The module's result for ``x``, computed once a request."""
         key = (id(x), 0 if x.is_inference() else x._version)
         if key not in self._known:
-            if len(self._known) > 16:
-                self._known.clear()
+            if len(self._known) == 2:
+                del self._known[next(iter(self._known))]
             self._known[key] = (x, self._original(x))
         return self._known[key][1]

@@ -35,6 +35,7 @@ class Now:
         shard: this rank's part of every patch.
         branch: tells apart the calls of one step with different conditions.
         block: index of the block that runs.
+        known: the shape of the denoiser's result is known, so that its head need not run for it.
         skip: blocks that the pipeline asked to leave out in this call.
     """
 
@@ -45,6 +46,7 @@ class Now:
     shard: int = 0
     branch: Any = None
     block: int = -1
+    known: bool = False
     skip: frozenset[int] = frozenset()
 
 

@@ -179,7 +179,8 @@ class ModelSpec:
         refused: arguments of forward that cannot be honoured, each with the reason.
         heads, patch: keys of the denoiser's config: number of attention heads, pixels a side of a latent patch.
         text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
-        once: submodules of the denoiser whose input stays the same over the steps; computed once a request.
+        once: submodules of the denoiser with one argument that often get the same tensor again (projections of the text, the
+            embedding of the latents); their last results are kept.
         defaults: values for the shared settings (``steps``, ``guidance``, ``height``, ``width``, ``prompt`` ...).
         call: what each shared setting is called in the pipeline's ``__call__``.
     """

@@ -45,6 +45,10 @@ class Rows:
 Run = Callable[[Rows], Rows | None]
 
 
+class NothingHere(Exception):
+    """Leaves the denoiser's forward behind the trunk: this rank holds nothing for the head to work on."""
+
+
 class Selector:
     """Takes and puts back rows by spans; index tensors are made once for each set of spans."""
 
@@ -129,6 +133,8 @@ class Trunk(nn.Module):
             given,
         )
         out = self._run(mine)
+        if out is None and self._now.known:
+            raise NothingHere
         full = tokens if out is None else self.select.put(tokens, out.tokens, layout.picture(now.patch, None), 1)
         answer = [full if name == "tokens" else text for name in stream.returns]
         return tuple(answer) if len(answer) > 1 else answer[0]

@@ -33,6 +33,6 @@ def xdit_model() -> ModelSpec:
         text_tokens=text_tokens,
         skips="skip_layers",
         refused={"block_controlnet_hidden_states": "ControlNet residuals are not divided over ranks yet"},
-        once=("context_embedder",),
+        once=("context_embedder", "pos_embed"),
         defaults={"steps": 28, "guidance": 7.0, "prompt": ("a red fox in the snow, morning light",)},
     )
