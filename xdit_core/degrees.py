@@ -70,7 +70,8 @@ def most_processes(declared: Mapping[str, Sequence[Axis]], fixed: int, devices: 
     if not grow:
         return max(devices, fixed)
     groups = [g for g in declared.values() if any(a.degree is None for a in g)]
-    return fixed * 2 ** sum(1 for g in groups if all((a.degree or 1) == 1 for a in g))
+    idle = sum(1 for g in groups if all((a.degree or 1) == 1 for a in g))
+    return fixed << idle
 
 
 def notes_on(declared: Mapping[str, Sequence[Axis]], done: Sequence[Axis], size: int) -> Iterator[str]:

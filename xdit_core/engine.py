@@ -295,7 +295,8 @@ def scheduler_named(name: str, current: Any) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         same = ", ".join(c.__name__ for c in current.compatibles) if hasattr(current, "compatibles") else "see diffusers"
         raise UsageError(f"scheduler={name} is no scheduler class of diffusers; this model's compatible ones: {same}.")
-    return cls.from_config(current.config)
+    made: Any = cls
+    return made.from_config(current.config)
 
 
 __all__ = ["Engine", "Output"]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from xdit_core.engine import Output
     from xdit_core.plan import Plan
 
-SUFFIX = {"image": ".png", "latent": ".safetensors"}
+SUFFIX = MappingProxyType({"image": ".png", "latent": ".safetensors"})
 PACKAGES = ("xdit", "torch", "diffusers", "transformers")
 
 

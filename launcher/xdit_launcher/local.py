@@ -53,7 +53,7 @@ def start(plan: Plan, folder: Path, options: Mapping[str, str]) -> int:
     if options:
         raise UsageError(f"the backend local has no option {', '.join(options)}; leave it out.")
     gpus = machine.cuda_devices()
-    if gpus and plan.run.device != "cpu" and plan.world > gpus:
+    if plan.run.device == "cuda" and plan.world > gpus:
         raise UsageError(f"{plan.world} processes but {gpus} GPUs on this machine; lower the degrees, or use device=cpu.")
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     workers: Workers = []

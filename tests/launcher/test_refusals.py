@@ -73,7 +73,7 @@ def test_unknown_model(say: Say) -> None:
 
 
 def test_missing_folder(say: Say) -> None:
-    refused(say("model=sd3", "model.path=./gone", "a fox"), 2, "model.path=gone does not exist", "model_index.json")
+    refused(say("model=sd3", "model.path=./gone", "a fox"), 2, "/gone does not exist", "model_index.json")
 
 
 def test_no_pipeline(say: Say, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_bad_config(say: Say, text: str, part: str) -> None:
 
 
 def test_not_enough_gpus(say: Say, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("xdit_core.machine.cuda_devices", lambda: 1)
     words = [w for w in tiny if w != "device=cpu"]
     result = say("--plugins", "usp", *words, "usp.ulysses=2", "a fox")
     assert result.exit_code == 2 and "2 processes but 1 GPUs on this machine" in result.stderr

@@ -26,6 +26,8 @@ def test_the_displaced_schedule_is_that_of_the_cpu(tiny_sd3_folder):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(tiny_sd3_folder, dtype):
-    engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), {"pipefusion.patches": 2, "nproc": 1, "device": "cuda", "dtype": dtype}))
+    engine = Engine(
+        plan_for(["pipefusion"], str(tiny_sd3_folder), {"pipefusion.patches": 2, "nproc": 1, "device": "cuda", "dtype": dtype})
+    )
     latents = engine.generate("a red fox").latents
     assert latents.dtype == getattr(torch, dtype) and latents.isfinite().all()
