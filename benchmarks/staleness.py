@@ -20,6 +20,9 @@ from xdit_emoji.training.data import chosen_names, load
 from xdit_emoji.training.evaluate import questions, score, serial, to_tensor
 
 PATCHES, WARMUPS = (2, 4, 8), (1, 2, 4)
+NOTE = """The warm-up makes no difference to a tenth of a decibel here: the first steps are mostly noise, in which neighbours have little to say, and what staleness costs comes from the later
+ones (largest difference of the latents of one picture, M=8: 0.098 between W=1 and serial, 0.001 between W=1 and W=4). A model of 64 tokens that has memorized its pictures says
+little about models that compose; there, choose W by looking."""
 SHOWN = ("red heart", "fox", "pizza", "rocket", "octopus", "grinning face", "sunflower", "guitar")
 
 
@@ -83,7 +86,7 @@ def main() -> None:
             lines.append(f"| {m} | {w} | {sum(quality) / len(quality):.1f} | {min(quality):.1f} | {right} of {len(asked)} |")
             rows.append((f"M={m} W={w}", [got[q] for q in shown]))
             print(lines[-1], f"{time.monotonic() - started:.0f} s", flush=True)
-    lines += ["", "![serial and displaced pictures](staleness.png)", ""]
+    lines += ["", NOTE, "", "![serial and displaced pictures](staleness.png)", ""]
     out = Path(args.out)
     (out / "staleness.md").write_text("\n".join(lines), encoding="utf-8")
     grid(rows, out / "staleness.png")
