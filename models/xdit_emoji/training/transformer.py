@@ -118,6 +118,7 @@ def train(model: Denoiser, latents: torch.Tensor, ids: torch.Tensor, empty: torc
 
 def save(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, out: str) -> None:
     """Write the pipeline in diffusers format, fp16."""
+    vae.register_to_config(_name_or_path="")  # else the folder it was trained in goes into the package
     pipe = StableDiffusion3Pipeline(
         transformer=model.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
