@@ -26,7 +26,7 @@ from xdit_core.plan import Plan, check_run, check_size
 from xdit_core.rank import Rank, ignore
 from xdit_core.records import Built
 from xdit_core.registry import Registry
-from xdit_core.settings import RunSettings
+from xdit_core.settings import RunSettings, build
 from xdit_core.trunk import Trunk, replace_blocks
 
 # What may differ from request to request; everything else is decided by the plan.
@@ -104,7 +104,7 @@ class Engine:
         """Build every strategy and nest its wraps in the plan's order."""
         plan = self.plan
         classes = registry.call("xdit_settings", {name: {} for name in plan.plugins})
-        own = {name: settings_of(classes.get(name), name, plan) for name in plan.plugins}
+        own = {name: build(classes.get(name), name + ".", plan.values) for name in plan.plugins}
         built: dict[str, Built] = registry.call(
             "xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins}
         )
@@ -248,13 +248,6 @@ class _Bar:
 
     def set_postfix(self, *args: Any, **kwargs: Any) -> None:
         """Accepted for pipelines that show more."""
-
-
-def settings_of(cls: type[Any] | None, name: str, plan: Plan) -> Any:
-    """The settings instance of a plugin, from the plan's values."""
-    from xdit_core.settings import build
-
-    return build(cls, name + ".", plan.values)
 
 
 def shard_index(plan: Plan, mesh: Mesh) -> int:

@@ -46,17 +46,13 @@ def load_pipeline(spec: ModelSpec, folder: Path, blocks: range, device: torch.de
 
 def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, None]:
     """Constructor arguments that the folder lacks or lists as null, so that diffusers does not ask for them."""
-    wanted = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
-    given = {n: index[n] for n in wanted if n in index}
-    missing = [n for n in wanted if n not in index and n in module_arguments(cls)]
-    return dict.fromkeys([*missing, *(n for n, v in given.items() if isinstance(v, list) and v[0] is None)])
-
-
-def module_arguments(cls: type[Any]) -> set[str]:
-    """Constructor arguments of a pipeline that have no default: its components."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    empty = inspect.Parameter.empty
-    return {p.name for p in parameters if p.name != "self" and (p.default is empty or p.default is None)}
+    absent: dict[str, None] = {}
+    for p in inspect.signature(cls.__init__).parameters.values():
+        component = p.default is inspect.Parameter.empty or p.default is None
+        entry = index.get(p.name)
+        if p.name != "self" and (entry[0] is None if isinstance(entry, list) else component and p.name not in index):
+            absent[p.name] = None
+    return absent
 
 
 def load_part(spec: ModelSpec, folder: Path, class_name: str, blocks: range, dtype: torch.dtype) -> nn.Module:
