@@ -1,7 +1,8 @@
 """The figures of the README, as ratios within one run, on an SD3-shaped random model.
 
 Model: 8 blocks, 16 heads x 64, 1,024 picture tokens + 77 text tokens, fp32, one thread a process. Measured: plain diffusers, the
-engine without a plugin, USP on two processes, PipeFusion (M=4, W=1) on two processes; and the bytes sent by each.
+engine without a plugin, USP on two processes, PipeFusion (M=4, W=1) on two processes; and the bytes sent by each. Two plain runs at
+once, which share nothing and say nothing to each other, show what a second process is worth on this machine at best.
 
     python benchmarks/shapes.py --steps 20 --repeats 3
 """
@@ -27,6 +28,8 @@ STRATEGIES: dict[str, tuple[list[str], dict[str, Any], int]] = {
     "usp.ring=2": (["usp"], {"usp.ulysses": 1, "usp.ring": 2}, 2),
     "pipefusion.stages=2, M=4, W=1": (["pipefusion"], {"pipefusion.stages": 2, "pipefusion.patches": 4}, 2),
 }
+
+CEILING = "two plain runs at once, time of one"
 
 
 def make_model(folder: Path) -> None:
@@ -91,6 +94,8 @@ def main() -> None:
         pool = Pool()
         for _ in range(args.repeats):  # in turn, so that a drift of the machine meets all alike
             times["plain diffusers"] += pool.run(diffusers_seconds, folder, args.steps, world=1, timeout=3600)
+            together = pool.run(diffusers_seconds, folder, args.steps, world=2, timeout=3600)
+            times.setdefault(CEILING, []).append(max(together) / 2)
             for name, (plugins, settings, world) in STRATEGIES.items():
                 if args.only in name:
                     results = pool.run(engine_seconds, folder, plugins, settings, args.steps, world=world, timeout=3600)

@@ -18,7 +18,7 @@ import torch
 from xdit_core.attention import AttentionPoint
 from xdit_core.chain import nest
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
-from xdit_core.forward import ForwardPoint, Once
+from xdit_core.forward import ForwardPoint, remembering
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
 from xdit_core.mesh import Mesh
@@ -121,7 +121,7 @@ class Engine:
                 raise PluginError(f"plugin {name} declares a transform in the phase {phase} but xdit_build gave none.")
             change(self.pipe)
         now, denoiser = self.rank.now, getattr(self.pipe, spec.denoiser)
-        self.once = [Once(denoiser.get_submodule(name)) for name in spec.once]
+        self.once = remembering(denoiser, self.rank)
         attention = AttentionPoint(now, chains.get("attention", []))
         self.trunk = replace_blocks(denoiser, spec, lambda blocks: Trunk(blocks, spec, now, attention, chains.get("trunk", [])))
         self.forward = ForwardPoint(self.rank, denoiser, chains.get("forward", []))

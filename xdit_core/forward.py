@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -134,28 +135,47 @@ class ForwardPoint:
                     "apart; pass the same tensor at every step."
                 )
             self._branches[key] = text  # held, so that its id stays taken
-        now.branch, now.skip = list(self._branches).index(key), skip
+        now.branch, now.skip, now.call = list(self._branches).index(key), skip, now.call + 1
 
 
 class Once:
-    """Remembers what a submodule gave for its last two inputs: a projection of the text is computed once a request, and a rank
-    that has no latents does not embed its blank over and over.
+    """Remembers what a submodule gave for its last two keys, so that nothing is computed again that has not changed.
+
+    Args:
+        module: its ``forward`` is replaced.
+        key: of the module's arguments; equal keys give equal results. While a graph is being compiled nothing is remembered.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._original = module.forward
-        self._known: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, module: nn.Module, key: Callable[..., Any]) -> None:
+        self._original, self._key = module.forward, key
+        self._known: dict[Any, tuple[Any, Any]] = {}
         module.forward = self.forward
 
     def begin(self) -> None:
         """Forget."""
         self._known.clear()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The module's result for ``x``, computed once a request."""
-        key = (id(x), 0 if x.is_inference() else x._version)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result, the old one where there is one."""
+        if torch.compiler.is_compiling():
+            return self._original(*args, **kwargs)
+        key = self._key(*args, **kwargs)
         if key not in self._known:
             if len(self._known) == 2:
                 del self._known[next(iter(self._known))]
-            self._known[key] = (x, self._original(x))
+            self._known[key] = (args, self._original(*args, **kwargs))  # the arguments are held, so that their ids stay taken
         return self._known[key][1]
+
+
+def same_tensor(x: torch.Tensor) -> tuple[int, int]:
+    """The key of a submodule that often gets the same tensor again."""
+    return id(x), 0 if x.is_inference() else x._version
+
+
+def remembering(denoiser: nn.Module, rank: Rank) -> list[Once]:
+    """Put `Once` around what the adapter names: text projections, and if there are patches what all patches of a step share."""
+    found = [Once(denoiser.get_submodule(name), same_tensor) for name in rank.spec.once]
+    if rank.plan.patches > 1:
+        shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in rank.spec.conditioning))
+        found += [Once(module, lambda *_, **__: rank.now.call) for module in shared]
+    return found

@@ -33,6 +33,7 @@ class Now:
         cuts: where, ``patches + 1`` rows of the latents (written by the core).
         patch: the patch in hand, None for the whole picture (written by whoever owns the slot ``patches``).
         shard: this rank's part of every patch.
+        call: counts the calls of the denoiser by the pipeline; the patches of one step share one.
         branch: tells apart the calls of one step with different conditions.
         block: index of the block that runs.
         known: the shape of the denoiser's result is known, so that its head need not run for it.
@@ -44,6 +45,7 @@ class Now:
     cuts: tuple[int, ...] = (0, 1)
     patch: int | None = None
     shard: int = 0
+    call: int = 0
     branch: Any = None
     block: int = -1
     known: bool = False

@@ -181,6 +181,8 @@ class ModelSpec:
         text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
         once: submodules of the denoiser with one argument that often get the same tensor again (projections of the text, the
             embedding of the latents); their last results are kept.
+        conditioning: patterns (as of ``fnmatch``) of names of submodules whose result depends on the step and its conditions
+            and not on the picture; computed once a step, not once a patch.
         defaults: values for the shared settings (``steps``, ``guidance``, ``height``, ``width``, ``prompt`` ...).
         call: what each shared setting is called in the pipeline's ``__call__``.
     """
@@ -201,6 +203,7 @@ class ModelSpec:
     patch: str = "patch_size"
     text_tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], int] | None = None
     once: tuple[str, ...] = ()
+    conditioning: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, str] = field(default_factory=dict)
 

@@ -54,6 +54,7 @@ class Selector:
 
     def __init__(self) -> None:
         self._indices: dict[tuple[tuple[Span, ...], torch.device], torch.Tensor] = {}
+        self._full: torch.Tensor | None = None
 
     def index(self, spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
         """The rows of spans as an int64 tensor."""
@@ -73,10 +74,12 @@ class Selector:
         return x.index_select(dim, self.index(spans, x.device))
 
     def put(self, like: torch.Tensor, rows: torch.Tensor, spans: tuple[Span, ...], dim: int) -> torch.Tensor:
-        """A tensor of the shape of ``like`` with ``rows`` at spans and zeros elsewhere."""
+        """A tensor of the shape of ``like`` with ``rows`` at spans; elsewhere is what was put there before, or zeros."""
         if spans == ((0, like.shape[dim]),):
             return rows
-        full = torch.zeros_like(like)
+        full = self._full
+        if full is None or (full.shape, full.dtype, full.device) != (like.shape, like.dtype, like.device):
+            full = self._full = torch.zeros_like(like)
         if len(spans) == 1:
             full.narrow(dim, spans[0][0], length(spans)).copy_(rows)
             return full

@@ -34,5 +34,6 @@ def xdit_model() -> ModelSpec:
         skips="skip_layers",
         refused={"block_controlnet_hidden_states": "ControlNet residuals are not divided over ranks yet"},
         once=("context_embedder", "pos_embed"),
+        conditioning=("time_text_embed", "transformer_blocks.*.norm1*.linear"),
         defaults={"steps": 28, "guidance": 7.0, "prompt": ("a red fox in the snow, morning light",)},
     )
