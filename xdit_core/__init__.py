@@ -43,9 +43,11 @@ from xdit_core.tokens import TokenLayout, length
 if TYPE_CHECKING:
     from xdit_core.attention import Attend, refuse_mask, spans_of
     from xdit_core.attention import Kernel as AttentionRun
-    from xdit_core.engine import Engine, Output
+    from xdit_core.engine import Engine
     from xdit_core.forward import Call
     from xdit_core.forward import Run as ForwardRun
+    from xdit_core.jobs import Job, Output, Request, joined, share
+    from xdit_core.jobs import Run as RequestRun
     from xdit_core.lazy import PatchTensor, PatchWorld, materialized, patchwise
     from xdit_core.mesh import Mesh
     from xdit_core.preview import Preview
@@ -63,7 +65,12 @@ _WITH_TORCH = {
     "ForwardRun": ("forward", "Run"),
     "Mesh": ("mesh", "Mesh"),
     "Now": ("rank", "Now"),
-    "Output": ("engine", "Output"),
+    "Job": ("jobs", "Job"),
+    "Output": ("jobs", "Output"),
+    "Request": ("jobs", "Request"),
+    "RequestRun": ("jobs", "Run"),
+    "joined": ("jobs", "joined"),
+    "share": ("jobs", "share"),
     "PatchTensor": ("lazy", "PatchTensor"),
     "PatchWorld": ("lazy", "PatchWorld"),
     "Preview": ("preview", "Preview"),
@@ -99,6 +106,7 @@ __all__ = [
     "Facts",
     "ForwardRun",
     "GuardError",
+    "Job",
     "LazyError",
     "Mesh",
     "ModelError",
@@ -114,6 +122,8 @@ __all__ = [
     "Problem",
     "Rank",
     "Registry",
+    "Request",
+    "RequestRun",
     "Rows",
     "Selector",
     "Stream",
@@ -127,11 +137,13 @@ __all__ = [
     "XditError",
     "divisors",
     "hookimpl",
+    "joined",
     "length",
     "listed",
     "make_plan",
     "materialized",
     "patchwise",
     "refuse_mask",
+    "share",
     "spans_of",
 ]

@@ -30,7 +30,9 @@ def ordered(axes: Iterable[Axis]) -> tuple[Axis, ...]:
     return tuple(sorted(axes, key=lambda a: (a.traffic, a.name)))
 
 
-def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices: int, grow: bool) -> Completed:
+def complete(
+    declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices: int, grow: bool, heads: int, model: str
+) -> Completed:
     """Choose the open degrees.
 
     Args:
@@ -39,6 +41,8 @@ def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices:
         devices: processes that suit the machine.
         grow: more processes than devices may be started so that every selected plugin has something to do
             (CPU processes share cores; GPUs are not shared).
+        heads: attention heads of the model, to be divided by the axes that shard heads.
+        model: its name, for messages.
     """
     problems = wrong_degrees(declared)
     if problems:
@@ -48,6 +52,9 @@ def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         return Completed(problems=(Problem(f"two plugins declare the axis {listed(twice)}", "drop one of them"),))
+    problems = too_few_heads(axes, heads, model)
+    if problems:
+        return Completed(problems=tuple(problems))
     fixed = product(a.degree for a in axes if a.degree is not None)
     open_axes = [a for a in axes if a.degree is None]
     if nproc is not None:
@@ -56,9 +63,9 @@ def complete(declared: Mapping[str, Sequence[Axis]], nproc: int | None, devices:
         sizes = (fixed,)
     else:
         sizes = range(1, most_processes(declared, fixed, devices, grow) + 1)
-    found = [(best, size) for size in sizes if (best := fill(declared, open_axes, fixed, size)) is not None]
+    found = [(best, size) for size in sizes if (best := fill(declared, open_axes, fixed, size, heads)) is not None]
     if not found:
-        return Completed(problems=(misfit(declared, axes, open_axes, fixed, nproc or devices),))
+        return Completed(problems=(misfit(declared, axes, open_axes, fixed, nproc or devices, heads),))
     best, size = min(found, key=lambda pair: (pair[0].idle, -pair[1]))  # all at work, then as many as there can be
     degree = dict(zip((a.name for a in open_axes), best.degrees, strict=True))
     done = ordered(dataclasses.replace(a, degree=degree.get(a.name, a.degree)) for a in axes)
@@ -97,6 +104,17 @@ def wrong_degrees(declared: Mapping[str, Sequence[Axis]]) -> list[Problem]:
     return found
 
 
+def too_few_heads(axes: Sequence[Axis], heads: int, model: str) -> list[Problem]:
+    """Axes that divide the heads among themselves whose given degrees do not."""
+    given = [a for a in axes if a.shards_heads and (a.degree or 1) > 1]
+    each = product(a.degree or 1 for a in given)
+    if heads % each == 0:
+        return []
+    named = " x ".join(f"{a.setting or a.name}={a.degree}" for a in given)
+    works = ", ".join(str(d) for d in divisors(heads))
+    return [Problem(f"{model} has {heads} heads, which {named} = {each} do not divide", f"make their product one of {works}")]
+
+
 @dataclass(frozen=True, order=True)
 class Filled:
     """Degrees of the open axes; the smaller, the better."""
@@ -108,7 +126,7 @@ class Filled:
     degrees: tuple[int, ...] = ()
 
 
-def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixed: int, size: int) -> Filled | None:
+def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixed: int, size: int, heads: int) -> Filled | None:
     """Degrees of the open axes whose product with the fixed ones is ``size``; the best, or None.
 
     Best: fewest plugins left idle, then the smallest last resorts, then the smallest sum, then large degrees for chatty axes.
@@ -122,6 +140,9 @@ def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixe
         if product(combination) != rest:
             continue
         degree = {a.name: d for a, d in zip(open_axes, combination, strict=True)}
+        everything = [a for group in declared.values() for a in group]
+        if heads % product(a.degree or degree.get(a.name, 1) for a in everything if a.shards_heads):
+            continue
         idle = sum(1 for group in declared.values() if group and all((a.degree or degree.get(a.name, 1)) == 1 for a in group))
         resort = product(d for a, d in zip(open_axes, combination, strict=True) if a.last_resort)
         chatty = tuple(-degree[a.name] for a in sorted(open_axes, key=lambda a: (-a.traffic, a.name)))
@@ -131,12 +152,12 @@ def fill(declared: Mapping[str, Sequence[Axis]], open_axes: Sequence[Axis], fixe
 
 
 def misfit(
-    declared: Mapping[str, Sequence[Axis]], axes: Sequence[Axis], open_axes: Sequence[Axis], fixed: int, nproc: int
+    declared: Mapping[str, Sequence[Axis]], axes: Sequence[Axis], open_axes: Sequence[Axis], fixed: int, nproc: int, heads: int
 ) -> Problem:
     """Why no degrees fit the processes asked for, and which numbers would."""
     given = ", ".join(f"{a.setting or a.name}={a.degree}" for a in axes if a.degree is not None)
     around = {*range(1, 17), *range(max(1, nproc - 16), nproc + 17), fixed, 2 * fixed}
-    works = [n for n in sorted(around) if fill(declared, open_axes, fixed, n) is not None]
+    works = [n for n in sorted(around) if fill(declared, open_axes, fixed, n, heads) is not None]
     near = sorted(sorted(works, key=lambda n: abs(n - nproc))[:6])
     because = "; ".join([f"given {given}"] if given else [a.why for a in open_axes if a.why])
     choice = f"use nproc={near[0]}" if len(near) == 1 else f"use one of {', '.join(map(str, near))}"

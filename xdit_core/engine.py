@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ from xdit_core.attention import AttentionPoint
 from xdit_core.chain import nest
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint, remembering
+from xdit_core.jobs import Done, Job, Output, Request, Started
+from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
 from xdit_core.mesh import Mesh
 from xdit_core.plan import Plan, check_run, check_size
 from xdit_core.rank import Rank, ignore
-from xdit_core.records import Built
+from xdit_core.records import PHASES, Built, ModelSpec
 from xdit_core.registry import Registry
 from xdit_core.settings import RunSettings, build
 from xdit_core.trunk import Trunk, replace_blocks
@@ -34,25 +35,12 @@ PER_REQUEST = frozenset(
     ("negative", "steps", "guidance", "height", "width", "images", "seed", "output_type", "max_sequence_length")
 )
 
+BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
+AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of the strategies
+
 
 class _Elsewhere(Exception):
     """Leaves the pipeline on a rank whose output another rank makes."""
-
-
-@dataclass
-class Output:
-    """What one prompt gave.
-
-    Args:
-        images: PIL pictures; None on ranks that do not own the output.
-        latents: ``[n, C, h, w]`` if latents were asked for, on every rank.
-        seconds: wall time of encode, denoise and decode.
-    """
-
-    prompt: str
-    images: list[Any] | None = None
-    latents: torch.Tensor | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 Progress = Callable[[int, int], None]
@@ -88,26 +76,50 @@ class Engine:
             device = torch.device("cuda", torch.cuda.current_device())
         mesh = Mesh(plan.axes, device.type)
         self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing)
+        self.rank.now.shard = shard_index(plan, mesh)
+        self.owner = all(mesh.index(a.name) == 0 for a in plan.axes if not a.own_outputs)
+        self._built = self._build(registry)
         doing("loading the model")
-        self.pipe = pipe or load_pipeline(spec, Path(plan.folder), self.rank.blocks, device, dtype)
-        self.rank.pipe = self.pipe
+        early, late = self._transforms(BEFORE_VALUES), self._transforms(AFTER_WEAVING)
+        if pipe is None:
+            where = torch.device("cpu") if late else device
+            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early)
+        else:
+            for change in early:
+                change(getattr(pipe, spec.denoiser))
+        self.pipe = self.rank.pipe = pipe
         if plan.run.scheduler:
             self.pipe.scheduler = scheduler_named(plan.run.scheduler, self.pipe.scheduler)
-        self.rank.now.shard = shard_index(plan, mesh)
-        self.owner = mesh.rank == 0
-        self._weave(registry, spec)
+        for change in self._transforms(set(PHASES) - BEFORE_VALUES - AFTER_WEAVING):
+            change(self.pipe)
+        self._weave(spec)
+        for change in late:
+            change(self.pipe)
         self.load_seconds = time.perf_counter() - started
         self._marks: dict[str, float] = {}
         self._broken = False
 
-    def _weave(self, registry: Registry, spec: Any) -> None:
-        """Build every strategy and nest its wraps in the plan's order."""
+    def _build(self, registry: Registry) -> dict[str, Built]:
+        """The callables of every strategy."""
         plan = self.plan
         classes = registry.call("xdit_settings", {name: {} for name in plan.plugins})
         own = {name: build(classes.get(name), name + ".", plan.values) for name in plan.plugins}
-        built: dict[str, Built] = registry.call(
-            "xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins}
-        )
+        return registry.call("xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins})
+
+    def _transforms(self, phases: Collection[str]) -> list[Callable[[Any], None]]:
+        """The changes of the modules in some phases, in the plan's order."""
+        found = []
+        for phase, name in self.plan.transforms:
+            change = self._built[name].transforms.get(phase) if name in self._built else None
+            if change is None:
+                raise PluginError(f"plugin {name} declares a transform in the phase {phase} but xdit_build gave none.")
+            if phase in phases:
+                found.append(change)
+        return found
+
+    def _weave(self, spec: ModelSpec) -> None:
+        """Nest the wraps of the strategies in the plan's order, and put them where the pipeline will call them."""
+        plan, built = self.plan, self._built
         chains: dict[str, list[Any]] = {}
         for point, pairs in plan.wraps.items():
             for level, name in pairs:
@@ -115,31 +127,39 @@ class Engine:
                 if wrap is None:
                     raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
                 chains.setdefault(point, []).append(wrap)
-        for phase, name in plan.transforms:
-            change = built[name].transforms.get(phase) if name in built else None
-            if change is None:
-                raise PluginError(f"plugin {name} declares a transform in the phase {phase} but xdit_build gave none.")
-            change(self.pipe)
         now, denoiser = self.rank.now, getattr(self.pipe, spec.denoiser)
         self.once = remembering(denoiser, self.rank)
-        attention = AttentionPoint(now, chains.get("attention", []))
-        self.trunk = replace_blocks(denoiser, spec, lambda blocks: Trunk(blocks, spec, now, attention, chains.get("trunk", [])))
-        self.forward = ForwardPoint(self.rank, denoiser, chains.get("forward", []))
+        self.trunk: Trunk | None = None
+        if plan.stages or plan.patches > 1 or "trunk" in chains or "attention" in chains:
+            attention, around = AttentionPoint(now, chains.get("attention", [])), chains.get("trunk", [])
+            self.trunk = replace_blocks(denoiser, spec, lambda blocks: Trunk(blocks, spec, now, attention, around))
+        self.forward = ForwardPoint(self.rank, denoiser, chains.get("forward", []), trunk=self.trunk is not None)
+        self._decoders = len(chains.get("decode", []))
         self.decode: Callable[..., Any] | None = None
         if getattr(self.pipe, "vae", None) is not None:
             self.decode = nest(chains.get("decode", []), self.pipe.vae.decode)
             self.pipe.vae.decode = self._decode
         self.pipe.progress_bar = self._progress_bar
-        self._generate: Callable[[dict[str, Any]], Output] = nest(chains.get("request", []), self._call_pipeline)
-        self._built = tuple(built.values())
+        self._run: RequestRun = nest(chains.get("request", []), self._one_by_one)
+
+    def generate(self, prompt: str, **changes: Any) -> Output:
+        """One prompt, ``images`` pictures; as ``generate_all`` of that one."""
+        return self.generate_all([prompt], **changes)[0]
 
     @torch.no_grad()
-    def generate(self, prompt: str, **changes: Any) -> Output:
-        """One prompt, ``images`` pictures; every rank of the plan must call it with the same arguments.
+    def generate_all(
+        self, prompts: Sequence[str], done: Done | None = None, started: Started | None = None, **changes: Any
+    ) -> list[Output]:
+        """Some prompts, ``images`` pictures of each; every rank of the plan must call it with the same arguments.
 
         Args:
-            prompt: what to draw.
+            prompts: what to draw.
+            done: called with each output, or part of one, when it is there; on the ranks that own it.
+            started: called with each job that this rank begins.
             changes: any of ``PER_REQUEST``, and ``call={...}`` with further arguments of the pipeline's ``__call__``.
+
+        Returns:
+            An output for each prompt. Pictures are on rank 0, latents on all ranks.
 
         Raises:
             UsageError: an argument that is unknown or decided by the plan.
@@ -159,51 +179,68 @@ class Engine:
         problems = check_run(run) + check_size(run, self.plan.facts)
         if problems:
             raise PlanRefused(problems)
-        arguments = {**call_arguments(run, self.rank.spec, self.pipe), **more, "prompt": prompt}
+        jobs = tuple(Job(prompt, i, range(run.images)) for i, prompt in enumerate(prompts))
         self.rank.slow.clear()
+        self._broken = self.plan.world > 1
+        outputs = self._run(Request(jobs, run, more, started, done))
+        self._broken = False
+        return outputs
+
+    def _one_by_one(self, request: Request) -> list[Output]:
+        """The jobs of this rank."""
+        outputs = []
+        for job in request.jobs:
+            if request.started:
+                request.started(job)
+            outputs.append(self._draw(job, request))
+            if self.owner and request.done:
+                request.done(outputs[-1])
+        return outputs
+
+    def _draw(self, job: Job, request: Request) -> Output:
+        """One call of the pipeline."""
+        run, output = request.run, Output(job.prompt, job.index, job.numbers)
+        arguments = {**call_arguments(run, self.rank.spec, job.numbers), **request.more, "prompt": job.prompt}
+        self.rank.now.pictures = len(job.numbers)
+        self.rank.seconds.clear()
         self.forward.begin()
         for module in self.once:
             module.begin()
-        for built in self._built:
+        for built in self._built.values():
             if built.begin:
                 built.begin()
         self._marks = {"start": time.perf_counter()}
         self.rank.doing("encoding the prompt")
-        self._broken = self.plan.world > 1
         with torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []):
             torch.manual_seed(run.seed % 2**63)  # stochastic schedulers draw from the default generator
-            output = self._generate(arguments)
-        for built in self._built:
+            try:
+                result = self.pipe(**arguments)[0]
+                if run.output_type == "latent":
+                    output.latents = materialized(result)
+                else:
+                    output.images = list(result)
+            except _Elsewhere:
+                self.pipe.maybe_free_model_hooks()
+        for built in self._built.values():
             if built.end:
                 built.end()
-        self._broken = False
         output.seconds = self._seconds()
         return output
 
-    def _call_pipeline(self, arguments: Mapping[str, Any]) -> Output:
-        output = Output(arguments["prompt"])
-        try:
-            result = self.pipe(**arguments)[0]
-        except _Elsewhere:
-            self.pipe.maybe_free_model_hooks()
-            return output
-        if arguments.get("output_type") == "latent":
-            output.latents = materialized(result)
-        else:
-            output.images = list(result)
-        return output
-
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes."""
+        """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies for it."""
         self.rank.doing("gathering the latents")
         latents = materialized(latents)
         self._mark("denoised")
-        if not self.owner and not self.plan.wraps.get("decode"):
-            raise _Elsewhere
-        self.rank.doing("decoding")
         if self.decode is None:
             raise UsageError("the pipeline has no VAE to decode with; use output_type=latent.")
-        return self.decode(latents, *args, **kwargs)
+        if not self.owner and not self._decoders:
+            raise _Elsewhere
+        self.rank.doing("decoding")
+        result = self.decode(latents, *args, **kwargs)
+        if not self.owner:
+            raise _Elsewhere
+        return result
 
     @contextlib.contextmanager
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> Iterator[Any]:
@@ -222,11 +259,13 @@ class Engine:
         m, end = self._marks, time.perf_counter()
         encoded = m.get("encoded", m["start"])
         denoised = m.get("denoised", end)
-        return {"encode": encoded - m["start"], "denoise": denoised - encoded, "decode": end - denoised}
+        apart = dict(self.rank.seconds)
+        denoise = denoised - encoded - sum(apart.values())
+        return {"encode": encoded - m["start"], **apart, "denoise": denoise, "decode": end - denoised}
 
     def close(self) -> None:
         """Release process groups and buffers; the pipeline stays woven and must not be used again."""
-        for built in self._built:
+        for built in self._built.values():
             if built.close:
                 built.close()
         self.rank.mesh.close()
@@ -259,21 +298,21 @@ def shard_index(plan: Plan, mesh: Mesh) -> int:
     return index
 
 
-def call_arguments(run: RunSettings, spec: Any, pipe: Any) -> dict[str, Any]:
-    """The shared settings as arguments of the pipeline's ``__call__``."""
+def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[str, Any]:
+    """The shared settings as arguments of the pipeline's ``__call__``, for some of the pictures of a prompt."""
     named = {
         "steps": "num_inference_steps",
         "guidance": "guidance_scale",
         "negative": "negative_prompt",
         "height": "height",
         "width": "width",
-        "images": "num_images_per_prompt",
         "max_sequence_length": "max_sequence_length",
         **spec.call,
     }
+    pictures = {spec.call.get("images", "num_images_per_prompt"): len(numbers)}
     found = {named[key]: getattr(run, key) for key in named if getattr(run, key) is not None and named[key]}
-    generators = [torch.Generator("cpu").manual_seed((run.seed + i) % 2**64) for i in range(run.images)]
-    return {**found, "generator": generators, "output_type": "pil" if run.output_type == "image" else "latent"}
+    generators = [torch.Generator("cpu").manual_seed((run.seed + i) % 2**64) for i in numbers]
+    return {**found, **pictures, "generator": generators, "output_type": "pil" if run.output_type == "image" else "latent"}
 
 
 def scheduler_named(name: str, current: Any) -> Any:

@@ -25,10 +25,12 @@ class Call:
     Args:
         latents: ``[B, C, h, w]``; may be a patch tensor.
         rest: every other argument given, by name.
+        elsewhere: other ranks compute the result; only its shape is wanted here.
     """
 
     latents: torch.Tensor
     rest: Mapping[str, Any]
+    elsewhere: bool = False
 
     def but(self, **changes: Any) -> Call:
         """A copy with other values."""
@@ -45,11 +47,14 @@ class ForwardPoint:
         rank: this rank.
         denoiser: the transformer.
         chain: wraps ``f(inner, call) -> prediction``, outermost first.
+        trunk: the blocks are a trunk; without one the denoiser does everything as shipped.
     """
 
-    def __init__(self, rank: Rank, denoiser: nn.Module, chain: Sequence[Callable[[Run, Call], torch.Tensor]]) -> None:
+    def __init__(
+        self, rank: Rank, denoiser: nn.Module, chain: Sequence[Callable[[Run, Call], torch.Tensor]], trunk: bool = True
+    ) -> None:
         self.rank, self.spec, self.denoiser = rank, rank.spec, denoiser
-        self._original = denoiser.forward
+        self._original, self._trunk = denoiser.forward, trunk
         self._names = tuple(inspect.signature(self._original).parameters)
         config: Any = denoiser.config
         self._patch = int(config[self.spec.patch])
@@ -66,6 +71,9 @@ class ForwardPoint:
     def base(self, call: Call) -> torch.Tensor:
         """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no values."""
         key = (call.latents.shape, call.latents.dtype)
+        if call.elsewhere:
+            shape, dtype = self._shapes.get(key, key)
+            return call.latents.new_empty((), dtype=dtype).expand(shape)
         self.rank.now.known = key in self._shapes
         try:
             out: torch.Tensor = self._original(**{self.spec.latents: call.latents}, **call.rest, return_dict=False)[0]
@@ -79,11 +87,13 @@ class ForwardPoint:
         """What the pipeline calls; same signature and result as the denoiser's own."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         as_dict = given.pop("return_dict", True)
-        for name, reason in self.spec.refused.items():
+        for name, reason in self.spec.refused.items() if self._trunk else ():
             if given.get(name) is not None:
                 raise UnsupportedCall(f"{self.spec.denoiser}({name}=...) cannot be honoured: {reason}.")
             given.pop(name, None)
-        skipped = given.pop(self.spec.skips, None) if self.spec.skips else None
+        skipped = given.get(self.spec.skips) if self.spec.skips else None
+        if self._trunk:
+            given.pop(self.spec.skips, None)
         latents = given.pop(self.spec.latents)
         self.look(latents, given, frozenset(skipped or ()))
         out = self._run(Call(latents, given))

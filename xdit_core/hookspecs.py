@@ -103,11 +103,11 @@ def xdit_check(settings: Any, facts: Facts, plan: Plan) -> Sequence[Problem]:  #
 def xdit_build(settings: Any, rank: Rank) -> Built:  # type: ignore[empty-body]
     """Make the callables for the declared wraps.
 
-    When: once an engine, after the process groups exist and the pipeline is loaded, before the first request.
+    When: once an engine, after the process groups exist and before the pipeline is loaded.
     Where: every rank. Import torch and your implementation here, not at module level.
 
     Args:
-        rank: this rank's view: mesh groups, token layout, device, pipeline, traffic counter.
+        rank: this rank's view: mesh groups, token layout, device, traffic counter, and later the pipeline.
 
     Returns:
         A ``Built`` whose ``wraps`` has a callable for every wrap declared, under ``point/level``. Nothing: an error if wraps were declared.

@@ -6,7 +6,7 @@ The denoiser is always read here: diffusers' own loader fills tensors that a che
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,19 @@ from xdit_core.errors import ModelError
 from xdit_core.records import ModelSpec
 from xdit_core.trunk import Absent
 
+Change = Callable[[nn.Module], None]
 
-def load_pipeline(spec: ModelSpec, folder: Path, blocks: range, device: torch.device, dtype: torch.dtype) -> Any:
+
+def load_pipeline(
+    spec: ModelSpec, folder: Path, blocks: range, device: torch.device, dtype: torch.dtype, changes: Sequence[Change] = ()
+) -> Any:
     """The pipeline of a local checkpoint folder.
 
     Args:
         spec: the model adapter's record.
         folder: has ``model_index.json``.
         blocks: indices of the blocks to hold.
+        changes: what strategies do to the denoiser while its parameters are on the meta device.
 
     Raises:
         ModelError: a component cannot be read.
@@ -35,7 +40,7 @@ def load_pipeline(spec: ModelSpec, folder: Path, blocks: range, device: torch.de
     index = read_json(folder / INDEX)
     cls = getattr(diffusers, index["_class_name"])
     components: dict[str, Any] = absent_components(cls, index)
-    components[spec.denoiser] = load_part(spec, folder / spec.denoiser, index[spec.denoiser][1], blocks, dtype)
+    components[spec.denoiser] = load_part(spec, folder / spec.denoiser, index[spec.denoiser][1], blocks, dtype, changes)
     try:
         pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
     except (OSError, ValueError, RuntimeError) as error:
@@ -55,8 +60,10 @@ def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, Non
     return absent
 
 
-def load_part(spec: ModelSpec, folder: Path, class_name: str, blocks: range, dtype: torch.dtype) -> nn.Module:
-    """The denoiser with ``Absent`` in place of the blocks that other stages hold.
+def load_part(
+    spec: ModelSpec, folder: Path, class_name: str, blocks: range, dtype: torch.dtype, changes: Sequence[Change] = ()
+) -> nn.Module:
+    """The denoiser with ``Absent`` in place of the blocks that other stages hold; of a sharded parameter only the shard is read.
 
     Raises:
         ModelError: the checkpoint lacks a tensor that this rank needs.
@@ -76,15 +83,33 @@ def load_part(spec: ModelSpec, folder: Path, class_name: str, blocks: range, dty
                 modules[i] = Absent()
         start += len(modules)
     nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it keeps in float32, which is done below
-    needed, state = set(model.state_dict()), {}
+    for change in changes:
+        change(model)
+    needed, state = model.state_dict(), {}
     fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            for key in needed & set(tensors.keys()):
+            for key in needed.keys() & set(tensors.keys()):
                 keep = any(name in key.split(".") for name in fp32)
-                state[key] = tensors.get_tensor(key).to(torch.float32 if keep else dtype)
-    missing = sorted(needed - set(state))
+                state[key] = read(tensors, key, needed[key], torch.float32 if keep else dtype)
+    missing = sorted(set(needed) - set(state))
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} tensors, {missing[0]} among them; fetch the model again.")
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a safetensors file, or the part of it that a ``DTensor`` holds here."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
+
+    if not isinstance(like, DTensor):
+        whole: torch.Tensor = tensors.get_tensor(key).to(dtype)
+        return whole
+    sizes, starts = local_part(like.shape, like.device_mesh, like.placements)
+    part = tensors.get_slice(key)[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))]
+    made: torch.Tensor = DTensor.from_local(
+        part.to(dtype).contiguous(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return made

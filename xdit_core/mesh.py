@@ -52,6 +52,10 @@ class Mesh:
             return None
         return self.device_mesh.get_group(axis)
 
+    def submesh(self, axis: str) -> DeviceMesh | None:
+        """The part of the device mesh along an axis, None where this rank is alone."""
+        return None if self.device_mesh is None or self.degrees.get(axis, 1) == 1 else self.device_mesh[axis]
+
     def ranks(self, axis: str) -> list[int]:
         """Global ranks of ``group(axis)`` by coordinate."""
         group = self.group(axis)

@@ -16,7 +16,7 @@ from xdit_core.errors import UsageError
 from xdit_core.settings import RunSettings
 
 if TYPE_CHECKING:
-    from xdit_core.engine import Output
+    from xdit_core.jobs import Output
     from xdit_core.plan import Plan
 
 SUFFIX = MappingProxyType({"image": ".png", "latent": ".safetensors"})
@@ -167,7 +167,7 @@ def write(output: Output, paths: Sequence[Path], plan: Plan, seconds: Mapping[st
 
     Args:
         output: from ``Engine.generate`` on the owner.
-        paths: the prompt's row of ``targets``.
+        paths: where the pictures of the output go, or its latents.
         seconds: timings by phase.
         more: further entries of the JSON.
 
@@ -176,9 +176,10 @@ def write(output: Output, paths: Sequence[Path], plan: Plan, seconds: Mapping[st
     """
     common = {"prompt": output.prompt, "plan": describe(plan), "versions": versions()}
     for i, path in enumerate(paths):
-        about = {**common, "seed": plan.run.seed + i}
+        seed = plan.run.seed + output.numbers[i]
+        about = {**common, "seed": seed}
         with atomically(path) as temporary:
-            save(output, i, temporary, about, readable(output.prompt, plan.run.seed + i, plan))
+            save(output, i, temporary, about, readable(output.prompt, seed, plan))
         timings = {name: round(value, 4) for name, value in seconds.items()}
         with atomically(path.with_suffix(".json")) as temporary:
             text = json.dumps({"file": path.name, **about, "seconds": timings, **more}, indent=1, ensure_ascii=False)

@@ -162,9 +162,9 @@ def make_plan(
 
     gpus = 0 if run.device == "cpu" else machine.cuda_devices()
     run = dataclasses.replace(run, device=run.device or ("cuda" if gpus else "cpu"))
-    result = degrees.complete(
-        {n: d.axes for n, d in declared.items()}, run.nproc, devices or gpus or machine.cores(), grow=not gpus
-    )
+    axes = {n: d.axes for n, d in declared.items()}
+    suits = devices or gpus or machine.cores()
+    result = degrees.complete(axes, run.nproc, suits, grow=not gpus, heads=facts.heads, model=facts.model)
     if result.problems:
         raise PlanRefused(result.problems)
     by_name = {a.name: a.degree or 1 for a in result.axes}

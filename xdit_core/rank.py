@@ -33,6 +33,7 @@ class Now:
         cuts: where, ``patches + 1`` rows of the latents (written by the core).
         patch: the patch in hand, None for the whole picture (written by whoever owns the slot ``patches``).
         shard: this rank's part of every patch.
+        pictures: how many pictures this call of the pipeline makes (written by the core).
         call: counts the calls of the denoiser by the pipeline; the patches of one step share one.
         branch: tells apart the calls of one step with different conditions.
         block: index of the block that runs.
@@ -45,6 +46,7 @@ class Now:
     cuts: tuple[int, ...] = (0, 1)
     patch: int | None = None
     shard: int = 0
+    pictures: int = 1
     call: int = 0
     branch: Any = None
     block: int = -1
@@ -64,8 +66,9 @@ class Rank:
         now: the work in hand.
         sent: bytes that this rank sent, by axis name.
         slow: operations that made every rank wait although a strategy could have gone on, with their number.
+        seconds: wall time of a request that is to be shown apart from encoding, denoising and decoding, by name.
         doing: told in a few words what the rank is at.
-        pipe: the diffusers pipeline, as loaded.
+        pipe: the diffusers pipeline, once it is loaded.
     """
 
     plan: Plan
@@ -76,6 +79,7 @@ class Rank:
     now: Now = field(default_factory=Now)
     sent: Counter[str] = field(default_factory=Counter)
     slow: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     doing: Callable[[str], None] = ignore
     pipe: Any = None
 

@@ -28,7 +28,7 @@ class Traffic(IntEnum):
 POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "request": ("split",),
-        "forward": ("reuse", "split", "lazy"),
+        "forward": ("reuse", "split", "patches"),
         "trunk": ("gather", "stage", "reuse"),
         "attention": ("exchange", "cache", "ring", "kernel"),
         "decode": ("split",),
@@ -36,7 +36,9 @@ POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-# What happens to the modules once, at load time: the phases in which transforms run, whatever plugins bring them.
+# What happens to the modules once, at load time: the phases in which transforms run, whatever plugins bring them. In ``adapt`` and
+# ``shard`` they get the denoiser while its parameters have shapes and no values: what they leave is what is read from disk. In the
+# others they get the loaded pipeline; in ``offload`` with the strategies woven in, and still on the CPU.
 PHASES = ("adapt", "shard", "quantize", "compile", "offload")
 
 
@@ -50,6 +52,8 @@ class Axis:
         traffic: how often its ranks talk.
         choices: the degrees that the model allows, None for any; an open degree is completed from these.
         shards_tokens: its ranks divide the tokens among themselves (they enter the token layout).
+        shards_heads: its ranks divide the attention heads; all such axes together must.
+        own_outputs: its ranks make different pictures.
         last_resort: an open degree stays 1 unless the other axes cannot fill the processes.
         why: for messages, what limits the choices: "sd3 has 24 heads".
         setting: the setting that sets its degree, such as ``usp.ulysses``.
@@ -60,6 +64,8 @@ class Axis:
     traffic: Traffic
     choices: tuple[int, ...] | None = None
     shards_tokens: bool = False
+    shards_heads: bool = False
+    own_outputs: bool = False
     last_resort: bool = False
     why: str = ""
     setting: str = ""
@@ -240,9 +246,9 @@ class Built:
 
     Args:
         wraps: for each declared wrap, under ``point/level``, the callable ``f(inner, x) -> y``.
-        transforms: for each declared transform, under its phase, a callable ``f(pipe) -> None``.
-        begin: called before every request.
-        end: called after a request that went through; here handles are waited for.
+        transforms: for each declared transform, under its phase, a callable ``f(denoiser) -> None`` or ``f(pipe) -> None``, see ``PHASES``.
+        begin: called before every call of the pipeline.
+        end: called after one that went through; here handles are waited for.
         close: called when the engine is closed.
     """
 

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from xdit_core import machine, outputs
 from xdit_core.beat import Beat, beat_path
@@ -25,6 +25,10 @@ from xdit_core.failure import error_path, failure
 from xdit_core.place import Place, connect, die_with
 from xdit_core.plan import Plan, same_plan
 from xdit_core.screen import Progress, Tee
+
+if TYPE_CHECKING:
+    from xdit_core.engine import Engine
+    from xdit_core.jobs import Job, Output
 
 
 def quieten() -> None:
@@ -89,27 +93,52 @@ def work(plan: Plan, place: Place, beat: Beat) -> None:
 
         progress.status(f"loading {plan.model}")
         engine = Engine(plan, progress=progress, doing=beat.doing)
-        files = outputs.targets(plan.run)
-        for i, prompt in enumerate(plan.run.prompt):
-            progress.begin(prompt if len(plan.run.prompt) == 1 else f"{i + 1} of {len(plan.run.prompt)}: {prompt}")
-            output = engine.generate(prompt)
-            progress.end()
-            if not engine.owner:
-                continue
-            beat.doing(f"writing {files[i][0]}")
-            seconds = {"load": engine.load_seconds, **output.seconds}
-            outputs.write(output, files[i], plan, seconds, peak_bytes=progress.peak())
-            shown = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-            for op, times in engine.rank.slow.items():
-                print(f"slow path: {op} needed the whole picture {times} times, and every stage waited", flush=True)
-            for path in files[i]:
-                print(f"{path}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
+        write = Writer(plan, engine, progress, beat)
+        for output in engine.generate_all(plan.run.prompt, write, write.title):
+            write.rest(output)
         engine.close()
         if dist.is_initialized():
             beat.doing("waiting for the other ranks to finish")
             dist.barrier()
             dist.destroy_process_group()
         beat.doing("done")
+
+
+class Writer:
+    """Writes each output as soon as this rank has it, so that a later failure loses nothing."""
+
+    def __init__(self, plan: Plan, engine: Engine, progress: Progress, beat: Beat) -> None:
+        self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
+        self.files = outputs.targets(plan.run)
+        self._written: set[int] = set()
+
+    def title(self, job: Job) -> None:
+        """Another prompt begins."""
+        many = len(self.plan.run.prompt)
+        self.progress.begin(job.prompt if many == 1 else f"{job.index + 1} of {many}: {job.prompt}")
+
+    def __call__(self, output: Output) -> None:
+        """An output, or a part of one: pictures have a file each, latents one for all."""
+        self.progress.end()
+        paths = self.files[output.index]
+        if output.latents is not None and len(output.numbers) < self.plan.run.images:
+            return  # the other pictures of this prompt are on other ranks
+        if output.latents is None:
+            paths = paths[output.numbers.start : output.numbers.stop]
+        self._written.add(output.index)
+        self.beat.doing(f"writing {paths[0]}")
+        seconds = {"load": self.engine.load_seconds, **output.seconds}
+        outputs.write(output, paths, self.plan, seconds, peak_bytes=self.progress.peak())
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        for op, times in self.engine.rank.slow.items():
+            print(f"slow path: {op} needed the whole picture {times} times, and every stage waited", flush=True)
+        for path in paths:
+            print(f"{path}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
+
+    def rest(self, output: Output) -> None:
+        """What could not be written in parts: latents of one prompt from several ranks."""
+        if output.latents is not None and self.engine.rank.mesh.rank == 0 and output.index not in self._written:
+            self(output)
 
 
 @contextlib.contextmanager

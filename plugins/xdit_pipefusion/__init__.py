@@ -64,7 +64,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
             Claim("patches", "it cuts the picture into patches over time"),
             Claim("kv", "it keeps keys and values of the step before"),
         ),
-        wraps=(Wrap("forward", "lazy"), Wrap("trunk", "stage"), Wrap("attention", "cache")),
+        wraps=(Wrap("forward", "patches"), Wrap("trunk", "stage"), Wrap("attention", "cache")),
         stages="stages",
         block_split=split,
         patches=lambda degrees: settings.patches if settings.patches is not None else degrees["stages"],

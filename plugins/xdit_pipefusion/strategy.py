@@ -195,7 +195,7 @@ class PipeFusion:
     def built(self) -> Built:
         """For the core."""
         wraps: dict[str, Callable[..., Any]] = {
-            "forward/lazy": self.lazy,
+            "forward/patches": self.lazy,
             "trunk/stage": self.one_stage,
             "attention/cache": self.cached,
         }
@@ -233,7 +233,7 @@ class PipeFusion:
             channel.turn()
         if not self.displaced(flow):
             if self.stages == 1:
-                return inner(call.but(latents=self.plain(call.latents)))
+                return inner(call if call.elsewhere else call.but(latents=self.plain(call.latents)))
             return self.run_patches(inner, call, [None], [0, call.latents.shape[now.row_dim]])
         return self.run_patches(inner, call, range(now.layout.patches), now.cuts)
 
@@ -247,6 +247,10 @@ class PipeFusion:
         try:
             for patch, (top, bottom) in zip(patches, pairwise(bounds), strict=True):
                 self.now.patch = patch
+                if call.elsewhere:
+                    out = inner(call)
+                    cells.append(out.narrow(self.now.row_dim, top, bottom - top))
+                    continue
                 out = inner(call.but(latents=self.input(call.latents, top, bottom)))
                 cells.append(self.output(out, top, bottom))
         finally:

@@ -49,6 +49,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
                 Traffic.PER_LAYER,
                 choices=divisors(facts.heads),
                 shards_tokens=True,
+                shards_heads=True,
                 why=f"{facts.model} has {facts.heads} heads",
                 setting="usp.ulysses",
             ),

@@ -99,7 +99,7 @@ def test_skip_layer_guidance_over_stages(gloo, tiny_sd3_folder):
 
 
 def test_controlnet_residuals_are_refused(tiny_sd3_folder):
-    engine = Engine(plan_for([], str(tiny_sd3_folder)))
+    engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), ONE))
     x = torch.zeros(1, 4, 16, 16)
     with pytest.raises(UnsupportedCall, match=r"block_controlnet_hidden_states=\.\.\.\) cannot be honoured"):
         engine.pipe.transformer(hidden_states=x, block_controlnet_hidden_states=[x])

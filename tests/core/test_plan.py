@@ -208,14 +208,14 @@ def test_gpus_are_all_used_unless_a_plugin_would_be_idle():
         ),
         "pipefusion": (Axis("stages", None, Traffic.PER_STAGE, choices=tuple(range(1, 25))),),
     }
-    done = complete(axes, None, 7, grow=False)
+    done = complete(axes, None, 7, grow=False, heads=24, model="m")
     assert {a.name: a.degree for a in done.axes} == {"stages": 3, "ring": 1, "ulysses": 2}
-    assert [a.degree for a in complete(axes, None, 8, grow=False).axes] == [2, 1, 4]
+    assert [a.degree for a in complete(axes, None, 8, grow=False, heads=24, model="m").axes] == [2, 1, 4]
 
 
 def test_a_plan_for_64_ranks():
     axes = {"a": (Axis("x", None, Traffic.PER_LAYER),), "b": (Axis("y", None, Traffic.PER_STEP, choices=(1, 2)),)}
-    done = complete(axes, 64, 1, grow=False)
+    done = complete(axes, 64, 1, grow=False, heads=24, model="m")
     assert [(a.name, a.degree) for a in done.axes] == [("y", 2), ("x", 32)]
 
 

@@ -1,0 +1,103 @@
+"""What a request is made of: jobs, each one call of the pipeline, and their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from xdit_core.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some of the pictures of one prompt, made by one call of the pipeline.
+
+    Args:
+        prompt: what to draw.
+        index: which of the request's prompts.
+        numbers: which of its pictures; picture ``i`` has the seed ``seed + i``, whoever draws it.
+    """
+
+    prompt: str
+    index: int
+    numbers: range
+
+
+@dataclass
+class Output:
+    """What one prompt gave.
+
+    Args:
+        index, numbers: as of the job.
+        images: PIL pictures; None on ranks that do not own the output.
+        latents: ``[n, C, h, w]`` if latents were asked for, on every rank.
+        seconds: wall time of encode, denoise and decode, and what strategies count apart.
+    """
+
+    prompt: str
+    index: int = 0
+    numbers: range = range(1)
+    images: list[Any] | None = None
+    latents: torch.Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Done = Callable[[Output], None]
+Started = Callable[[Job], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Jobs on their way through the request point.
+
+    Args:
+        jobs: what to draw.
+        run: the shared settings.
+        more: further arguments of the pipeline's ``__call__``.
+        started: told each job when it begins.
+        done: told each output as soon as it is there, on the rank that owns it.
+    """
+
+    jobs: tuple[Job, ...]
+    run: RunSettings
+    more: Mapping[str, Any]
+    started: Started | None = None
+    done: Done | None = None
+
+    def but(self, **changes: Any) -> Request:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+Run = Callable[[Request], list[Output]]
+
+
+def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
+    """The jobs that make pictures ``start`` to ``stop`` of all the pictures, counted through."""
+    found, seen = [], 0
+    for job in jobs:
+        low, high = max(start - seen, 0), min(stop - seen, len(job.numbers))
+        if low < high:
+            found.append(replace(job, numbers=job.numbers[low:high]))
+        seen += len(job.numbers)
+    return tuple(found)
+
+
+def joined(outputs: Iterable[Output]) -> list[Output]:
+    """One output for each prompt, its pictures in order, from outputs that came in parts."""
+    result: list[Output] = []
+    for part in sorted(outputs, key=lambda o: (o.index, o.numbers.start)):
+        if not result or result[-1].index != part.index:
+            result.append(replace(part))
+            continue
+        whole = result[-1]
+        whole.numbers = range(whole.numbers.start, part.numbers.stop)
+        if whole.images is not None and part.images is not None:
+            whole.images = whole.images + part.images
+        if whole.latents is not None and part.latents is not None:
+            whole.latents = torch.cat((whole.latents, part.latents))
+        whole.seconds = {k: max(v, part.seconds.get(k, 0.0)) for k, v in whole.seconds.items()}
+    return result
