@@ -41,33 +41,38 @@ from xdit_core.registry import Registry
 from xdit_core.tokens import TokenLayout, length
 
 if TYPE_CHECKING:
-    from xdit_core.attention import Attend, refuse_mask, spans_of
+    from xdit_core.attention import Attend, positions, refuse_mask, spans_of
     from xdit_core.attention import Kernel as AttentionRun
+    from xdit_core.channel import Channel, Receive
     from xdit_core.engine import Engine
     from xdit_core.forward import Call
     from xdit_core.forward import Run as ForwardRun
     from xdit_core.jobs import Job, Output, Request, joined, share
     from xdit_core.jobs import Run as RequestRun
-    from xdit_core.lazy import PatchTensor, PatchWorld, materialized, patchwise
+    from xdit_core.lazy import LocalWorld, PatchTensor, PatchWorld, materialized, patchwise
     from xdit_core.mesh import Mesh
     from xdit_core.preview import Preview
     from xdit_core.rank import Now, Rank
-    from xdit_core.trunk import Rows, Selector
+    from xdit_core.trunk import Absent, Rows, Selector
     from xdit_core.trunk import Run as TrunkRun
 
 __version__ = "0.1.0"
 
 _WITH_TORCH = {
+    "Absent": ("trunk", "Absent"),
     "Attend": ("attention", "Attend"),
     "AttentionRun": ("attention", "Kernel"),
     "Call": ("forward", "Call"),
+    "Channel": ("channel", "Channel"),
     "Engine": ("engine", "Engine"),
     "ForwardRun": ("forward", "Run"),
+    "LocalWorld": ("lazy", "LocalWorld"),
     "Mesh": ("mesh", "Mesh"),
     "Now": ("rank", "Now"),
     "Job": ("jobs", "Job"),
     "Output": ("jobs", "Output"),
     "Request": ("jobs", "Request"),
+    "Receive": ("channel", "Receive"),
     "RequestRun": ("jobs", "Run"),
     "joined": ("jobs", "joined"),
     "share": ("jobs", "share"),
@@ -80,6 +85,7 @@ _WITH_TORCH = {
     "TrunkRun": ("trunk", "Run"),
     "materialized": ("lazy", "materialized"),
     "patchwise": ("lazy", "patchwise"),
+    "positions": ("attention", "positions"),
     "refuse_mask": ("attention", "refuse_mask"),
     "spans_of": ("attention", "spans_of"),
 }
@@ -94,12 +100,14 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Absent",
     "Attend",
     "AttentionRun",
     "Axis",
     "Blocks",
     "Built",
     "Call",
+    "Channel",
     "Claim",
     "Declaration",
     "Engine",
@@ -108,6 +116,7 @@ __all__ = [
     "GuardError",
     "Job",
     "LazyError",
+    "LocalWorld",
     "Mesh",
     "ModelError",
     "ModelSpec",
@@ -121,6 +130,7 @@ __all__ = [
     "Preview",
     "Problem",
     "Rank",
+    "Receive",
     "Registry",
     "Request",
     "RequestRun",
@@ -143,6 +153,7 @@ __all__ = [
     "make_plan",
     "materialized",
     "patchwise",
+    "positions",
     "refuse_mask",
     "share",
     "spans_of",

@@ -59,6 +59,12 @@ def spans_of(now: Now, kind: str, patch: int | None, shard: int | None) -> tuple
     return now.layout.joint(patch, shard) if kind == "joint" else now.layout.picture(patch, shard)
 
 
+def positions(now: Now, kind: str, patch: int | None, shards: Sequence[int]) -> torch.Tensor:
+    """Numbers of the rows of a patch (None: of all) of some shards, in the order in which an exchange brings them: shard after shard."""
+    parts = [torch.arange(a, b) for s in shards for a, b in spans_of(now, kind, patch, s)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
 def refuse_mask(call: Attend, who: str) -> None:
     """Masks over the joined sequence cannot be divided without knowing what they mean.
 

@@ -123,8 +123,12 @@ def default_size(spec: ModelSpec, configs: Mapping[str, Any]) -> int:
     return int(configs[spec.denoiser].get("sample_size", 128)) * latent_factor(configs)
 
 
-def facts(spec: ModelSpec, configs: Mapping[str, Any], height: int, width: int, call: Mapping[str, Any]) -> Facts:
-    """What the plan needs to know, for a picture of ``height`` x ``width`` pixels."""
+def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Facts:
+    """What the plan needs to know.
+
+    Args:
+        asked: the shared settings, and the pipeline's own ``call.*``.
+    """
     config = configs[spec.denoiser]
     missing = [key for key in (spec.heads, spec.patch, *(b.count for b in spec.blocks)) if key not in config]
     if missing:
@@ -134,8 +138,10 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], height: int, width: int, 
         model=spec.name,
         heads=int(config[spec.heads]),
         blocks=sum(int(config[b.count]) for b in spec.blocks),
-        rows=height // pixels,
-        columns=width // pixels,
-        text_tokens=spec.text_tokens(configs, call) if spec.text_tokens else 0,
+        rows=(asked.get("height") or 0) // pixels,
+        columns=(asked.get("width") or 0) // pixels,
+        text_tokens=spec.text_tokens(configs, asked) if spec.text_tokens else 0,
         pixels_per_token=pixels,
+        matrices=spec.matrices is not None,
+        guided=spec.guided(asked) if spec.guided else (asked.get("guidance") or 0.0) > 1.0,
     )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from xdit_core.plan import Plan, check_run, check_size
 from xdit_core.rank import Rank, ignore
 from xdit_core.records import PHASES, Built, ModelSpec
 from xdit_core.registry import Registry
-from xdit_core.settings import RunSettings, build
+from xdit_core.settings import RunSettings, build, call_settings, did_you_mean
 from xdit_core.trunk import Trunk, replace_blocks
 
 # What may differ from request to request; everything else is decided by the plan.
@@ -95,6 +96,8 @@ class Engine:
         self._weave(spec)
         for change in late:
             change(self.pipe)
+        self._extra = call_settings(plan.values)
+        check_call(self._extra, self.pipe)
         self.load_seconds = time.perf_counter() - started
         self._marks: dict[str, float] = {}
         self._broken = False
@@ -200,7 +203,7 @@ class Engine:
     def _draw(self, job: Job, request: Request) -> Output:
         """One call of the pipeline."""
         run, output = request.run, Output(job.prompt, job.index, job.numbers)
-        arguments = {**call_arguments(run, self.rank.spec, job.numbers), **request.more, "prompt": job.prompt}
+        arguments = {**call_arguments(run, self.rank.spec, job.numbers), **self._extra, **request.more, "prompt": job.prompt}
         self.rank.now.pictures = len(job.numbers)
         self.rank.seconds.clear()
         self.forward.begin()
@@ -313,6 +316,18 @@ def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[st
     found = {named[key]: getattr(run, key) for key in named if getattr(run, key) is not None and named[key]}
     generators = [torch.Generator("cpu").manual_seed((run.seed + i) % 2**64) for i in numbers]
     return {**found, **pictures, "generator": generators, "output_type": "pil" if run.output_type == "image" else "latent"}
+
+
+def check_call(extra: Mapping[str, Any], pipe: Any) -> None:
+    """``call.NAME`` must be an argument of the pipeline.
+
+    Raises:
+        UsageError: it is not.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in extra:
+        if name not in known:
+            raise UsageError(f"call.{name}: {type(pipe).__name__} has no such argument; {did_you_mean(name, known)}")
 
 
 def scheduler_named(name: str, current: Any) -> Any:

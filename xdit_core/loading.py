@@ -80,7 +80,7 @@ def load_part(
         modules = getattr(model, part.attribute)
         for i in range(len(modules)):
             if start + i not in blocks:
-                modules[i] = Absent()
+                modules[i] = Absent(modules[i])
         start += len(modules)
     nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it keeps in float32, which is done below
     for change in changes:
@@ -109,7 +109,10 @@ def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype) -> torc
         return whole
     sizes, starts = local_part(like.shape, like.device_mesh, like.placements)
     part = tensors.get_slice(key)[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))]
+    own = part.to(like.device_mesh.device_type, dtype).clone(
+        memory_format=torch.contiguous_format
+    )  # a slice would hold the whole
     made: torch.Tensor = DTensor.from_local(
-        part.to(dtype).contiguous(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return made

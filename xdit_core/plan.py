@@ -18,7 +18,7 @@ from xdit_core import checkpoint, degrees, hub, machine
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
 from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, ModelSpec, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
-from xdit_core.settings import ModelSettings, RunSettings, build, check_class, check_keys
+from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -145,7 +145,7 @@ def make_plan(
     configs = checkpoint.open_checkpoint(spec, folder)
     run = with_defaults(given, spec, configs)
     problems = check_run(run)
-    facts = checkpoint.facts(spec, configs, run.height or 0, run.width or 0, {"max_sequence_length": run.max_sequence_length})
+    facts = checkpoint.facts(spec, configs, {**dataclasses.asdict(run), **call_settings(values)})
     problems += check_size(run, facts)
 
     arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}

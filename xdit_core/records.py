@@ -181,10 +181,15 @@ class ModelSpec:
             ``self`` (picture rows only) or ``cross`` (keys and values from the text, left alone).
         latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``.
         text_input: argument of forward whose identity tells the branches of a step apart.
+        unbatched: arguments of forward without a batch dim (rotary tables, position ids).
+        guided: given the shared settings and ``call.*``, whether a step has a conditional and an unconditional half; by default
+            if ``guidance`` is above 1.
         skips: argument of forward that lists blocks to leave out, "" if it has none.
         refused: arguments of forward that cannot be honoured, each with the reason.
         heads, patch: keys of the denoiser's config: number of attention heads, pixels a side of a latent patch.
         text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
+        matrices: for tensor parallelism, patterns (as of ``fnmatch``) of names of linear layers, each ``colwise``, ``rowwise`` or
+            ``gathered``; None if there is no such plan, empty if the denoiser's class brings its own (``_tp_plan``).
         once: submodules of the denoiser with one argument that often get the same tensor again (projections of the text, the
             embedding of the latents); their last results are kept.
         conditioning: patterns (as of ``fnmatch``) of names of submodules whose result depends on the step and its conditions
@@ -196,18 +201,21 @@ class ModelSpec:
     name: str
     pipelines: tuple[str, ...]
     blocks: tuple[Blocks, ...]
-    stream: Stream
     attention: Callable[[Any], tuple[str, ...]]
+    stream: Stream = field(default_factory=Stream)
     hub: str = ""
     path: str = ""
     denoiser: str = "transformer"
     latents: str = "hidden_states"
     text_input: str = "encoder_hidden_states"
+    unbatched: tuple[str, ...] = ()
+    guided: Callable[[Mapping[str, Any]], bool] | None = None
     skips: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
     heads: str = "num_attention_heads"
     patch: str = "patch_size"
     text_tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], int] | None = None
+    matrices: Mapping[str, str] | None = None
     once: tuple[str, ...] = ()
     conditioning: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -224,6 +232,8 @@ class Facts:
         rows, columns: the token grid at the size asked for.
         text_tokens: most text tokens in the trunk.
         pixels_per_token: pixels a side that one token covers.
+        matrices: the adapter says how the matrices of a block can be divided.
+        guided: every step has a conditional and an unconditional half.
     """
 
     model: str
@@ -233,6 +243,8 @@ class Facts:
     columns: int
     text_tokens: int
     pixels_per_token: int
+    matrices: bool = False
+    guided: bool = True
 
     @property
     def tokens(self) -> int:

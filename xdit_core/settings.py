@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from xdit_core.errors import PluginError, UsageError
 
+CALL = "call."
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 
@@ -68,6 +70,18 @@ def parse_words(words: Iterable[str]) -> dict[str, Any]:
         else:
             values[key] = value
     return values
+
+
+def call_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``call.NAME=value`` gives to the pipeline's ``__call__``: JSON where the value reads as JSON, else the word itself."""
+    found = {}
+    for key, value in values.items():
+        if key.startswith(CALL):
+            try:
+                found[key.removeprefix(CALL)] = json.loads(value) if isinstance(value, str) else value
+            except ValueError:
+                found[key.removeprefix(CALL)] = value
+    return found
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:
@@ -157,7 +171,7 @@ def check_keys(
     errors = []
     for key in values:
         owner = key.split(".")[0] if "." in key else ""
-        if key in valid:
+        if key in valid or key.startswith(CALL):
             continue
         if owner and owner in (unselected or {}):
             errors.append(UsageError(f"{key} belongs to the plugin {owner}, which is not selected; add it: --plugins {owner}."))

@@ -173,7 +173,15 @@ def replace_blocks(denoiser: nn.Module, spec: ModelSpec, make: Callable[[Mapping
 
 
 class Absent(nn.Module):
-    """Stands for a block that another stage holds."""
+    """Stands for a block that another stage holds.
+
+    Attributes:
+        names: of the submodules that the block has.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.names = tuple(name for name, _ in block.named_modules())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Never called."""

@@ -7,6 +7,16 @@ from typing import Any
 
 from xdit_core import Blocks, ModelSpec, Stream, hookimpl
 
+MATRICES = {
+    "transformer_blocks.*.attn*.to_[qkv]": "colwise",
+    "transformer_blocks.*.attn*.add_[qkv]_proj": "colwise",
+    "transformer_blocks.*.attn*.to_out.0": "rowwise",
+    "transformer_blocks.*.attn.to_add_out": "rowwise",
+    "transformer_blocks.*.ff*.net.0.proj": "colwise",
+    "transformer_blocks.*.ff*.net.2": "rowwise",
+    "transformer_blocks.*.norm1*.linear": "gathered",
+}
+
 
 def attention(block: Any) -> tuple[str, ...]:
     """Joint attention; SD3.5 medium has a second one over the picture alone in its first blocks."""
@@ -33,6 +43,7 @@ def xdit_model() -> ModelSpec:
         text_tokens=text_tokens,
         skips="skip_layers",
         refused={"block_controlnet_hidden_states": "ControlNet residuals are not divided over ranks yet"},
+        matrices=MATRICES,
         once=("context_embedder", "pos_embed"),
         conditioning=("time_text_embed", "transformer_blocks.*.norm1*.linear"),
         defaults={"steps": 28, "guidance": 7.0, "prompt": ("a red fox in the snow, morning light",)},

@@ -19,15 +19,17 @@ from xdit_core import (
     AttentionRun,
     Built,
     Call,
+    Channel,
     ForwardRun,
     LazyError,
-    Now,
     PatchTensor,
     PatchWorld,
     Rank,
+    Receive,
     Rows,
     TrunkRun,
     length,
+    positions,
     refuse_mask,
     spans_of,
 )
@@ -48,80 +50,6 @@ class Flow:
 
     step: int = -1
     kept: dict[tuple[int, int], Kept] = field(default_factory=dict)
-
-
-class Channel:
-    """Point-to-point messages in one direction; sends never block, every handle is waited for.
-
-    Args:
-        rank: this rank.
-        group: a communicator in which nothing goes the other way.
-        name: for the count of bytes.
-    """
-
-    def __init__(self, rank: Rank, group: dist.ProcessGroup | None, name: str) -> None:
-        self.rank, self.group, self.name = rank, group, name
-        self._sends: list[tuple[Any, torch.Tensor]] = []
-        self._older: list[tuple[Any, torch.Tensor]] = []
-        self._receives: set[Receive] = set()
-        self._sent, self._received = 0, 0
-
-    def send(self, x: torch.Tensor, to: int, what: str = "") -> None:
-        """Send ``x`` to a global rank; it must not be written to any more."""
-        x = x.contiguous()
-        self._sent += 1
-        work = dist.isend(x, to, group=self.group, tag=self._sent)
-        self.rank.sent[self.name + what] += x.nbytes
-        self._sends.append((work, x))
-
-    def receive(self, like: torch.Tensor, rows: int, dim: int, source: int) -> Receive:
-        """Post a receive of a tensor shaped as ``like`` but with ``rows`` along ``dim``."""
-        shape = list(like.shape)
-        shape[dim] = rows
-        self._received += 1
-        buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-        work = dist.irecv(buffer, source, group=self.group, tag=self._received)
-        receive = Receive(self, work, buffer)
-        self._receives.add(receive)
-        return receive
-
-    def done(self, receive: Receive) -> None:
-        """A receive was waited for."""
-        self._receives.discard(receive)
-
-    def turn(self) -> None:
-        """Another call of the denoiser begins: what was sent in the call before the last has arrived, so let go of it."""
-        for work, _ in self._older:
-            work.wait()
-        self._older, self._sends = self._sends, []
-
-    def finish(self) -> None:
-        """Wait for whatever is still under way."""
-        self.turn()
-        self.turn()
-        for receive in tuple(self._receives):
-            receive.wait()
-
-    def forget(self) -> None:
-        """Drop the handles of a request that failed."""
-        self._sends, self._older = [], []
-        self._receives.clear()
-
-
-class Receive:
-    """A posted receive."""
-
-    def __init__(self, channel: Channel, work: Any, buffer: torch.Tensor) -> None:
-        self._channel, self._work, self._buffer = channel, work, buffer
-
-    def wait(self) -> torch.Tensor:
-        """The tensor, once it is here."""
-        if self._work is not None:
-            with self._channel.rank.waiting(self._channel.name):
-                self._work.wait()
-            self._work = None
-            self._channel.done(self)
-        return self._buffer
 
 
 class StageWorld(PatchWorld):
@@ -378,12 +306,6 @@ class PipeFusion:
             run = torch.equal(index, torch.arange(start, start + len(index)))
             self._places[key] = (start, start + len(index)) if run else index.to(device)
         return self._places[key]
-
-
-def positions(now: Now, kind: str, patch: int | None, shards: tuple[int, ...]) -> torch.Tensor:
-    """Row numbers of a patch in the order in which they arrive, shard after shard."""
-    parts = [torch.arange(a, b) for s in shards for a, b in spans_of(now, kind, patch, s)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def as_index(place: torch.Tensor | tuple[int, int], device: torch.device) -> torch.Tensor:

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from tokenizers import Tokenizer, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers.models import BPE, Unigram
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 
 def clip_tokenizer(texts: Iterable[str], length: int, vocab_size: int = 4096) -> CLIPTokenizer:
@@ -40,6 +49,22 @@ def clip_tokenizer(texts: Iterable[str], length: int, vocab_size: int = 4096) ->
         vocab.setdefault(byte + "</w>", len(vocab))
     merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def tiny_vae(sample_size: int) -> AutoencoderKL:
+    """A decoder that doubles the latents' sides, 4 latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=2 * sample_size,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+    ).eval()
 
 
 def tiny_sd3(
@@ -91,25 +116,13 @@ def tiny_sd3(
             dual_attention_layers=dual,
             qk_norm=qk_norm,
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=2 * sample_size,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.0,
-        )
         for p in transformer.parameters():  # the defaults start some layers at zero, which would hide errors
             if p.dim() > 1:
                 torch.nn.init.normal_(p, std=0.15)
         return StableDiffusion3Pipeline(
             transformer=transformer.eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae.eval(),
+            vae=tiny_vae(sample_size),
             text_encoder=CLIPTextModelWithProjection(config).eval(),
             tokenizer=tokenizer,
             text_encoder_2=CLIPTextModelWithProjection(config).eval(),
@@ -117,6 +130,69 @@ def tiny_sd3(
             text_encoder_3=None,
             tokenizer_3=None,
         )
+
+
+def tiny_t5(width: int, words: Iterable[str]) -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """A T5 encoder with random weights and a tokenizer that knows ``words``."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -float(i)) for i, word in enumerate(words))]
+    tokenizer = Tokenizer(Unigram(vocab, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast = T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(vocab),
+        d_model=width,
+        d_kv=width // 2,
+        d_ff=2 * width,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval(), fast
+
+
+def tiny_pixart(
+    *,
+    sigma: bool = True,
+    layers: int = 4,
+    heads: int = 4,
+    head_dim: int = 8,
+    sample_size: int = 16,
+    learned_sigma: bool = True,
+    seed: int = 0,
+) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+    """A PixArt pipeline with random weights: text enters by cross-attention, with a mask."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder, tokenizer = tiny_t5(16, ["a", "red", "fox", "in", "the", "snow"])
+        transformer = PixArtTransformer2DModel(
+            sample_size=sample_size,
+            num_layers=layers,
+            patch_size=2,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
+            in_channels=4,
+            out_channels=8 if learned_sigma else 4,
+            caption_channels=16,
+            cross_attention_dim=heads * head_dim,
+            use_additional_conditions=False,
+        )
+        for p in transformer.parameters():
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.15)
+        parts = {
+            "transformer": transformer.eval(),
+            "scheduler": DPMSolverMultistepScheduler(beta_end=0.005),  # random weights and much noise would overflow
+            "vae": tiny_vae(sample_size),
+            "text_encoder": encoder,
+            "tokenizer": tokenizer,
+        }
+        return PixArtSigmaPipeline(**parts) if sigma else PixArtAlphaPipeline(**parts)
+
+
+def save_tiny_pixart(folder: str | Path, **options: Any) -> Path:
+    """``tiny_pixart`` in diffusers format on disk; takes its options."""
+    tiny_pixart(**options).save_pretrained(folder)
+    return Path(folder)
 
 
 def save_tiny_sd3(folder: str | Path, **options: Any) -> Path:

@@ -32,3 +32,12 @@ def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
     return folder if folder.exists() else save_tiny_sd3(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny PixArt-Sigma checkpoint with random weights: 4 blocks, 4 heads, 64 picture tokens, text by cross-attention."""
+    from xdit_core.testing.models import save_tiny_pixart
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-pixart"
+    return folder if folder.exists() else save_tiny_pixart(folder)

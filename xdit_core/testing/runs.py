@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +52,9 @@ def diffusers_latents(
     """The oracle: the unmodified pipeline, called as a user of diffusers would."""
     import diffusers
 
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, dtype=dtype)
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+    pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, dtype=dtype, **absent)
     pipe.set_progress_bar_config(disable=True)
     if scheduler:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)

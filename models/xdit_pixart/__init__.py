@@ -1,0 +1,30 @@
+"""PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) and PixArt-Sigma (Chen et al. 2024, arXiv:2403.04692): text by cross-attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xdit_core import Blocks, ModelSpec
+
+MATRICES = {
+    "transformer_blocks.*.attn[12].to_[qkv]": "colwise",
+    "transformer_blocks.*.attn[12].to_out.0": "rowwise",
+    "transformer_blocks.*.ff.net.0.proj": "colwise",
+    "transformer_blocks.*.ff.net.2": "rowwise",
+}
+
+
+def spec(name: str, pipeline: str, hub: str, **more: Any) -> ModelSpec:
+    """What the two have in common."""
+    return ModelSpec(
+        name=name,
+        pipelines=(pipeline,),
+        hub=hub,
+        blocks=(Blocks("transformer_blocks", "num_layers"),),
+        attention=lambda block: ("self", "cross"),
+        matrices=MATRICES,
+        once=("caption_projection", "pos_embed"),
+        conditioning=("adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
+        refused={"attention_mask": "a mask over the picture's tokens is not divided over ranks"},
+        defaults={"steps": 20, "guidance": 4.5, "prompt": ("a small cactus with a happy face in the Sahara desert",), **more},
+    )

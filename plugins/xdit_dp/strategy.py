@@ -1,0 +1,30 @@
+"""Pictures over ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.distributed as dist
+
+from xdit_core import Output, Rank, Request, RequestRun, joined, share
+from xdit_core.tokens import even_bounds
+
+
+class Divide:
+    """Each rank draws a range of all the pictures; sizes differ by one at most, and may be 0."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.group = rank, rank.group("dp")
+        self.degree, self.index = rank.degree("dp"), rank.index("dp")
+
+    def __call__(self, inner: RequestRun, request: Request) -> list[Output]:
+        """This rank's share in, everybody's outputs out, in the order of the prompts and pictures."""
+        if self.group is None:
+            return inner(request)
+        bounds = even_bounds(sum(len(job.numbers) for job in request.jobs), self.degree)
+        mine = inner(request.but(jobs=share(request.jobs, bounds[self.index], bounds[self.index + 1])))
+        everyone: list[list[Output] | None] = [None] * self.degree
+        packed = [dataclasses.replace(o, latents=None if o.latents is None else o.latents.cpu()) for o in mine]
+        with self.rank.waiting("the pictures of the other ranks"):
+            dist.all_gather_object(everyone, packed, group=self.group)
+        return joined(output for part in everyone if part is not None for output in part)

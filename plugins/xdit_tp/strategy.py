@@ -1,0 +1,105 @@
+"""The matrices of the blocks over ranks, as ``torch.distributed.tensor.parallel`` does it.
+
+Runs while the parameters have shapes and no values, so a rank reads and holds its own part only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from xdit_core import Absent, ModelError, Rank
+
+
+def styles() -> dict[str, Callable[[], ParallelStyle]]:
+    """The words of a plan: ``colwise`` leaves the columns where they are, ``gathered`` brings them together, ``rowwise`` sums."""
+    return {
+        "colwise": ColwiseParallel,
+        "gathered": lambda: ColwiseParallel(output_layouts=Replicate()),
+        "rowwise": RowwiseParallel,
+    }
+
+
+class Divide:
+    """Divides the matrices that the adapter names.
+
+    Sends per rank and ``rowwise`` matrix: ``2 x (N-1)/N x B x S x width`` elements, two matrices a stream and block.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.mesh, self.degree = rank, rank.mesh.submesh("tp"), rank.degree("tp")
+
+    def __call__(self, denoiser: nn.Module) -> None:
+        """Change the modules in place.
+
+        Raises:
+            ModelError: a key of the plan matches no module, or a matrix does not divide.
+        """
+        if self.mesh is None:
+            return
+        plan = self.rank.spec.matrices or dict(getattr(type(denoiser), "_tp_plan", None) or {})
+        names = {name for name, _ in denoiser.named_modules()}
+        for name, module in denoiser.named_modules():
+            if isinstance(module, Absent):
+                names |= {f"{name}.{inside}" for inside in module.names}
+        unmatched = sorted(pattern for pattern in plan if not any(fnmatch(name, pattern) for name in names))
+        if unmatched:
+            raise ModelError(
+                f"the matrices of {self.rank.spec.name} name {', '.join(unmatched)}, which {type(denoiser).__name__} does not have; "
+                "a part of the model would stay undivided, so correct the adapter."
+            )
+        known, fewer = styles(), set()
+        for name, module in list(denoiser.named_modules()):
+            style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
+            if style is None:
+                continue
+            self.check(name, module, style)
+            parallelize_module(module, self.mesh, known[style]())
+            self.pass_nothing(module, style)
+            self.count(module, style)
+            if style == "colwise":
+                fewer.add(name.rpartition(".")[0])
+        for name in fewer:
+            parent = denoiser.get_submodule(name)
+            if isinstance(getattr(parent, "heads", None), int):
+                parent.heads //= self.degree
+
+    def check(self, name: str, module: nn.Module, style: str) -> None:
+        """A matrix that can be divided evenly."""
+        size = getattr(module, "in_features" if style == "rowwise" else "out_features", None)
+        if style not in styles() or size is None or size % self.degree:
+            raise ModelError(
+                f"{name} of {self.rank.spec.name} cannot be divided {style} by tp.degree={self.degree} "
+                f"({'it is no Linear' if size is None else f'{size} features'}); use another degree or correct the adapter."
+            )
+
+    def pass_nothing(self, module: nn.Module, style: str) -> None:
+        """A stream may have no rows (text that belongs to another patch), with which DTensor cannot multiply."""
+        original, mesh, features = module.forward, self.mesh, module.weight.shape[0]
+
+        def forward(x: DTensor) -> torch.Tensor:
+            if x.numel():
+                return original(x)
+            width, place = (features, Replicate()) if style == "rowwise" else (features // self.degree, Shard(-1))
+            nothing = x.to_local().new_empty(*x.shape[:-1], width)
+            return DTensor.from_local(nothing, mesh, [place], run_check=False)
+
+        module.forward = forward
+
+    def count(self, module: nn.Module, style: str) -> None:
+        """Count what the module's collective sends."""
+        if style == "colwise":
+            return
+        times, name = (2, "tp") if style == "rowwise" else (1, "tp.modulation")
+
+        def add(_: nn.Module, inputs: Any, out: torch.Tensor) -> None:
+            if not torch.compiler.is_compiling():
+                self.rank.sent[name] += times * out.nbytes * (self.degree - 1) // self.degree
+
+        module.register_forward_hook(add)

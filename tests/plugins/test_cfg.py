@@ -1,0 +1,87 @@
+"""CFG parallelism: the two halves of guidance on two ranks give what one rank gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xdit_core import Engine, PlanRefused
+from xdit_core.testing.runs import diffusers_latents, generate, plan_for
+
+SKIP = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+
+
+def close(mine, other):
+    """Equal in float32: a hundred-thousandth of the largest value."""
+    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+@pytest.mark.parametrize("changes", [{}, {"images": 3}, {"negative": "blue heart"}, {"height": 36, "width": 28}])
+def test_equals_serial(gloo, tiny_sd3_folder, changes):
+    names = {"images": "num_images_per_prompt", "negative": "negative_prompt"}
+    serial = diffusers_latents(str(tiny_sd3_folder), **{names.get(k, k): v for k, v in changes.items()})
+    for latents, _ in gloo.run(generate, ["cfg"], str(tiny_sd3_folder), changes, world=2):
+        close(latents, serial)
+
+
+def test_a_mask_and_cross_attention(gloo, tiny_pixart_folder):
+    more = {"use_resolution_binning": False, "clean_caption": False}
+    settings = {"model": "pixart_sigma", **{f"call.{k}": v for k, v in more.items()}}
+    results = gloo.run(generate, ["cfg"], str(tiny_pixart_folder), settings, world=2)
+    close(results[1][0], diffusers_latents(str(tiny_pixart_folder), guidance_scale=4.5, **more))
+
+
+@pytest.mark.parametrize("plugins", [["cfg"], ["cfg", "pipefusion"]])
+def test_a_call_with_one_condition_goes_to_one_rank(gloo, tiny_sd3_folder, plugins):
+    """Skip-layer guidance calls the transformer a second time with the prompt alone: the other rank gets that result lazily."""
+    late = {"pipefusion.patches": 3} if len(plugins) > 1 else {}
+    stages = {"pipefusion.stages": 2} if late else {}
+    changes = {"call": SKIP}
+    serial = generate(
+        plugins[1:], str(tiny_sd3_folder), {**late, **({"pipefusion.stages": 1} if late else {})}, "a red fox", changes
+    )[0]
+    arguments = (plugins, str(tiny_sd3_folder), {**late, **stages}, "a red fox", changes)
+    for latents, _ in gloo.run(generate, *arguments, world=4 if late else 2):
+        close(latents, serial)
+
+
+def counted(folder):
+    """Calls of the blocks with one condition on this rank, under skip-layer guidance."""
+    engine, calls = Engine(plan_for(["cfg", "pipefusion"], folder, {"pipefusion.stages": 1, "pipefusion.patches": 1})), []
+    engine.trunk.register_forward_hook(lambda module, args, kwargs, out: calls.append(1), with_kwargs=True)
+    engine.generate("a red fox", call=SKIP)
+    engine.close()
+    return len(calls)
+
+
+def test_separate_calls_are_computed_once_over_both_ranks(gloo, tiny_sd3_folder):
+    """4 steps of batched guidance on each rank, and 4 more calls of which the second rank does all."""
+    assert gloo.run(counted, str(tiny_sd3_folder), world=2) == [4, 8]
+
+
+@pytest.mark.parametrize(("patches", "warmup"), [(2, 1), (3, 0)])
+def test_with_pipefusion_equals_the_displaced_reference(gloo, tiny_sd3_folder, patches, warmup):
+    late = {"pipefusion.patches": patches, "pipefusion.warmup": warmup, "images": 2}
+    reference = generate(["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 1})[0]
+    for stages in (1, 2, 4):
+        settings = {**late, "pipefusion.stages": stages}
+        results = gloo.run(generate, ["cfg", "pipefusion"], str(tiny_sd3_folder), settings, world=2 * stages)
+        for latents, _ in results:
+            close(latents, reference)
+
+
+def test_only_the_prediction_is_exchanged(gloo, tiny_sd3_folder):
+    results = gloo.run(generate, ["cfg"], str(tiny_sd3_folder), world=2)
+    assert [sent for _, sent in results] == [{"cfg": 4 * 16 * 16 * 4 * 4}] * 2  # channels x rows x columns x bytes x steps
+
+
+def test_without_guidance_it_is_refused(tiny_sd3_folder):
+    with pytest.raises(PlanRefused, match=r"guidance=1.0 makes sd3 predict once a step.*raise guidance above 1, or drop cfg"):
+        plan_for(["cfg"], str(tiny_sd3_folder), {"guidance": 1.0})
+
+
+def test_a_request_without_guidance_is_still_right(gloo, tiny_sd3_folder):
+    results = gloo.run(generate, ["cfg"], str(tiny_sd3_folder), {}, "a red fox", {"guidance": 1.0}, world=2)
+    serial = diffusers_latents(str(tiny_sd3_folder), guidance_scale=1.0)
+    for latents, _ in results:
+        close(latents, serial)

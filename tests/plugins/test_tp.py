@@ -1,0 +1,147 @@
+"""Tensor parallelism: equal to serial, with a part of the matrices on each rank from the moment of loading."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from xdit_core import Engine, ModelError, PlanRefused
+from xdit_core.testing.runs import diffusers_latents, generate, plan_for
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_equals_serial(gloo, tiny_sd3_folder, degree):
+    serial = diffusers_latents(str(tiny_sd3_folder))
+    for latents, _ in gloo.run(generate, ["tp"], str(tiny_sd3_folder), {"tp.degree": degree}, world=degree):
+        torch.testing.assert_close(latents, serial, atol=2e-5, rtol=1e-5)
+
+
+def test_dual_attention(gloo, tmp_path):
+    from xdit_core.testing.models import save_tiny_sd3
+
+    folder = str(save_tiny_sd3(tmp_path / "sd35", dual=(0, 1), layers=3))
+    results = gloo.run(generate, ["tp"], folder, {"tp.degree": 2}, world=2)
+    torch.testing.assert_close(results[0][0], diffusers_latents(folder), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "settings", "world"),
+    [
+        (["tp", "usp"], {"usp.ulysses": 2, "usp.ring": 1}, 4),
+        (["tp", "usp"], {"usp.ulysses": 1, "usp.ring": 2}, 4),
+        (["tp", "pipefusion"], {"pipefusion.stages": 2, "pipefusion.patches": 3}, 4),
+        (["tp", "usp", "pipefusion"], {"usp.ulysses": 2, "usp.ring": 1, "pipefusion.stages": 2, "pipefusion.patches": 3}, 8),
+    ],
+)
+def test_with_others(gloo, tiny_sd3_folder, plugins, settings, world):
+    """xDiT 0.7 gives TP x SP inconsistent groups: sequence shards would be summed as if they were parts of a matrix."""
+    late = "pipefusion" in plugins
+    reference = (
+        generate(["pipefusion"], str(tiny_sd3_folder), {"pipefusion.stages": 1, "pipefusion.patches": 3})[0]
+        if late
+        else diffusers_latents(str(tiny_sd3_folder))
+    )
+    for latents, _ in gloo.run(generate, plugins, str(tiny_sd3_folder), {**settings, "tp.degree": 2}, world=world):
+        torch.testing.assert_close(latents, reference, atol=3e-5, rtol=1e-5)
+
+
+def held(folder, degree):
+    """Elements of this rank's blocks, and the bytes that they occupy."""
+    from torch.distributed.tensor import DTensor
+
+    engine = Engine(plan_for(["tp"] if degree > 1 else [], folder, {"tp.degree": degree} if degree > 1 else {}))
+    named = [(n, p) for n, p in engine.pipe.transformer.named_parameters() if "blocks" in n]
+    parts = [p.to_local() if isinstance(p, DTensor) else p for _, p in named]
+    engine.close()
+    return sum(p.numel() for p in parts), sum(
+        {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}.values()
+    )
+
+
+def test_a_rank_holds_its_part_only(gloo, tiny_sd3_folder):
+    whole, all_bytes = held(str(tiny_sd3_folder), 1)
+    for mine, mine_bytes in gloo.run(held, str(tiny_sd3_folder), 4, world=4):
+        assert mine < 0.27 * whole  # biases of row-wise matrices and norms are not divided
+        assert mine_bytes < 0.27 * all_bytes
+
+
+def read_while_loading(folder):
+    """Bytes that loading asked of the file for the blocks."""
+    from unittest import mock
+
+    from xdit_core import loading
+
+    asked = []
+    original = loading.read
+
+    def spy(tensors, key, like, dtype):
+        out = original(tensors, key, like, dtype)
+        if "blocks" in key:
+            asked.append((out.to_local() if hasattr(out, "to_local") else out).numel())
+        return out
+
+    with mock.patch.object(loading, "read", spy):
+        Engine(plan_for(["tp"], folder, {"tp.degree": 2})).close()
+    return sum(asked)
+
+
+def test_a_rank_reads_its_part_only(gloo, tiny_sd3_folder):
+    whole, _ = held(str(tiny_sd3_folder), 1)
+    assert all(asked < 0.53 * whole for asked in gloo.run(read_while_loading, str(tiny_sd3_folder), world=2))
+
+
+def wrong_plan(folder):
+    """An adapter that names a layer which is not there."""
+    from unittest import mock
+
+    import xdit_sd3
+
+    wrong = {**xdit_sd3.MATRICES, "transformer_blocks.*.attn.to_qkv": "colwise"}
+    spec = dataclasses.replace(xdit_sd3.xdit_model(), matrices=wrong)
+    with (
+        mock.patch.object(xdit_sd3, "xdit_model", lambda: spec),
+        mock.patch("xdit_core.engine.Registry.model", lambda *_: (spec, ("", ""))),
+    ):
+        try:
+            Engine(plan_for(["tp"], folder, {"tp.degree": 2}))
+        except ModelError as error:
+            return str(error)
+    return "went through"
+
+
+def test_a_key_that_matches_nothing_is_an_error(gloo, tiny_sd3_folder):
+    for text in gloo.run(wrong_plan, str(tiny_sd3_folder), world=2):
+        assert "name transformer_blocks.*.attn.to_qkv, which SD3Transformer2DModel does not have" in text
+
+
+def test_bytes_sent_match_the_table(gloo, tiny_sd3_folder):
+    """4 of tokens x hidden x layers: two sums a block and stream, each sending its (N-1)/N twice; the last block has no text output."""
+    results = gloo.run(generate, ["tp"], str(tiny_sd3_folder), {"tp.degree": 4}, world=4)
+    batch, steps, hidden, layers = 2, 4, 32, 4
+    picture, text = 64, 12 + 5
+    one = batch * steps * hidden * 4
+    expected = (4 * picture * layers + 4 * text * (layers - 1)) * one * 3 // 4
+    assert all(sent["tp"] == expected for _, sent in results)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "settings", "sentence"),
+    [
+        (["tp"], {"tp.degree": 3}, "sd3 has 4 heads, which does not fit tp.degree=3; use one of 1, 2, 4"),
+        (
+            ["tp", "usp"],
+            {"tp.degree": 4, "usp.ulysses": 2},
+            r"sd3 has 4 heads, which tp.degree=4 x usp.ulysses=2 = 8 do not divide",
+        ),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(tiny_sd3_folder, plugins, settings, sentence):
+    with pytest.raises(PlanRefused, match=sentence):
+        plan_for(plugins, str(tiny_sd3_folder), settings)
+
+
+def test_open_degrees_share_the_heads(tiny_sd3_folder):
+    plan = plan_for(["tp", "usp"], str(tiny_sd3_folder), {"nproc": 8})
+    assert plan.degree("tp") * plan.degree("ulysses") <= 4 and plan.world == 8
