@@ -42,6 +42,7 @@ class Plan:
         split: number of blocks of each stage; one entry if they are not divided.
         patches: cuts of the tokens in time.
         displaced: plugins whose result differs from serial.
+        reference: settings with which these plugins alone compute the same in one process.
         facts: what was read from the model's files.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     split: tuple[int, ...]
     patches: int
     displaced: tuple[str, ...]
+    reference: Mapping[str, Any]
     facts: Facts
     notes: tuple[str, ...] = ()
 
@@ -171,10 +173,16 @@ def make_plan(
     divider = next((d for d in declared.values() if d.stages), None)
     split: tuple[int, ...] = (facts.blocks,)
     patches = 1
+    reference: dict[str, Any] = {}
     for name, d in declared.items():
         try:
             split = d.block_split(by_name.get(d.stages, 1)) if d.stages and d.block_split else split
             patches = d.patches(by_name) if d.patches else patches
+            reference |= d.reference(by_name) if d.displaced and d.reference else {}
+            if d.displaced and d.reference is None:
+                raise PluginError(f"plugin {name} is displaced and names no reference; give one in its Declaration.")
+        except PluginError:
+            raise
         except Exception as error:
             raise PluginError(f"plugin {name} failed to divide blocks or tokens: {type(error).__name__}: {error}.") from error
     plan = Plan(
@@ -192,6 +200,7 @@ def make_plan(
         split=split,
         patches=patches,
         displaced=tuple(n for n, d in declared.items() if d.displaced and patches > 1),
+        reference=reference,
         facts=facts,
         notes=result.notes,
     )

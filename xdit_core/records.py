@@ -119,6 +119,8 @@ class Declaration:
         block_split: number of blocks of each stage; called with the resolved degree of that axis.
         patches: the number of patches the tokens are cut into in time; called with the resolved degrees.
         displaced: its result differs from serial (K/V of the step before are used).
+        reference: settings under which this plugin computes the same displaced result in one process; called with the resolved
+            degrees. Needed if ``displaced``.
         problems: what is wrong with its settings, whatever the degrees will be.
     """
 
@@ -130,6 +132,7 @@ class Declaration:
     block_split: Callable[[int], tuple[int, ...]] | None = None
     patches: Callable[[Mapping[str, int]], int] | None = None
     displaced: bool = False
+    reference: Callable[[Mapping[str, int]], Mapping[str, Any]] | None = None
     problems: tuple[Problem, ...] = ()
 
 

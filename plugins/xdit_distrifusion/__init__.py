@@ -7,7 +7,7 @@ the first patch. The result depends on patches, warmup and steps only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,13 @@ def xdit_settings() -> type[Settings]:
 @hookimpl
 def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     """One axis of patches; a patch at the forward, an exchange of keys and values in the attention."""
+    def patches(degrees: Mapping[str, int]) -> int:
+        return settings.patches if settings.patches is not None else degrees["distrifusion"]
+
+    def reference(degrees: Mapping[str, int]) -> dict[str, int]:
+        own = {"degree": 1, "patches": patches(degrees), "warmup": settings.warmup}
+        return {f"distrifusion.{name}": value for name, value in own.items()}
+
     return Declaration(
         axes=(
             Axis(
@@ -53,8 +60,9 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
             Claim("kv", "it keeps keys and values of the step before"),
         ),
         wraps=(Wrap("forward", "patches"), Wrap("attention", "cache")),
-        patches=lambda degrees: settings.patches if settings.patches is not None else degrees["distrifusion"],
+        patches=patches,
         displaced=True,
+        reference=reference,
         problems=tuple(problems_of(settings, facts)),
     )
 

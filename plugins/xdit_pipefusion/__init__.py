@@ -7,7 +7,7 @@ The result depends on patches, warmup and steps only, never on the number of sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -48,6 +48,13 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         bounds = even_bounds(facts.blocks, degree)
         return tuple(b - a for a, b in pairwise(bounds))
 
+    def patches(degrees: Mapping[str, int]) -> int:
+        return settings.patches if settings.patches is not None else degrees["stages"]
+
+    def reference(degrees: Mapping[str, int]) -> dict[str, int]:
+        own = {"stages": 1, "patches": patches(degrees), "warmup": settings.warmup}
+        return {f"pipefusion.{name}": value for name, value in own.items()}
+
     return Declaration(
         axes=(
             Axis(
@@ -67,8 +74,9 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         wraps=(Wrap("forward", "patches"), Wrap("trunk", "stage"), Wrap("attention", "cache")),
         stages="stages",
         block_split=split,
-        patches=lambda degrees: settings.patches if settings.patches is not None else degrees["stages"],
+        patches=patches,
         displaced=True,
+        reference=reference,
         problems=tuple(problems_of(settings, facts)),
     )
 
