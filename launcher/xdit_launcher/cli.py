@@ -195,11 +195,17 @@ def backend_named(name: str) -> Callable[..., int]:
 
 
 @cli.group(invoke_without_command=True)
+@click.option("--matrix", "table", is_flag=True, help="Which of them go together, as a Markdown table.")
+@click.option("--model", default="emoji", show_default=True, metavar="NAME", help="With --matrix: for which model.")
+@click.option("--device", default="cuda", show_default=True, metavar="NAME", help="With --matrix: on cpu or cuda.")
 @click.pass_context
-def plugins(ctx: click.Context) -> None:
+def plugins(ctx: click.Context, table: bool, model: str, device: str) -> None:
     """List the parallel methods that are installed."""
-    from xdit_launcher import show
+    from xdit_launcher import matrix, show
 
+    if table:
+        click.echo("\n".join(matrix.lines({"model": model, "device": device})))
+        return
     if ctx.invoked_subcommand is None:
         click.echo("\n".join(show.plugin_list()))
 

@@ -87,7 +87,8 @@ def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str]) -> Ite
         place = coordinates(plan, rank)
         stage = place.get(plan.stages, 0)
         where = ", ".join(f"{name} {i}" for name, i in place.items() if plan.degree(name) > 1) or "alone"
-        owner = "; writes the results" if rank == 0 else ""
+        owns = all(place[a.name] == 0 for a in plan.axes if not a.own_outputs)
+        owner = "; writes its results" if owns and rank else "; writes the results" if owns else ""
         yield row("", f"rank {rank}: {where}; blocks {starts[stage]} to {starts[stage + 1] - 1}{owner}")
     if plan.patches > 1:
         yield row("patches", f"{plan.patches} in time")

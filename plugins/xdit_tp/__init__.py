@@ -62,4 +62,5 @@ def xdit_build(settings: Settings, rank: Rank) -> Built:
     """The transform, on this rank's part of the mesh."""
     from xdit_tp.strategy import Divide
 
-    return Built(transforms={"shard": Divide(rank)})
+    divide = Divide(rank)
+    return Built(transforms={"shard": divide}, close=divide.forget)

@@ -43,6 +43,7 @@ class Divide:
         """
         if self.mesh is None:
             return
+        self.forget()
         plan = self.rank.spec.matrices or dict(getattr(type(denoiser), "_tp_plan", None) or {})
         names = {name for name, _ in denoiser.named_modules()}
         for name, module in denoiser.named_modules():
@@ -69,6 +70,13 @@ class Divide:
             parent = denoiser.get_submodule(name)
             if isinstance(getattr(parent, "heads", None), int):
                 parent.heads //= self.degree
+
+    @staticmethod
+    def forget() -> None:
+        """Torch keeps how operations on a mesh divide, and takes an old mesh for a new one over the same ranks, whose groups have gone."""
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
     def check(self, name: str, module: nn.Module, style: str) -> None:
         """A matrix that can be divided evenly."""

@@ -145,3 +145,18 @@ def test_heads_that_do_not_divide_are_refused(tiny_sd3_folder, plugins, settings
 def test_open_degrees_share_the_heads(tiny_sd3_folder):
     plan = plan_for(["tp", "usp"], str(tiny_sd3_folder), {"nproc": 8})
     assert plan.degree("tp") * plan.degree("ulysses") <= 4 and plan.world == 8
+
+
+def after_another(folder):
+    """An engine over the same ranks as one that was closed: torch must not go on with the groups of the first."""
+    found = []
+    for side in (16, 24, 16):
+        engine = Engine(plan_for(["tp", "usp"], folder, {"tp.degree": 2, "usp.ulysses": 2, "usp.ring": 1}))
+        found.append(engine.generate("a red fox", height=side, width=side).latents)
+        engine.close()
+    return found
+
+
+def test_engines_one_after_another(gloo, tiny_sd3_folder):
+    for first, _, last in gloo.run(after_another, str(tiny_sd3_folder), world=4):
+        assert torch.equal(first, last)
