@@ -36,14 +36,16 @@ def locate(spec: ModelSpec, settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most runs do not need it
 
     try:
-        folder = Path(snapshot_download(source, revision=settings.revision, allow_patterns=["model_index.json"]))
+        where = {"revision": settings.revision, "cache_dir": settings.download_dir}
+        folder = Path(snapshot_download(source, allow_patterns=["model_index.json"], **where))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         wanted = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]
+        ends = ["json", "txt", "model", "safetensors", *(["py"] if settings.trust_remote_code else [])]
         snapshot_download(
             source,
-            revision=settings.revision,
-            allow_patterns=[f"{name}/*.{end}" for name in wanted for end in ("json", "txt", "model", "safetensors")],
+            allow_patterns=[f"{name}/*.{end}" for name in wanted for end in ends],
             ignore_patterns=["*.fp16*", "*.bf16*", "*.non_ema*"],
+            **where,
         )
         return folder
     except Exception as error:  # the hub client raises many unrelated classes; all mean "not to be had"

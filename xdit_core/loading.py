@@ -22,7 +22,13 @@ Change = Callable[[nn.Module], None]
 
 
 def load_pipeline(
-    spec: ModelSpec, folder: Path, blocks: range, device: torch.device, dtype: torch.dtype, changes: Sequence[Change] = ()
+    spec: ModelSpec,
+    folder: Path,
+    blocks: range,
+    device: torch.device,
+    dtype: torch.dtype,
+    changes: Sequence[Change] = (),
+    trust_remote_code: bool = False,
 ) -> Any:
     """The pipeline of a local checkpoint folder.
 
@@ -31,6 +37,7 @@ def load_pipeline(
         folder: has ``model_index.json``.
         blocks: indices of the blocks to hold.
         changes: what strategies do to the denoiser while its parameters are on the meta device.
+        trust_remote_code: Python code that lies in the folder may run.
 
     Raises:
         ModelError: a component cannot be read.
@@ -41,8 +48,9 @@ def load_pipeline(
     cls = getattr(diffusers, index["_class_name"])
     components: dict[str, Any] = absent_components(cls, index)
     components[spec.denoiser] = load_part(spec, folder / spec.denoiser, index[spec.denoiser][1], blocks, dtype, changes)
+    more = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
+        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **components)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {reason}") from error

@@ -77,6 +77,14 @@ class Mesh:
         lines = self.lines(wide)
         return self._keep([dist.new_group(line) for line in lines], lines)
 
+    def first_group(self, axes: Sequence[str], count: int) -> dist.ProcessGroup | None:
+        """The first ``count`` ranks of each ``joint_group(axes)``, in mesh order; None on the others, and if it is one rank."""
+        if self.device_mesh is None or count < 2:
+            return None
+        lines = [line[:count] for line in self.lines(axes)]
+        groups = [dist.new_group(line) for line in lines]  # every rank must enter every new_group
+        return self._keep(groups, lines) if any(self.rank in line for line in lines) else None
+
     def lines(self, axes: Sequence[str]) -> list[list[int]]:
         """All sets of global ranks that differ along ``axes`` only, each in mesh order."""
         names = list(self.degrees)

@@ -49,6 +49,8 @@ class ModelSettings:
 
     path: str | None = field(default=None, metadata={"help": "a folder in diffusers format or a hub id"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the hub"})
+    download_dir: str | None = field(default=None, metadata={"help": "where downloads are kept; default: the hub's own cache"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "let the checkpoint bring Python code that runs here"})
 
 
 def parse_words(words: Iterable[str]) -> dict[str, Any]:

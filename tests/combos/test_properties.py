@@ -47,7 +47,7 @@ def requests(draw: Any) -> tuple[str, str, list[str], dict[str, Any]]:
     """A model, its folder, some strategies, settings that may or may not fit."""
     model = draw(st.sampled_from(("sd3", "sd3", "pixart_sigma")))
     small = st.sampled_from((1, 2, 2, 3, 4))
-    heads, layers = draw(st.sampled_from((2, 3, 4, 4, 6))), draw(st.integers(1, 4))
+    heads, layers = draw(st.sampled_from((2, 3, 4, 4, 6))), draw(st.integers(2, 5))
     names = sorted(draw(st.sets(st.sampled_from(AXES), min_size=1, max_size=4)))
     unit = 4 if model == "sd3" else 8
     values: dict[str, Any] = {

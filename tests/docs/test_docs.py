@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xdit_core import Registry, hookspecs
-from xdit_core.settings import RunSettings, fields_of
+from xdit_core.settings import ModelSettings, RunSettings, fields_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
@@ -63,3 +63,59 @@ def test_constraints_pin_what_the_project_needs():
     for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
         assert re.split(r"[<>=]", requirement)[0].lower() in pinned, requirement
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+OPTIONS = [
+    "model",
+    "download-dir",
+    "trust-remote-code",
+    "warmup_steps",
+    "use_parallel_vae",
+    "use_torch_compile",
+    "seed",
+    "output_type",
+    "enable_sequential_cpu_offload",
+    "use_cfg_parallel",
+    "data_parallel_degree",
+    "ulysses_degree",
+    "ring_degree",
+    "pipefusion_parallel_degree",
+    "num_pipeline_patch",
+    "attn_layer_num_for_pp",
+    "tensor_parallel_degree",
+    "split_scheme",
+    "height",
+    "width",
+    "prompt",
+    "no_use_resolution_binning",
+    "negative_prompt",
+    "num_inference_steps",
+    "help",
+    "use_onediff",
+]
+
+
+def test_every_option_of_xdit_has_a_row_and_every_setting_there_exists():
+    page = (ROOT / "docs" / "coming-from-xdit.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `--")]
+    for option in OPTIONS:
+        assert any(re.search(rf"`--{option}`", row.split("|")[1]) for row in rows), option
+    registry = Registry()
+    classes = {"": RunSettings, "model": ModelSettings}
+    for row in rows:
+        for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)?)=", row.split("|")[2]):
+            owner, _, name = key.rpartition(".")
+            if owner == "call" or key == "model":
+                continue
+            if owner not in classes:
+                registry.select([owner])
+                classes[owner] = registry.call("xdit_settings", {owner: {}})[owner]
+            assert name in fields_of(classes[owner]), key
+
+
+def test_the_page_of_combinations_is_what_the_plans_say():
+    from xdit_launcher import matrix
+
+    page = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
+    names = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["xdit.plugins"])
+    assert "\n".join(matrix.lines({"model": "emoji", "device": "cuda"}, names)) in page
