@@ -25,10 +25,11 @@ class Channel:
         self._older: list[tuple[Any, torch.Tensor]] = []
         self._receives: set[Receive] = set()
         self._sent, self._received = 0, 0
+        self._host = group is not None and dist.get_backend(group) == "gloo"  # which sends from the memory of the host only
 
     def send(self, x: torch.Tensor, to: int, what: str = "") -> None:
         """Send ``x`` to a global rank; it must not be written to any more."""
-        x = x.contiguous()
+        x = x.contiguous().cpu() if self._host else x.contiguous()
         self._sent += 1
         work = dist.isend(x, to, group=self.group, tag=self._sent)
         self.rank.sent[self.name + what] += x.nbytes
@@ -39,9 +40,9 @@ class Channel:
         shape = list(like.shape)
         shape[dim] = rows
         self._received += 1
-        buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        buffer = torch.empty(shape, dtype=like.dtype, device="cpu" if self._host else like.device)
         work = dist.irecv(buffer, source, group=self.group, tag=self._received)
-        receive = Receive(self, work, buffer)
+        receive = Receive(self, work, buffer, like.device)
         self._receives.add(receive)
         return receive
 
@@ -71,14 +72,14 @@ class Channel:
 class Receive:
     """A posted receive."""
 
-    def __init__(self, channel: Channel, work: Any, buffer: torch.Tensor) -> None:
-        self._channel, self._work, self._buffer = channel, work, buffer
+    def __init__(self, channel: Channel, work: Any, buffer: torch.Tensor, device: torch.device) -> None:
+        self._channel, self._work, self._buffer, self._device = channel, work, buffer, device
 
     def wait(self) -> torch.Tensor:
         """The tensor, once it is here."""
         if self._work is not None:
             with self._channel.rank.waiting(self._channel.name):
                 self._work.wait()
-            self._work = None
+            self._work, self._buffer = None, self._buffer.to(self._device)
             self._channel.done(self)
         return self._buffer

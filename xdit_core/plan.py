@@ -101,7 +101,7 @@ class Plan:
         data = json.loads(self.to_json())
         for key in ("folder", "notes"):
             del data[key]
-        data["values"] = {k: v for k, v in data["values"].items() if k != "model.path"}
+        data["values"] = {k: v for k, v in data["values"].items() if k not in ("model.path", "model.download_dir")}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
