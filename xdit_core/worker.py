@@ -110,7 +110,7 @@ class Writer:
     def __init__(self, plan: Plan, engine: Engine, progress: Progress, beat: Beat) -> None:
         self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
         self.files = outputs.targets(plan.run)
-        self._written: set[int] = set()
+        self._written: set[Path] = set()
 
     def title(self, job: Job) -> None:
         """Another prompt begins."""
@@ -122,10 +122,10 @@ class Writer:
         self.progress.end()
         paths = self.files[output.index]
         if output.latents is not None and len(output.numbers) < self.plan.run.images:
-            return  # the other pictures of this prompt are on other ranks
+            return  # the other pictures of this prompt are on other ranks, see `rest`
         if output.latents is None:
             paths = paths[output.numbers.start : output.numbers.stop]
-        self._written.add(output.index)
+        self._written |= set(paths)
         self.beat.doing(f"writing {paths[0]}")
         seconds = {"load": self.engine.load_seconds, **output.seconds}
         outputs.write(output, paths, self.plan, seconds, peak_bytes=self.progress.peak())
@@ -136,9 +136,15 @@ class Writer:
             print(f"{path}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
 
     def rest(self, output: Output) -> None:
-        """What could not be written in parts: latents of one prompt from several ranks."""
-        if output.latents is not None and self.engine.rank.mesh.rank == 0 and output.index not in self._written:
+        """On rank 0, when all is done: latents of one prompt that came in parts, and a word on what other ranks wrote."""
+        others = set(self.files[output.index]) - self._written
+        if self.engine.rank.mesh.rank or not others:
+            return
+        if output.latents is not None:
             self(output)
+        else:
+            for path in sorted(others):
+                print(f"{path}  by another rank", flush=True)
 
 
 @contextlib.contextmanager

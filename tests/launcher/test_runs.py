@@ -93,3 +93,17 @@ def test_worker_alone_refuses_a_plan_for_two(tmp_path: Path, tiny: tuple[str, ..
     )
     assert done.returncode == 2
     assert "the plan needs 2 processes but WORLD_SIZE is 1; start it with torchrun --nproc-per-node 2" in done.stderr
+
+
+def test_pictures_drawn_on_several_ranks_are_all_written_and_named(launch: Launch, tiny: tuple[str, ...]) -> None:
+    """Three pictures over two ranks; latents of one prompt, half of them from another rank."""
+    from safetensors.torch import load_file
+
+    code, out, err = (run := launch("--plugins", "dp", *tiny, "a red fox", "out=fox.png", "seed=7", "images=3", "dp.degree=2")).wait()
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()] == ["fox-0.png", "fox-1.png", "fox-2.png"]
+    assert json.loads((run.folder / "fox-2.json").read_text())["seed"] == 9
+    words = ("--plugins", "dp", *tiny, "a red fox", "snow", "out=latents", "images=3", "dp.degree=2", "output_type=latent")
+    code, out, err = (run := launch(*words)).wait()
+    assert code == 0, err
+    assert [load_file(run.folder / f"latents/{n}-0.safetensors")["latents"].shape[0] for n in ("a-red-fox", "snow")] == [3, 3]
