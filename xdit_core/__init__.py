@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from xdit_core.checkpoint import latent_factor
 from xdit_core.errors import (
     GuardError,
     LazyError,
@@ -148,6 +149,7 @@ __all__ = [
     "divisors",
     "hookimpl",
     "joined",
+    "latent_factor",
     "length",
     "listed",
     "make_plan",

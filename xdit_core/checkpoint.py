@@ -133,7 +133,7 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
     missing = [key for key in (spec.heads, spec.patch, *(b.count for b in spec.blocks)) if key not in config]
     if missing:
         raise ModelError(f"{spec.denoiser}/config.json has no {', '.join(missing)}; model={spec.name} cannot describe it.")
-    pixels = latent_factor(configs) * int(config[spec.patch])
+    pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * int(config[spec.patch])
     return Facts(
         model=spec.name,
         heads=int(config[spec.heads]),

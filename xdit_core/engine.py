@@ -205,6 +205,8 @@ class Engine:
         """One call of the pipeline."""
         run, output = request.run, Output(job.prompt, job.index, job.numbers)
         arguments = {**call_arguments(run, self.rank.spec, job.numbers), **self._extra, **request.more, "prompt": job.prompt}
+        side = self.plan.facts.pixels_per_token
+        self.rank.now.grid = ((run.height or 0) // side, (run.width or 0) // side)
         self.rank.now.pictures = len(job.numbers)
         self.rank.seconds.clear()
         self.forward.begin()

@@ -117,18 +117,30 @@ class ForwardPoint:
         if fewest < layout.shards:
             raise UsageError(f"a patch of {fewest} tokens cannot be shared by {layout.shards} ranks; {fix}.")
 
+    def grid(self, latents: torch.Tensor) -> tuple[int, int, int]:
+        """Rows and columns of tokens, and how many rows of the latents make a row of tokens.
+
+        Raises:
+            UnsupportedCall: latents of another kind than the adapter says.
+        """
+        if latents.dim() == 4:
+            return latents.shape[-2] // self._patch, latents.shape[-1] // self._patch, self._patch
+        rows, columns = self.rank.now.grid
+        if latents.dim() != 3 or latents.shape[1] != rows * columns:
+            raise UnsupportedCall(
+                f"latents of shape {tuple(latents.shape)} where [B, C, h, w] or [B, {rows} x {columns}, C] is expected; the adapter does not fit."
+            )
+        return rows, columns, columns
+
     def look(self, latents: torch.Tensor, given: Mapping[str, Any], skip: frozenset[int]) -> None:
         """Work out the token layout and the branch of this call."""
-        now, plan, patch = self.rank.now, self.rank.plan, self._patch
-        if latents.dim() != 4:
-            raise UnsupportedCall(
-                f"latents of shape {tuple(latents.shape)} where [B, C, h, w] is expected; the adapter does not fit."
-            )
+        now, plan = self.rank.now, self.rank.plan
+        rows, columns, unit = self.grid(latents)
         text = given.get(self.spec.text_input)
         words = text.shape[1] if self.spec.stream.text and text is not None else 0
         layout = TokenLayout(
-            rows=latents.shape[-2] // patch,
-            columns=latents.shape[-1] // patch,
+            rows=rows,
+            columns=columns,
             text=words,
             patches=plan.patches,
             shards=plan.shards,
@@ -136,7 +148,7 @@ class ForwardPoint:
         )
         if layout != now.layout:
             self.check(layout)
-            now.layout, now.cuts = layout, tuple(b * patch for b in layout.bounds)
+            now.layout, now.cuts = layout, tuple(b * unit for b in layout.bounds)
         key = (None if text is None else (id(text), text.data_ptr(), tuple(text.shape)), skip)
         if key not in self._branches:
             if len(self._branches) >= 16:

@@ -93,7 +93,8 @@ def load_part(
     nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it keeps in float32, which is done below
     for change in changes:
         change(model)
-    needed, state = model.state_dict(), {}
+    needed = {**model.state_dict(), **dict(model.named_parameters())}  # parameters know how they are divided
+    state: dict[str, torch.Tensor] = {}
     fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
@@ -116,7 +117,17 @@ def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype) -> torc
         whole: torch.Tensor = tensors.get_tensor(key).to(dtype)
         return whole
     sizes, starts = local_part(like.shape, like.device_mesh, like.placements)
-    part = tensors.get_slice(key)[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))]
+    where = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+    dim, packed = getattr(like, "packed", (0, (like.shape[0],)))
+    pieces, start = [], 0
+    for size in packed:  # parts that lie one behind the other are divided each for itself
+        if len(packed) > 1:
+            one = size // like.device_mesh.size()
+            first = start + like.device_mesh.get_local_rank() * one
+            where[dim] = slice(first, first + one)
+        pieces.append(tensors.get_slice(key)[tuple(where)])
+        start += size
+    part = torch.cat(pieces, dim=dim)
     own = part.to(like.device_mesh.device_type, dtype).clone(
         memory_format=torch.contiguous_format
     )  # a slice would hold the whole

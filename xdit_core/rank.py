@@ -33,6 +33,7 @@ class Now:
         cuts: where, ``patches + 1`` rows of the latents (written by the core).
         patch: the patch in hand, None for the whole picture (written by whoever owns the slot ``patches``).
         shard: this rank's part of every patch.
+        grid: rows and columns of tokens at the size asked for (written by the core).
         pictures: how many pictures this call of the pipeline makes (written by the core).
         call: counts the calls of the denoiser by the pipeline; the patches of one step share one.
         branch: tells apart the calls of one step with different conditions.
@@ -46,6 +47,7 @@ class Now:
     cuts: tuple[int, ...] = (0, 1)
     patch: int | None = None
     shard: int = 0
+    grid: tuple[int, int] = (1, 1)
     pictures: int = 1
     call: int = 0
     branch: Any = None

@@ -156,7 +156,8 @@ class Stream:
     Args:
         tokens: argument with the picture's tokens ``[B, n, D]``.
         text: argument with the text tokens ``[B, t, D]`` that go through the blocks, "" if none do.
-        aligned: other arguments that are token-aligned, with the dim along which (rotary tables).
+        aligned: other arguments that are aligned with the picture's tokens, with the dim along which (rotary tables).
+        joint: arguments, or tuples of them, that are aligned with the rows of joint attention.
         returns: which of ``tokens`` / ``text`` the block returns, in order.
         text_first: in joint attention the text rows precede the picture's rows.
     """
@@ -164,6 +165,7 @@ class Stream:
     tokens: str = "hidden_states"
     text: str = ""
     aligned: Mapping[str, int] = field(default_factory=dict)
+    joint: Mapping[str, int] = field(default_factory=dict)
     returns: tuple[str, ...] = ("tokens",)
     text_first: bool = False
 
@@ -182,7 +184,7 @@ class ModelSpec:
         stream: how a block is called.
         attention: for a block module, the kinds of its attention calls in order: ``joint`` (picture and text rows),
             ``self`` (picture rows only) or ``cross`` (keys and values from the text, left alone).
-        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``.
+        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``, or packed: ``[B, rows x columns, C]``.
         text_input: argument of forward whose identity tells the branches of a step apart.
         unbatched: arguments of forward without a batch dim (rotary tables, position ids).
         guided: given the shared settings and ``call.*``, whether a step has a conditional and an unconditional half; by default
@@ -190,6 +192,7 @@ class ModelSpec:
         skips: argument of forward that lists blocks to leave out, "" if it has none.
         refused: arguments of forward that cannot be honoured, each with the reason.
         heads, patch: keys of the denoiser's config: number of attention heads, pixels a side of a latent patch.
+        token_pixels: pixels a side that a token covers, from the component configs; by default those of a latent times ``patch``.
         text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
         matrices: for tensor parallelism, patterns (as of ``fnmatch``) of names of linear layers, each ``colwise``, ``rowwise`` or
             ``gathered``; None if there is no such plan, empty if the denoiser's class brings its own (``_tp_plan``).
@@ -217,6 +220,7 @@ class ModelSpec:
     refused: Mapping[str, str] = field(default_factory=dict)
     heads: str = "num_attention_heads"
     patch: str = "patch_size"
+    token_pixels: Callable[[Mapping[str, Any]], int] | None = None
     text_tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], int] | None = None
     matrices: Mapping[str, str] | None = None
     once: tuple[str, ...] = ()

@@ -10,10 +10,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from xdit_core.attention import AttentionPoint, Redirect
 from xdit_core.chain import nest
@@ -130,6 +132,9 @@ class Trunk(nn.Module):
         for name, dim in stream.aligned.items():
             if given.get(name) is not None:
                 given[name] = self.select.take(given[name], picture, dim)
+        for name, dim in stream.joint.items():
+            spans = layout.joint(now.patch, now.shard)
+            given[name] = tree_map_only(torch.Tensor, partial(self.select.take, spans=spans, dim=dim), given.get(name))
         mine = Rows(
             self.select.take(tokens, picture, 1),
             None if text is None else self.select.take(text, layout.words(now.patch, now.shard), 1),

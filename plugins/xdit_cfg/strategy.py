@@ -69,11 +69,12 @@ class Guidance:
         blank = inner(call.but(elsewhere=True))
         if isinstance(blank, PatchTensor):
             return patchwise(self.receive, blank)
+        rows = blank.shape[self.now.row_dim]
         return PatchTensor.make(
-            [lambda: self.receive(blank)],
+            [self.here.receive(blank, rows, self.now.row_dim, self.peer).wait],  # posted now: the other rank waits for its sends
             shape=blank.shape,
             dim=self.now.row_dim,
-            bounds=(0, blank.shape[self.now.row_dim]),
+            bounds=(0, rows),
             dtype=blank.dtype,
             device=blank.device,
             world=LocalWorld(),
@@ -119,7 +120,7 @@ class Guidance:
         return mine
 
     def receive(self, blank: torch.Tensor) -> torch.Tensor:
-        """A prediction of that shape from the other rank."""
+        """A patch of that shape from the other rank, which evaluates and sends it at the same place of the program."""
         if not blank.numel():
             return blank
         return self.here.receive(blank, blank.shape[self.now.row_dim], self.now.row_dim, self.peer).wait()

@@ -62,6 +62,11 @@ class Divide:
                 continue
             self.check(name, module, style)
             parallelize_module(module, self.mesh, known[style]())
+            packed = getattr(
+                module, "_tp_packed_row_blocks", None
+            )  # diffusers' word for inputs that were put one behind the other
+            if packed and style == "rowwise":
+                module.weight.packed = (1, tuple(packed))
             self.pass_nothing(module, style)
             self.count(module, style)
             if style == "colwise":

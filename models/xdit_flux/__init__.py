@@ -1,0 +1,56 @@
+"""Flux.1 (Black Forest Labs 2024): double blocks over picture and text, then single blocks, as one list; latents are packed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xdit_core import Blocks, ModelSpec, Stream, hookimpl, latent_factor
+
+MATRICES = {
+    "*transformer_blocks.*.attn.to_[qkv]": "colwise",
+    "transformer_blocks.*.attn.add_[qkv]_proj": "colwise",
+    "transformer_blocks.*.attn.to_out.0": "rowwise",
+    "transformer_blocks.*.attn.to_add_out": "rowwise",
+    "transformer_blocks.*.ff*.net.0.proj": "colwise",
+    "transformer_blocks.*.ff*.net.2": "rowwise",
+    "transformer_blocks.*.norm1*.linear": "gathered",
+    "single_transformer_blocks.*.norm.linear": "gathered",
+    "single_transformer_blocks.*.proj_mlp": "colwise",
+    "single_transformer_blocks.*.proj_out": "rowwise",
+}
+
+
+def guided(asked: Mapping[str, Any]) -> bool:
+    """``guidance`` is an input of the distilled model; two predictions a step come from ``call.true_cfg_scale`` with ``negative``."""
+    return (asked.get("true_cfg_scale") or 1.0) > 1.0 and asked.get("negative") is not None
+
+
+@hookimpl
+def xdit_model() -> ModelSpec:
+    """The adapter."""
+    return ModelSpec(
+        name="flux",
+        pipelines=("FluxPipeline",),
+        hub="black-forest-labs/FLUX.1-dev",
+        blocks=(Blocks("transformer_blocks", "num_layers"), Blocks("single_transformer_blocks", "num_single_layers")),
+        stream=Stream(text="encoder_hidden_states", joint={"image_rotary_emb": 0}, returns=("text", "tokens"), text_first=True),
+        attention=lambda block: ("joint",),
+        token_pixels=lambda configs: 2 * latent_factor(configs),
+        text_tokens=lambda configs, asked: int(asked.get("max_sequence_length") or 512),
+        unbatched=("img_ids", "txt_ids"),
+        guided=guided,
+        refused={
+            "controlnet_block_samples": "ControlNet residuals are not divided over ranks yet",
+            "controlnet_single_block_samples": "ControlNet residuals are not divided over ranks yet",
+        },
+        matrices=MATRICES,
+        once=("context_embedder", "x_embedder"),
+        conditioning=(
+            "time_text_embed",
+            "pos_embed",
+            "transformer_blocks.*.norm1*.linear",
+            "single_transformer_blocks.*.norm.linear",
+        ),
+        defaults={"steps": 28, "guidance": 3.5, "prompt": ("a cat that holds a sign that says hello world",)},
+    )
