@@ -1,4 +1,4 @@
-"""On one CUDA device: the engine is diffusers, and the displaced schedule is that of the CPU."""
+"""On one CUDA device: the engine is diffusers, the displaced schedule is that of the CPU, and ranks that share the device agree."""
 
 from __future__ import annotations
 
@@ -31,3 +31,34 @@ def test_half_precision(tiny_sd3_folder, dtype):
     )
     latents = engine.generate("a red fox").latents
     assert latents.dtype == getattr(torch, dtype) and latents.isfinite().all()
+
+
+SEVERAL = [
+    (["usp"], {"usp.ulysses": 2, "usp.ring": 1}, 2),
+    (["cfg"], {}, 2),
+    (["dp"], {"dp.degree": 2, "images": 2}, 2),
+    (["tp"], {"tp.degree": 2}, 2),
+    (["pipefusion"], {"pipefusion.stages": 2, "pipefusion.patches": 3}, 2),
+    (["distrifusion"], {"distrifusion.degree": 2}, 2),
+    (["cfg", "pipefusion"], {"pipefusion.stages": 2, "pipefusion.patches": 3}, 4),
+    (["pipefusion", "usp"], {"pipefusion.stages": 2, "pipefusion.patches": 3, "usp.ulysses": 2, "usp.ring": 1}, 4),
+]
+
+
+@pytest.mark.parametrize(("plugins", "settings", "world"), SEVERAL, ids=lambda x: "+".join(x) if isinstance(x, list) else "")
+def test_ranks_that_share_the_device(gloo, tiny_sd3_folder, plugins, settings, world):
+    """Gloo carries the tensors, since NCCL wants a device for each rank."""
+    plan = plan_for(plugins, str(tiny_sd3_folder), {**settings, **CUDA})
+    images = settings.get("images", 1)
+    if plan.displaced:
+        reference, _ = generate(list(plan.displaced), str(tiny_sd3_folder), {**plan.reference, **CUDA})
+    else:
+        reference, _ = generate([], str(tiny_sd3_folder), {**CUDA, "images": images})
+    for latents, _ in gloo.run(on_cpu, plugins, str(tiny_sd3_folder), {**settings, **CUDA}, world=world):
+        torch.testing.assert_close(latents, reference.cpu(), atol=1e-3, rtol=1e-3)
+
+
+def on_cpu(plugins, folder, settings):
+    """Latents of this rank in the memory of the host."""
+    latents, sent = generate(plugins, folder, settings)
+    return latents.cpu(), sent
