@@ -21,6 +21,7 @@ from xdit_core.errors import (
     XditError,
 )
 from xdit_core.hookspecs import hookimpl
+from xdit_core.machine import cuda_capability
 from xdit_core.plan import Plan, make_plan
 from xdit_core.records import (
     Axis,
@@ -39,6 +40,7 @@ from xdit_core.records import (
     listed,
 )
 from xdit_core.registry import Registry
+from xdit_core.settings import did_you_mean
 from xdit_core.tokens import TokenLayout, length
 
 if TYPE_CHECKING:
@@ -146,6 +148,8 @@ __all__ = [
     "UsageError",
     "Wrap",
     "XditError",
+    "cuda_capability",
+    "did_you_mean",
     "divisors",
     "hookimpl",
     "joined",

@@ -18,6 +18,17 @@ def cuda_devices() -> int:
     return count.value
 
 
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the first GPU, such as ``(9, 0)``; None without one."""
+    if not cuda_devices():
+        return None
+    driver, major, minor = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.c_int(0)
+    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) != 0:
+            return None
+    return major.value, minor.value
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     try:

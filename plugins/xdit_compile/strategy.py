@@ -1,0 +1,73 @@
+"""Compiled blocks, and how long compiling took."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._dynamo
+from torch._dynamo.callback import callback_handler
+
+from xdit_core import Absent, Rank, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from xdit_compile import Settings
+
+# Blocks of a kind share their code, and a block meets a few kinds of input: with and without text, one size and any size.
+VARIANTS = 64
+
+
+class Compile:
+    """Compiles at load time; the work itself is done when a kind of block first runs.
+
+    Raises:
+        UsageError: torch has no such backend.
+    """
+
+    def __init__(self, settings: Settings, rank: Rank) -> None:
+        self.settings, self.rank = settings, rank
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if settings.backend not in known:
+            raise UsageError(f"compile.backend={settings.backend} is unknown to torch; {did_you_mean(settings.backend, known)}")
+        self._began = 0.0
+        self._limits: Any = None
+
+    def __call__(self, pipe: Any) -> None:
+        """Replace the calls of the blocks, or of the whole denoiser, by compiled ones."""
+        chosen, denoiser = self.settings, getattr(pipe, self.rank.spec.denoiser)
+        options = {"backend": chosen.backend, "fullgraph": chosen.fullgraph, "dynamic": chosen.dynamic}
+        if chosen.mode is not None:
+            options["mode"] = chosen.mode
+        if chosen.scope == "transformer":
+            denoiser.forward = torch.compile(denoiser.forward, **options)
+            return
+        for part in self.rank.spec.blocks:
+            for block in getattr(denoiser, part.attribute):
+                if not isinstance(block, Absent):
+                    block.compile(**options)
+
+    def begin(self) -> None:
+        """Listen to the compiler for the length of a request."""
+        self.end()
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._stop)
+        self._limits = torch._dynamo.config.patch(recompile_limit=VARIANTS)  # type: ignore[no-untyped-call]
+        self._limits.__enter__()
+
+    def end(self) -> None:
+        """Listen no more."""
+        if self._limits is not None:
+            self._limits.__exit__(None, None, None)
+            self._limits = None
+            callback_handler.remove_start_callback(self._start)
+            callback_handler.remove_end_callback(self._stop)
+
+    def _start(self, _: Any) -> None:
+        self._began = time.perf_counter()
+        self.rank.doing("compiling")
+
+    def _stop(self, _: Any) -> None:
+        spent = time.perf_counter() - self._began
+        self.rank.seconds["compile"] = self.rank.seconds.get("compile", 0.0) + spent
+        self.rank.doing("")
