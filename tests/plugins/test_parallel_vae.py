@@ -156,14 +156,14 @@ def test_tiles_equal_those_of_diffusers(gloo, kind, tiling, world, height, width
     tiles, whole = serial(kind, height, width, batch, tiled=True), serial(kind, height, width, batch)
     assert tiles.shape != whole.shape or not torch.allclose(tiles, whole, atol=1e-3)
     results = gloo.run(decoded, kind, height, width, batch, {"tiling": tiling}, world=world)
-    close(results[0][0], tiles, 1e-6)
+    close(results[0][0], tiles)
     assert sum(sent for _, sent in results) > 0
 
 
 def test_bytes_of_tiles(gloo):
-    """Of 2 x 2 tiles the second rank has the right ones: 12 and 6 rows of 2 columns, 3 channels, 4 bytes."""
+    """Of 3 x 2 tiles the second rank has the right ones, of 2 columns of pixels, 3 channels, 4 bytes."""
     results = gloo.run(decoded, "AutoencoderDC", 9, 5, 1, world=2)
-    assert [sent for _, sent in results] == [0, (12 + 12 + 2) * 2 * 3 * 4]
+    assert [sent for _, sent in results] == [0, (12 + 10 + 2) * 2 * 3 * 4]
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLWan"])
@@ -249,7 +249,14 @@ def refused(kind, settings, height, run=None, encode=False):
     [
         ("AutoencoderKL", {}, 1, None, False, "latents of 1 rows cannot be decoded by 2 ranks; draw a larger picture"),
         ("AutoencoderKL", {}, 1, None, True, "divided among 2 ranks (Cannot split 2 rows"),
-        ("AutoencoderKLCogVideoX", {"tiling": False}, 8, None, False, "the rows of a AutoencoderKLCogVideoX cannot be divided; leave out"),
+        (
+            "AutoencoderKLCogVideoX",
+            {"tiling": False},
+            8,
+            None,
+            False,
+            "the rows of a AutoencoderKLCogVideoX cannot be divided; leave out",
+        ),
         (
             "AutoencoderKLCogVideoX",
             {},
@@ -259,7 +266,14 @@ def refused(kind, settings, height, run=None, encode=False):
             "covers 40 x 48 pixels, which leaves nothing to divide in a picture of 40 x 48; draw a larger one, or drop parallel_vae.",
         ),
         ("AutoencoderKL", {"tiling": True}, 8, {"height": 16, "width": 16}, False, "or leave out parallel_vae.tiling."),
-        ("AutoencoderTiny", {}, 8, None, False, "can divide neither the rows nor the tiles of a AutoencoderTiny; drop parallel_vae."),
+        (
+            "AutoencoderTiny",
+            {},
+            8,
+            None,
+            False,
+            "can divide neither the rows nor the tiles of a AutoencoderTiny; drop parallel_vae.",
+        ),
     ],
 )
 def test_refused_by_every_rank(gloo, kind, settings, height, run, encode, sentence):
@@ -273,7 +287,11 @@ def test_refused_by_every_rank(gloo, kind, settings, height, run, encode, senten
         (["parallel_vae"], {}, "parallel_vae has one rank to decode a picture on; add a plugin that brings more"),
         (["parallel_vae", "usp"], {"usp.ulysses": 1, "usp.ring": 1}, "has one rank to decode a picture on; add a plugin"),
         (["parallel_vae", "dp"], {"dp.degree": 2}, "since each of the 2 draws pictures of its own"),
-        (["parallel_vae", "usp"], {"usp.ulysses": 2, "parallel_vae.degree": 0}, "parallel_vae.degree=0 is below 1; give 1 or more"),
+        (
+            ["parallel_vae", "usp"],
+            {"usp.ulysses": 2, "parallel_vae.degree": 0},
+            "parallel_vae.degree=0 is below 1; give 1 or more",
+        ),
         (
             ["parallel_vae", "usp", "dp"],
             {"usp.ulysses": 2, "dp.degree": 2, "parallel_vae.degree": 4},
@@ -357,4 +375,5 @@ def test_picture_to_picture(gloo, tiny_sd3_folder):
     whole, _ = changed(str(tiny_sd3_folder), [], {})
     results = gloo.run(changed, str(tiny_sd3_folder), ["parallel_vae", "usp"], {"usp.ulysses": 2}, world=2)
     assert abs(results[0][0] - whole).max() <= 1
-    assert results[0][1]["vae"] > results[1][1]["ulysses"] * 0
+    decoding = gloo.run(drawn, ["parallel_vae", "usp"], str(tiny_sd3_folder), {"usp.ulysses": 2, "images": 1}, world=2)
+    assert results[0][1]["vae"] > decoding[0][1] // 2  # of two requests

@@ -1,0 +1,82 @@
+"""Parallel VAE: the decoding of one picture divided among the ranks that made it.
+
+The decoder is cut along the rows of the picture by DistVAE (github.com/xdit-project/DistVAE, from PipeFusion, Fang et al. 2024,
+arXiv:2405.14430): convolutions exchange the rows at the cuts, norms their statistics, and the result equals that of one rank. A decoder
+that DistVAE does not know is left whole, and the tiles into which diffusers cuts the picture are dealt out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from xdit_core import Built, Claim, Declaration, Facts, Problem, Transform, Wrap, hookimpl
+
+if TYPE_CHECKING:
+    from xdit_core import Plan, Rank
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``parallel_vae``."""
+
+    degree: int | None = field(default=None, metadata={"help": "ranks that decode a picture; default: all that make it"})
+    tiling: bool | None = field(
+        default=None, metadata={"help": "overlapping tiles, not equal to serial; default: where nothing else works"}
+    )
+
+
+@hookimpl
+def xdit_settings() -> type[Settings]:
+    """``parallel_vae.degree``, ``.tiling``."""
+    return Settings
+
+
+@hookimpl
+def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+    """No axis of its own: it works on the ranks that other plugins bring."""
+    problems = []
+    if settings.degree is not None and settings.degree < 1:
+        problems.append(Problem(f"parallel_vae.degree={settings.degree} is below 1", "give 1 or more, or leave it out"))
+    return Declaration(
+        claims=(Claim("decode", "it divides the decoding of a picture"),),
+        wraps=(Wrap("decode", "split"),),
+        transforms=(Transform("quantize"),),  # the first phase that sees the VAE: others quantize or compile what it leaves
+        problems=tuple(problems),
+    )
+
+
+@hookimpl
+def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+    """What depends on the ranks there are for one picture."""
+    ranks = ranks_of_a_picture(plan)
+    if ranks == 1:
+        alone = f", since each of the {plan.world} draws pictures of its own" if plan.world > 1 else ""
+        yield Problem(
+            f"parallel_vae has one rank to decode a picture on{alone}",
+            "add a plugin that brings more, such as --plugins usp,parallel_vae, or drop parallel_vae",
+        )
+        return
+    degree = settings.degree or ranks
+    if degree > ranks:
+        yield Problem(f"parallel_vae.degree={degree} but {ranks} ranks make a picture", f"give 1 to {ranks}, or leave it out")
+    elif degree > facts.rows:  # latents have at least as many rows as tokens
+        yield Problem(
+            f"{facts.rows} rows of tokens are too few to be decoded by {degree} ranks",
+            f"draw a larger picture, or set parallel_vae.degree to {facts.rows} or less",
+        )
+
+
+def ranks_of_a_picture(plan: Plan) -> int:
+    """Ranks that make the same picture."""
+    return math.prod(a.degree or 1 for a in plan.axes if not a.own_outputs)
+
+
+@hookimpl
+def xdit_build(settings: Settings, rank: Rank) -> Built:
+    """The wrap and the change of the VAE, on this rank's group."""
+    from xdit_parallel_vae.strategy import ParallelVae
+
+    return ParallelVae(settings.degree, settings.tiling, rank).built()
