@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from xdit_core import Blocks, ModelSpec, Stream, hookimpl, latent_factor
 
-MATRICES = {
-    "*transformer_blocks.*.attn.to_[qkv]": "colwise",
-    "transformer_blocks.*.attn.add_[qkv]_proj": "colwise",
-    "transformer_blocks.*.attn.to_out.0": "rowwise",
-    "transformer_blocks.*.attn.to_add_out": "rowwise",
-    "transformer_blocks.*.ff*.net.0.proj": "colwise",
-    "transformer_blocks.*.ff*.net.2": "rowwise",
-    "transformer_blocks.*.norm1*.linear": "gathered",
-    "single_transformer_blocks.*.norm.linear": "gathered",
-    "single_transformer_blocks.*.proj_mlp": "colwise",
-    "single_transformer_blocks.*.proj_out": "rowwise",
-}
+MATRICES = MappingProxyType(
+    {
+        "*transformer_blocks.*.attn.to_[qkv]": "colwise",
+        "transformer_blocks.*.attn.add_[qkv]_proj": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.attn.to_add_out": "rowwise",
+        "transformer_blocks.*.ff*.net.0.proj": "colwise",
+        "transformer_blocks.*.ff*.net.2": "rowwise",
+        "transformer_blocks.*.norm1*.linear": "gathered",
+        "single_transformer_blocks.*.norm.linear": "gathered",
+        "single_transformer_blocks.*.proj_mlp": "colwise",
+        "single_transformer_blocks.*.proj_out": "rowwise",
+    }
+)
 
 
 def guided(asked: Mapping[str, Any]) -> bool:

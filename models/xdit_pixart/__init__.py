@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from xdit_core import Blocks, ModelSpec
 
-MATRICES = {
-    "transformer_blocks.*.attn[12].to_[qkv]": "colwise",
-    "transformer_blocks.*.attn[12].to_out.0": "rowwise",
-    "transformer_blocks.*.ff.net.0.proj": "colwise",
-    "transformer_blocks.*.ff.net.2": "rowwise",
-}
+MATRICES = MappingProxyType(
+    {
+        "transformer_blocks.*.attn[12].to_[qkv]": "colwise",
+        "transformer_blocks.*.attn[12].to_out.0": "rowwise",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+    }
+)
 
 
 def spec(name: str, pipeline: str, hub: str, **more: Any) -> ModelSpec:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from xdit_core import Blocks, ModelSpec, Stream, hookimpl
 
-MATRICES = {
-    "transformer_blocks.*.attn*.to_[qkv]": "colwise",
-    "transformer_blocks.*.attn*.add_[qkv]_proj": "colwise",
-    "transformer_blocks.*.attn*.to_out.0": "rowwise",
-    "transformer_blocks.*.attn.to_add_out": "rowwise",
-    "transformer_blocks.*.ff*.net.0.proj": "colwise",
-    "transformer_blocks.*.ff*.net.2": "rowwise",
-    "transformer_blocks.*.norm1*.linear": "gathered",
-}
+MATRICES = MappingProxyType(
+    {
+        "transformer_blocks.*.attn*.to_[qkv]": "colwise",
+        "transformer_blocks.*.attn*.add_[qkv]_proj": "colwise",
+        "transformer_blocks.*.attn*.to_out.0": "rowwise",
+        "transformer_blocks.*.attn.to_add_out": "rowwise",
+        "transformer_blocks.*.ff*.net.0.proj": "colwise",
+        "transformer_blocks.*.ff*.net.2": "rowwise",
+        "transformer_blocks.*.norm1*.linear": "gathered",
+    }
+)
 
 
 def attention(block: Any) -> tuple[str, ...]:

@@ -71,7 +71,9 @@ class Guidance:
             return patchwise(self.receive, blank)
         rows = blank.shape[self.now.row_dim]
         return PatchTensor.make(
-            [self.here.receive(blank, rows, self.now.row_dim, self.peer).wait],  # posted now: the other rank waits for its sends
+            [
+                self.here.receive(blank, rows, self.now.row_dim, self.peer).wait
+            ],  # posted now: the other rank waits for its sends
             shape=blank.shape,
             dim=self.now.row_dim,
             bounds=(0, rows),

@@ -63,7 +63,7 @@ def test_no_module_level_mutable_state(path):
 def test_every_package_is_an_entry_point():
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     packages = {p.name for folder in ("plugins", "models") for p in (ROOT / folder).iterdir() if (p / "__init__.py").exists()}
-    assert {v.split(":")[0] for g in ("xdit.plugins", "xdit.models") for v in groups[g].values()} == packages
+    assert {v.split(":")[0].split(".")[0] for g in ("xdit.plugins", "xdit.models") for v in groups[g].values()} == packages
     assert xdit_core.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 

@@ -24,14 +24,10 @@ def wheel(tmp_path_factory):
 
 def test_only_our_names_at_top_level(wheel):
     names = {n.split("/")[0] for n in zipfile.ZipFile(wheel).namelist()}
-    assert {n for n in names if not n.endswith(".dist-info")} == {
-        "xdit_core",
-        "xdit_emoji",
-        "xdit_launcher",
-        "xdit_pipefusion",
-        "xdit_sd3",
-        "xdit_usp",
-    }
+    roots = (ROOT / "plugins", ROOT / "models", ROOT / "launcher")
+    packages = {p.name for root in roots for p in root.iterdir() if (p / "__init__.py").exists()}
+    found = {n for n in names if not n.endswith(".dist-info")}
+    assert found == packages | {"xdit_core"} and all(n.startswith("xdit_") for n in found)
 
 
 def test_entry_points_load_from_the_wheel(wheel, tmp_path):
