@@ -77,6 +77,19 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def pipeline_class(folder: Path) -> str:
+    """Name of the class of pipelines that a folder holds.
+
+    Raises:
+        ModelError: no such folder, or no pipeline.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model.path={folder} does not exist; give the folder that holds {INDEX}.")
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"model.path={folder} is no diffusers pipeline: it has no {INDEX}; give the folder that has one.")
+    return str(read_json(folder / INDEX).get("_class_name", "?"))
+
+
 def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """Check that a folder holds a diffusers pipeline that fits the adapter.
 
@@ -86,12 +99,7 @@ def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: no such folder, no pipeline, a pipeline of another class, damaged weights.
     """
-    if not folder.is_dir():
-        raise ModelError(f"model.path={folder} does not exist; give the folder that holds {INDEX}.")
-    if not (folder / INDEX).is_file():
-        raise ModelError(f"model.path={folder} is no diffusers pipeline: it has no {INDEX}; give the folder that has one.")
-    index = read_json(folder / INDEX)
-    found = index.get("_class_name", "?")
+    found, index = pipeline_class(folder), read_json(folder / INDEX)
     if found not in spec.pipelines:
         wanted = " or ".join(spec.pipelines)
         raise ModelError(f"{folder} holds a {found} but model={spec.name} needs a {wanted}; choose the model that fits.")

@@ -10,6 +10,9 @@ from xdit_core.errors import ModelError
 from xdit_core.records import ModelSpec
 from xdit_core.settings import ModelSettings
 
+# Stands for whatever adapter fits the checkpoint that model.path names.
+AUTO = ModelSpec(name="auto", pipelines=(), blocks=(), attention=lambda block: ())
+
 
 def looks_like_folder(path: str) -> bool:
     """``org/name`` is a hub id; anything else that is no existing folder was meant as one."""

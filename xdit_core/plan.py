@@ -136,14 +136,19 @@ def make_plan(
     if wrong:
         raise UsageError("\n".join(str(e) for e in wrong))
     if not values.get("model") or not isinstance(values["model"], str):
-        raise UsageError(f"no model; add model=NAME with one of {', '.join(registry.names('xdit.models'))}.")
+        raise UsageError(f"no model; add model=NAME with one of {', '.join(registry.names('xdit.models'))}, or auto.")
     for name, cls in classes.items():
         check_class(cls, name)
     own = {name: build(classes.get(name), name + ".", values) for name in chosen}
     given = build(RunSettings, "", {k: v for k, v in values.items() if k != "model"})
 
-    spec, model_origin = registry.model(values["model"])
-    folder = hub.locate(spec, build(ModelSettings, "model.", values))
+    where = build(ModelSettings, "model.", values)
+    if values["model"] == hub.AUTO.name:
+        folder = hub.locate(hub.AUTO, where)
+        spec, model_origin = registry.model_for(checkpoint.pipeline_class(folder))
+    else:
+        spec, model_origin = registry.model(values["model"])
+        folder = hub.locate(spec, where)
     configs = checkpoint.open_checkpoint(spec, folder)
     run = with_defaults(given, spec, configs)
     problems = check_run(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,24 @@ class Registry:
                 f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}."
             )
         return specs[0], (found.distribution, found.version)
+
+    def model_for(self, pipeline: str) -> tuple[ModelSpec, tuple[str, str]]:
+        """The adapter for a class of pipelines; a bundled checkpoint's own adapter is not one for others.
+
+        Raises:
+            UsageError: there is none, or several.
+        """
+        fitting = []
+        for name in self.names(MODELS):
+            with contextlib.suppress(PluginError):  # a broken adapter must not harm the others
+                spec, origin = self.model(name)
+                if pipeline in spec.pipelines and not spec.path:
+                    fitting.append((spec, origin))
+        if len(fitting) != 1:
+            which = "several adapters fit" if fitting else "no installed adapter fits"
+            names = ", ".join(spec.name for spec, _ in fitting) or ", ".join(self.names(MODELS))
+            raise UsageError(f"model=auto: {which} a {pipeline}; name one with model=, of {names}.")
+        return fitting[0]
 
     def call(self, hook: str, arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Call one hook of each plugin named in ``arguments``, each with its own arguments.

@@ -13,6 +13,7 @@ from xdit_core import (
     Axis,
     Claim,
     Declaration,
+    ModelError,
     Plan,
     PlanRefused,
     PluginError,
@@ -245,3 +246,23 @@ def test_values_are_taken_verbatim():
 
 def test_plan_for_is_serial_without_plugins(tiny_sd3_folder):
     assert plan_for([], str(tiny_sd3_folder)).world == 1
+
+
+def test_auto_takes_the_adapter_that_fits(tiny_sd3_folder, tiny_pixart_folder, tmp_path):
+    more = {"model.path": str(tiny_pixart_folder), "call.use_resolution_binning": False}
+    assert plan_for([], str(tiny_pixart_folder), {"model": "auto", **more}).model == "pixart_sigma"
+    assert plan_for([], str(tiny_sd3_folder), {"model": "auto"}).model == "sd3"
+    with pytest.raises(ModelError, match=r"model=auto needs a checkpoint; give its folder or hub id as model\.path="):
+        make_plan([], {"model": "auto"})
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
+    with pytest.raises(
+        UsageError, match=r"model=auto: no installed adapter fits a KolorsPipeline; name one with model=, of emoji, "
+    ):
+        make_plan([], {"model": "auto", "model.path": str(tmp_path)})
+
+
+def test_arguments_of_the_pipeline_are_read_as_json_where_they_can_be(tiny_sd3_folder):
+    from xdit_core.settings import call_settings
+
+    values = {"call.a": "false", "call.b": "[1, 2]", "call.c": "plain words", "call.d": "3.5", "call.e": True, "steps": "2"}
+    assert call_settings(values) == {"a": False, "b": [1, 2], "c": "plain words", "d": 3.5, "e": True}
