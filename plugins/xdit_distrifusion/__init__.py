@@ -37,6 +37,7 @@ def xdit_settings() -> type[Settings]:
 @hookimpl
 def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     """One axis of patches; a patch at the forward, an exchange of keys and values in the attention."""
+
     def patches(degrees: Mapping[str, int]) -> int:
         return settings.patches if settings.patches is not None else degrees["distrifusion"]
 
