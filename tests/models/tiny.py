@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
-from xdit_core.testing.models import clip_tokenizer, tiny_t5, tiny_vae
+from xdit_core.testing.models import clip_tokenizer, tiny_clip, tiny_t5, tiny_vae
 
 WORDS = ["a", "red", "fox", "in", "the", "snow"]
 
@@ -20,23 +20,6 @@ def shaken(module: Any) -> Any:
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.15)
     return module.eval()
-
-
-def clip_model(tokenizer: Any, cls: type[Any] = CLIPTextModel, length: int = 12) -> Any:
-    """A CLIP text encoder, 16 wide."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=length,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return cls(config).eval()
 
 
 def flux(dev: bool = True) -> FluxPipeline:
@@ -58,7 +41,7 @@ def flux(dev: bool = True) -> FluxPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev),
         vae=tiny_vae(16),
-        text_encoder=clip_model(clip),
+        text_encoder=tiny_clip(clip, 12, CLIPTextModel),
         tokenizer=clip,
         text_encoder_2=t5,
         tokenizer_2=tokenizer,

@@ -51,6 +51,23 @@ def clip_tokenizer(texts: Iterable[str], length: int, vocab_size: int = 4096) ->
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
+def tiny_clip(tokenizer: CLIPTokenizer, length: int, cls: type[Any] = CLIPTextModelWithProjection) -> Any:
+    """A CLIP text encoder with random weights, 16 wide, for at most ``length`` tokens."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return cls(config).eval()
+
+
 def tiny_vae(sample_size: int) -> AutoencoderKL:
     """A decoder that doubles the latents' sides, 4 latent channels."""
     return AutoencoderKL(
@@ -89,18 +106,6 @@ def tiny_sd3(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = clip_tokenizer(["a red fox in the snow", "blue heart"], length=text_tokens, vocab_size=600)
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=text_tokens,
-            projection_dim=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
         transformer = SD3Transformer2DModel(
             sample_size=sample_size,
             patch_size=2,
@@ -123,9 +128,9 @@ def tiny_sd3(
             transformer=transformer.eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=tiny_vae(sample_size),
-            text_encoder=CLIPTextModelWithProjection(config).eval(),
+            text_encoder=tiny_clip(tokenizer, text_tokens),
             tokenizer=tokenizer,
-            text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+            text_encoder_2=tiny_clip(tokenizer, text_tokens),
             tokenizer_2=tokenizer,
             text_encoder_3=None,
             tokenizer_3=None,
