@@ -74,7 +74,7 @@ def take_device(plan: Plan, place: Place) -> None:
     torch.cuda.set_device(place.local_rank)
 
 
-def work(plan: Plan, place: Place, beat: Beat) -> None:
+def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
     """Load, draw every prompt, write what this rank owns, leave."""
     with screens(place) as progress:
         progress.status("starting")
@@ -90,12 +90,14 @@ def work(plan: Plan, place: Place, beat: Beat) -> None:
         import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
 
         from xdit_core.engine import Engine
+        from xdit_core.verify import recording
 
         progress.status(f"loading {plan.model}")
         engine = Engine(plan, progress=progress, doing=beat.doing)
         write = Writer(plan, engine, progress, beat)
-        for output in engine.generate_all(plan.run.prompt, write, write.title):
-            write.rest(output)
+        with recording(engine, folder, write.title, write) as (started, done):
+            for output in engine.generate_all(plan.run.prompt, done, started):
+                write.rest(output)
         engine.close()
         if dist.is_initialized():
             beat.doing("waiting for the other ranks to finish")
@@ -203,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error_path(folder, place.rank).unlink(missing_ok=True)
     beat = Beat(beat_path(folder, place.rank))
     try:
-        work(plan, place, beat)
+        work(plan, place, beat, folder)
     except KeyboardInterrupt:
         os._exit(130)
     except BaseException as error:  # SystemExit too: whoever calls sys.exit in a plugin must not leave the peers waiting

@@ -145,6 +145,26 @@ def run(
     ctx.exit(start(plan, folder, {}))
 
 
+@cli.command(cls=RunCommand)
+@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order.")
+@click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
+@click.option("--backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
+@click.pass_context
+def verify(ctx: click.Context, plugins: tuple[str, ...], config: str | None, backend: str, words: tuple[str, ...]) -> None:
+    """Run a plan and a serial process, and compare.
+
+    The exit code is 0 if the plan computes what it should, within rounding: what the serial process does, or for a displaced plan what
+    its schedule gives in one process. It is 4 if not; then the first block and step that differ are named.
+    """
+    from xdit_launcher import verify as command
+    from xdit_launcher.words import names_in, values_of
+
+    values, named = values_of(words, config)
+    chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
+    ctx.exit(command.verify(chosen, values, backend_named(backend), run_folder))
+
+
 def tell(plan: Plan, prompted: bool) -> None:
     """Say what was decided for the user."""
     if not prompted:

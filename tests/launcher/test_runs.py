@@ -99,7 +99,9 @@ def test_pictures_drawn_on_several_ranks_are_all_written_and_named(launch: Launc
     """Three pictures over two ranks; latents of one prompt, half of them from another rank."""
     from safetensors.torch import load_file
 
-    code, out, err = (run := launch("--plugins", "dp", *tiny, "a red fox", "out=fox.png", "seed=7", "images=3", "dp.degree=2")).wait()
+    code, out, err = (
+        run := launch("--plugins", "dp", *tiny, "a red fox", "out=fox.png", "seed=7", "images=3", "dp.degree=2")
+    ).wait()
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()] == ["fox-0.png", "fox-1.png", "fox-2.png"]
     assert json.loads((run.folder / "fox-2.json").read_text())["seed"] == 9
