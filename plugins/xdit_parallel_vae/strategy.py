@@ -151,7 +151,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, rank: Rank, group: dist.ProcessGroup | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rank, self.others = rank, dist.get_world_size(group) - 1
         self._wait = ExitStack()
 
@@ -164,13 +164,15 @@ class Watch(TorchDispatchMode):
 
     def __exit__(self, *details: Any) -> None:
         self._wait.close()
-        super().__exit__(*details)
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
 
     def bytes_of(self, func: Any, args: Any) -> int:
         """What this rank sends: its part to all others in a gather, about two parts in all in a reduction."""
-        name = func.overloadpacket.__name__
+        name, sent = func.overloadpacket.__name__, 0
         if name == "allgather_":
-            return sum(x.nbytes for x in args[1]) * self.others
-        if name == "allreduce_":
-            return 2 * sum(x.nbytes for x in args[0]) * self.others // (self.others + 1)
-        return sum(x.nbytes for x in args[0]) if name == "send" else 0
+            sent = sum(x.nbytes for x in args[1]) * self.others
+        elif name == "allreduce_":
+            sent = 2 * sum(x.nbytes for x in args[0]) * self.others // (self.others + 1)
+        elif name == "send":
+            sent = sum(x.nbytes for x in args[0])
+        return sent

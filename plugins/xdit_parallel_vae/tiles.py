@@ -128,7 +128,7 @@ class Dealer(nn.Module):
                 sizes = [m.tile.numel() for m in theirs]
                 flat = theirs[0].tile.new_empty(sum(sizes))
                 dist.recv(flat, source, group=self.group)
-                for m, part in zip(theirs, flat.split(sizes), strict=True):
+                for m, part in zip(theirs, torch.split(flat, sizes), strict=True):
                     m.tile = part.view(m.tile.shape)
 
 
