@@ -143,7 +143,8 @@ def many(folder, plugins, values, requests):
 def test_memory_does_not_grow_over_50_requests(gloo, folders, plugins):
     values = {**settings(plugins, "sd3"), "images": 2}
     for tensors, _ in gloo.run(many, folders["sd3"], plugins, values, 50, world=4, timeout=300):
-        assert sorted(tensors[-5:])[2] <= tensors[1] + 4096, tensors  # one of them may hold what is about to go
+        # what is about to go may still be held when it is counted: a few KiB; one KiB a request that stays would be 45 KiB
+        assert sorted(tensors[-5:])[2] <= sorted(tensors[1:6])[2] + 32768, tensors
 
 
 def several(folder):
