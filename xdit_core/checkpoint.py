@@ -128,7 +128,8 @@ def latent_factor(configs: Mapping[str, Any]) -> int:
 
 def default_size(spec: ModelSpec, configs: Mapping[str, Any]) -> int:
     """Pixels a side that the pipeline itself would take."""
-    return int(configs[spec.denoiser].get("sample_size", 128)) * latent_factor(configs)
+    size = configs[spec.denoiser].get("sample_size", 128)
+    return (size if isinstance(size, int) else 128) * latent_factor(configs)
 
 
 def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Facts:
@@ -138,18 +139,23 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
         asked: the shared settings, and the pipeline's own ``call.*``.
     """
     config = configs[spec.denoiser]
-    missing = [key for key in (spec.heads, spec.patch, *(b.count for b in spec.blocks)) if key not in config]
+    missing = [key for key in (spec.heads, spec.patch, *(b.count for b in spec.blocks)) if key and key not in config]
     if missing:
         raise ModelError(f"{spec.denoiser}/config.json has no {', '.join(missing)}; model={spec.name} cannot describe it.")
-    pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * int(config[spec.patch])
+    patch_frames, patch = spec.patch_sizes(config)
+    pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * patch
+    step = spec.frame_step(configs) if spec.frame_step else 0
+    latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.stream.frames else 1
     return Facts(
         model=spec.name,
-        heads=int(config[spec.heads]),
+        heads=int(config[spec.heads]) if spec.heads else 0,
         blocks=sum(int(config[b.count]) for b in spec.blocks),
         rows=(asked.get("height") or 0) // pixels,
         columns=(asked.get("width") or 0) // pixels,
+        frames=-(-latent_frames // patch_frames),
         text_tokens=spec.text_tokens(configs, asked) if spec.text_tokens else 0,
         pixels_per_token=pixels,
         matrices=spec.matrices is not None,
         guided=spec.guided(asked) if spec.guided else (asked.get("guidance") or 0.0) > 1.0,
+        frame_step=step,
     )

@@ -5,11 +5,11 @@ The pipeline and its scheduler run as diffusers ships them; what changes is what
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from xdit_core.attention import AttentionPoint
 from xdit_core.chain import nest
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
-from xdit_core.forward import ForwardPoint, remembering
-from xdit_core.jobs import Done, Job, Output, Request, Started
+from xdit_core.forward import Branches, ForwardPoint, Once, remembering
+from xdit_core.jobs import Done, Job, Output, Request, Started, joined
 from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
@@ -33,7 +33,7 @@ from xdit_core.trunk import Trunk, replace_blocks
 
 # What may differ from request to request; everything else is decided by the plan.
 PER_REQUEST = frozenset(
-    ("negative", "steps", "guidance", "height", "width", "images", "seed", "output_type", "max_sequence_length")
+    ("negative", "steps", "guidance", "height", "width", "frames", "images", "seed", "output_type", "max_sequence_length")
 )
 
 BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
@@ -42,6 +42,10 @@ AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of t
 
 class _Elsewhere(Exception):
     """Leaves the pipeline on a rank whose output another rank makes."""
+
+
+class _Latents(Exception):
+    """Leaves the pipeline with its latents in hand."""
 
 
 Progress = Callable[[int, int], None]
@@ -87,8 +91,9 @@ class Engine:
             trust = build(ModelSettings, "model.", plan.values).trust_remote_code
             pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust)
         else:
-            for change in early:
-                change(getattr(pipe, spec.denoiser))
+            for denoiser in denoisers_of(pipe, spec).values():
+                for change in early:
+                    change(denoiser)
         self.pipe = self.rank.pipe = pipe
         if plan.run.scheduler:
             self.pipe.scheduler = scheduler_named(plan.run.scheduler, self.pipe.scheduler)
@@ -97,7 +102,9 @@ class Engine:
         self._weave(spec)
         for change in late:
             change(self.pipe)
-        self._extra = call_settings(plan.values)
+        self._extra, self._wants_latents = call_settings(plan.values), False
+        found = {"_index": self.pipe.config, **{n: getattr(part, "config", None) for n, part in self.pipe.components.items()}}
+        self._configs = {name: config for name, config in found.items() if isinstance(config, Mapping)}
         check_call(self._extra, self.pipe)
         self.load_seconds = time.perf_counter() - started
         self._marks: dict[str, float] = {}
@@ -124,6 +131,9 @@ class Engine:
     def _weave(self, spec: ModelSpec) -> None:
         """Nest the wraps of the strategies in the plan's order, and put them where the pipeline will call them."""
         plan, built = self.plan, self._built
+        self.once: list[Once]
+        self.trunks: list[Trunk]
+        self.forwards: list[ForwardPoint]
         chains: dict[str, list[Any]] = {}
         for point, pairs in plan.wraps.items():
             for level, name in pairs:
@@ -131,13 +141,15 @@ class Engine:
                 if wrap is None:
                     raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
                 chains.setdefault(point, []).append(wrap)
-        now, denoiser = self.rank.now, getattr(self.pipe, spec.denoiser)
-        self.once = remembering(denoiser, self.rank)
-        self.trunk: Trunk | None = None
-        if plan.stages or plan.patches > 1 or "trunk" in chains or "attention" in chains:
-            attention, around = AttentionPoint(now, chains.get("attention", [])), chains.get("trunk", [])
-            self.trunk = replace_blocks(denoiser, spec, lambda blocks: Trunk(blocks, spec, now, attention, around))
-        self.forward = ForwardPoint(self.rank, denoiser, chains.get("forward", []), trunk=self.trunk is not None)
+        now, branches = self.rank.now, Branches()
+        self.once, self.trunks, self.forwards, self.branches = [], [], [], branches
+        woven = bool(spec.blocks) and bool(plan.stages or plan.patches > 1 or "trunk" in chains or "attention" in chains)
+        for name, denoiser in denoisers_of(self.pipe, spec).items():
+            self.once += remembering(denoiser, self.rank)
+            if woven:
+                attention = AttentionPoint(now, chains.get("attention", []))
+                self.trunks += replace_blocks(denoiser, spec, now, attention, chains.get("trunk", []))
+            self.forwards.append(ForwardPoint(self.rank, name, denoiser, chains.get("forward", []), branches, woven))
         self._decoders = len(chains.get("decode", []))
         self.decode: Callable[..., Any] | None = None
         if getattr(self.pipe, "vae", None) is not None:
@@ -192,69 +204,75 @@ class Engine:
 
     def _one_by_one(self, request: Request) -> list[Output]:
         """The jobs of this rank."""
-        outputs = []
-        for job in request.jobs:
+        outputs, spec = [], self.rank.spec
+        single = spec.call.get("images") == "" and spec.drawn is None  # one picture a call is all that this pipeline can do
+        jobs = [part for job in request.jobs for part in (alone(job) if single else (job,))]
+        for job in jobs:
             if request.started:
                 request.started(job)
             outputs.append(self._draw(job, request))
             if self.owner and request.done:
                 request.done(outputs[-1])
-        return outputs
+        return joined(outputs) if single else outputs
 
     def _draw(self, job: Job, request: Request) -> Output:
         """One call of the pipeline."""
-        run, output = request.run, Output(job.prompt, job.index, job.numbers)
-        arguments = {**call_arguments(run, self.rank.spec, job.numbers), **self._extra, **request.more, "prompt": job.prompt}
+        run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
+        subject = spec.drawn(self._configs, job.prompt, len(job.numbers)) if spec.drawn else job.prompt
+        arguments = {**call_arguments(run, spec, job.numbers), **self._extra, **request.more}
+        arguments[spec.call.get(spec.subject, spec.subject)] = subject
         side = self.plan.facts.pixels_per_token
         self.rank.now.grid = ((run.height or 0) // side, (run.width or 0) // side)
         self.rank.now.pictures = len(job.numbers)
         self.rank.seconds.clear()
-        self.forward.begin()
-        for module in self.once:
-            module.begin()
-        for built in self._built.values():
-            if built.begin:
-                built.begin()
+        for part in (self.branches.clear, *(x.begin for x in (*self.forwards, *self.once)), *self._each("begin")):
+            part()
         self._marks = {"start": time.perf_counter()}
         self.rank.doing("encoding the prompt")
+        self._wants_latents = run.output_type == "latent"
         with torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []):
             torch.manual_seed(run.seed % 2**63)  # stochastic schedulers draw from the default generator
             try:
                 result = self.pipe(**arguments)[0]
-                if run.output_type == "latent":
+                if self._wants_latents:
                     output.latents = materialized(result)
-                else:
+                elif self.owner:
                     output.images = list(result)
             except _Elsewhere:
                 self.pipe.maybe_free_model_hooks()
-        for built in self._built.values():
-            if built.end:
-                built.end()
+            except _Latents as found:
+                self.pipe.maybe_free_model_hooks()
+                (output.latents,) = found.args
+        for part in self._each("end"):
+            part()
         output.seconds = self._seconds()
         return output
+
+    def _each(self, what: str) -> Iterator[Callable[[], None]]:
+        """What the strategies have to do at one moment of a request."""
+        return (do for built in self._built.values() if (do := getattr(built, what)))
 
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies for it."""
         self.rank.doing("gathering the latents")
         latents = materialized(latents)
         self._mark("denoised")
+        if self._wants_latents:
+            raise _Latents(latents)
         if self.decode is None:
             raise UsageError("the pipeline has no VAE to decode with; use output_type=latent.")
         if not self.owner and not self._decoders:
             raise _Elsewhere
         self.rank.doing("decoding")
         result = self.decode(latents, *args, **kwargs)
-        if not self.owner:
+        if result is None:
             raise _Elsewhere
-        return result
+        return result  # on all that took part: the pipeline may decode in parts, one call after the other
 
-    @contextlib.contextmanager
-    def _progress_bar(self, iterable: Any = None, total: int | None = None) -> Iterator[Any]:
+    def _progress_bar(self, iterable: Any = None, total: int | None = None) -> _Bar:
         """Stands for the pipeline's progress bar."""
         self._mark("encoded")
-        bar = _Bar(total or 0, self.progress, self.rank.doing)
-        yield bar
-        self._mark("denoised")
+        return _Bar(iterable, total or 0, self.progress, self.rank.doing, partial(self._mark, "denoised"))
 
     def _mark(self, name: str) -> None:
         if self.rank.device.type == "cuda":
@@ -278,11 +296,27 @@ class Engine:
 
 
 class _Bar:
-    """What the pipeline's loop calls after each step."""
+    """What the pipeline's loop calls after each step, or goes through."""
 
-    def __init__(self, total: int, progress: Progress | None, doing: Callable[[str], None]) -> None:
-        self.total, self.n, self._progress, self._doing = total, 0, progress, doing
-        doing(f"step 1 of {total}")
+    def __init__(
+        self, steps: Any, total: int, progress: Progress | None, doing: Callable[[str], None], done: Callable[[], None]
+    ) -> None:
+        self._steps, self.total, self.n = steps, total if steps is None else len(steps), 0
+        self._progress, self._doing, self._done = progress, doing, done
+        doing(f"step 1 of {self.total}")
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, kind: Any, *details: Any) -> None:
+        if kind is None:
+            self._done()
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for step in self._steps:
+                yield step
+                self.update()
 
     def update(self, n: int = 1) -> None:
         """One step is done."""
@@ -293,6 +327,16 @@ class _Bar:
 
     def set_postfix(self, *args: Any, **kwargs: Any) -> None:
         """Accepted for pipelines that show more."""
+
+
+def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
+    """The denoisers that the pipeline has, by name."""
+    return {name: part for name in spec.denoisers if (part := getattr(pipe, name, None)) is not None}
+
+
+def alone(job: Job) -> tuple[Job, ...]:
+    """A job for each picture of a job."""
+    return tuple(dataclasses.replace(job, numbers=job.numbers[i : i + 1]) for i in range(len(job.numbers)))
 
 
 def shard_index(plan: Plan, mesh: Mesh) -> int:
@@ -312,13 +356,16 @@ def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[st
         "negative": "negative_prompt",
         "height": "height",
         "width": "width",
+        "frames": "num_frames",
         "max_sequence_length": "max_sequence_length",
         **spec.call,
     }
-    pictures = {spec.call.get("images", "num_images_per_prompt"): len(numbers)}
+    images = spec.call.get("images", "num_images_per_prompt")
+    pictures = {images: len(numbers)} if images else {}
     found = {named[key]: getattr(run, key) for key in named if getattr(run, key) is not None and named[key]}
     generators = [torch.Generator("cpu").manual_seed((run.seed + i) % 2**64) for i in numbers]
-    return {**found, **pictures, "generator": generators, "output_type": "pil" if run.output_type == "image" else "latent"}
+    latent = run.output_type == "latent" and spec.latent_output
+    return {**found, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}
 
 
 def check_call(extra: Mapping[str, Any], pipe: Any) -> None:

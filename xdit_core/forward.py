@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from xdit_core.chain import nest
 from xdit_core.errors import UnsupportedCall, UsageError
@@ -40,32 +41,68 @@ class Call:
 Run = Callable[[Call], torch.Tensor]
 
 
+class Branches:
+    """Tells the calls of one step with different conditions apart, by the identity of what they are conditioned on."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def clear(self) -> None:
+        """Forget those of the last request."""
+        self._known.clear()
+
+    def number(self, denoiser: str, name: str, condition: Any, skip: frozenset[int]) -> int:
+        """The number of a branch, counted from 0.
+
+        Raises:
+            UnsupportedCall: there is a new condition at every step.
+        """
+        tensors = tree_leaves(condition)
+        key = (denoiser, skip, *((id(x), x.data_ptr(), tuple(x.shape)) for x in tensors if isinstance(x, torch.Tensor)))
+        if key not in self._known:
+            if len(self._known) >= 16:
+                raise UnsupportedCall(
+                    f"the pipeline makes a new {name} at every step, so the conditions of a step cannot be told "
+                    "apart; pass the same tensor at every step."
+                )
+            self._known[key] = tensors  # held, so that their ids stay taken
+        return list(self._known).index(key)
+
+
 class ForwardPoint:
     """Replaces ``denoiser.forward``.
 
     Args:
         rank: this rank.
+        name: of the denoiser in the pipeline.
         denoiser: the transformer.
         chain: wraps ``f(inner, call) -> prediction``, outermost first.
+        branches: shared by all denoisers.
         trunk: the blocks are a trunk; without one the denoiser does everything as shipped.
     """
 
     def __init__(
-        self, rank: Rank, denoiser: nn.Module, chain: Sequence[Callable[[Run, Call], torch.Tensor]], trunk: bool = True
+        self,
+        rank: Rank,
+        name: str,
+        denoiser: nn.Module,
+        chain: Sequence[Callable[[Run, Call], torch.Tensor]],
+        branches: Branches,
+        trunk: bool = True,
     ) -> None:
-        self.rank, self.spec, self.denoiser = rank, rank.spec, denoiser
-        self._original, self._trunk = denoiser.forward, trunk
-        self._names = tuple(inspect.signature(self._original).parameters)
+        self.rank, self.spec, self.name, self.denoiser = rank, rank.spec, name, denoiser
+        self._original, self._trunk, self._branches = denoiser.forward, trunk, branches
+        parameters = inspect.signature(self._original).parameters
+        self._names = tuple(parameters)
         config: Any = denoiser.config
-        self._patch = int(config[self.spec.patch])
-        self._branches: dict[Any, torch.Tensor | None] = {}
+        self._patch_frames, self._patch = self.spec.patch_sizes(config)
+        self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.fixed.items()} if trunk else {}
         self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
         self._run: Run = nest(chain, self.base)
         denoiser.forward = self.forward
 
     def begin(self) -> None:
-        """Forget the branches of the last request."""
-        self._branches.clear()
+        """Forget the shapes of the last request."""
         self._shapes.clear()
 
     def base(self, call: Call) -> torch.Tensor:
@@ -75,13 +112,15 @@ class ForwardPoint:
             shape, dtype = self._shapes.get(key, key)
             return call.latents.new_empty((), dtype=dtype).expand(shape)
         self.rank.now.known = key in self._shapes
+        latents: Any = list(call.latents.unbind(0)) if self.spec.listed else call.latents
         try:
-            out: torch.Tensor = self._original(**{self.spec.latents: call.latents}, **call.rest, return_dict=False)[0]
+            out = self._original(**{self.spec.latents: latents}, **call.rest, return_dict=False)[0]
         except NothingHere:
             shape, dtype = self._shapes[key]
             return call.latents.new_empty((), dtype=dtype).expand(shape)
-        self._shapes[key] = (out.shape, out.dtype)
-        return out
+        whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
+        self._shapes[key] = (whole.shape, whole.dtype)
+        return whole
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls; same signature and result as the denoiser's own."""
@@ -89,14 +128,21 @@ class ForwardPoint:
         as_dict = given.pop("return_dict", True)
         for name, reason in self.spec.refused.items() if self._trunk else ():
             if given.get(name) is not None:
-                raise UnsupportedCall(f"{self.spec.denoiser}({name}=...) cannot be honoured: {reason}.")
+                raise UnsupportedCall(f"{self.name}({name}=...) cannot be honoured: {reason}.")
             given.pop(name, None)
+        for name, (value, default) in self._fixed.items():
+            if given.get(name, default) != default:
+                raise UnsupportedCall(f"{self.name}({name}={given[name]}) cannot be honoured; leave it at {default}.")
+            given[name] = value
         skipped = given.get(self.spec.skips) if self.spec.skips else None
         if self._trunk:
             given.pop(self.spec.skips, None)
         latents = given.pop(self.spec.latents)
+        if self.spec.listed:
+            latents = torch.stack(list(latents))
         self.look(latents, given, frozenset(skipped or ()))
-        out = self._run(Call(latents, given))
+        whole = self._run(Call(latents, given))
+        out: Any = list(whole.unbind(0)) if self.spec.listed else whole
         if not as_dict:
             return (out,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -117,47 +163,48 @@ class ForwardPoint:
         if fewest < layout.shards:
             raise UsageError(f"a patch of {fewest} tokens cannot be shared by {layout.shards} ranks; {fix}.")
 
-    def grid(self, latents: torch.Tensor) -> tuple[int, int, int]:
-        """Rows and columns of tokens, and how many rows of the latents make a row of tokens.
+    def grid(self, latents: torch.Tensor) -> tuple[int, int, int, int]:
+        """Frames, rows and columns of tokens, and how many rows of the latents make a row of tokens.
 
         Raises:
             UnsupportedCall: latents of another kind than the adapter says.
         """
-        if latents.dim() == 4:
-            return latents.shape[-2] // self._patch, latents.shape[-1] // self._patch, self._patch
+        frames = 1 if self.spec.frame_dim is None else latents.shape[self.spec.frame_dim]
+        if latents.dim() == (4 if self.spec.frame_dim is None else 5):
+            size = self._patch
+            return -(-frames // self._patch_frames), latents.shape[-2] // size, latents.shape[-1] // size, size
         rows, columns = self.rank.now.grid
         if latents.dim() != 3 or latents.shape[1] != rows * columns:
             raise UnsupportedCall(
                 f"latents of shape {tuple(latents.shape)} where [B, C, h, w] or [B, {rows} x {columns}, C] is expected; the adapter does not fit."
             )
-        return rows, columns, columns
+        return 1, rows, columns, columns
 
     def look(self, latents: torch.Tensor, given: Mapping[str, Any], skip: frozenset[int]) -> None:
         """Work out the token layout and the branch of this call."""
-        now, plan = self.rank.now, self.rank.plan
-        rows, columns, unit = self.grid(latents)
-        text = given.get(self.spec.text_input)
-        words = text.shape[1] if self.spec.stream.text and text is not None else 0
+        now, plan, spec = self.rank.now, self.rank.plan, self.spec
+        now.frames, rows, columns, unit = self.grid(latents)
+        frames = 1 if spec.stream.frames else now.frames
+        condition = given.get(spec.text_input)
+        if spec.text_rows:
+            words = spec.text_rows(given)
+        else:
+            words = condition.shape[1] if spec.stream.text and condition is not None else 0
         layout = TokenLayout(
             rows=rows,
             columns=columns,
             text=words,
             patches=plan.patches,
             shards=plan.shards,
-            text_first=self.spec.stream.text_first,
+            frames=frames,
+            text_first=spec.stream.text_first,
+            tail=spec.tail(frames * rows * columns) if spec.tail else 0,
         )
         if layout != now.layout:
             self.check(layout)
             now.layout, now.cuts = layout, tuple(b * unit for b in layout.bounds)
-        key = (None if text is None else (id(text), text.data_ptr(), tuple(text.shape)), skip)
-        if key not in self._branches:
-            if len(self._branches) >= 16:
-                raise UnsupportedCall(
-                    f"the pipeline makes a new {self.spec.text_input} at every step, so the conditions of a step cannot be told "
-                    "apart; pass the same tensor at every step."
-                )
-            self._branches[key] = text  # held, so that its id stays taken
-        now.branch, now.skip, now.call = list(self._branches).index(key), skip, now.call + 1
+        now.branch, now.skip = self._branches.number(self.name, spec.text_input, condition, skip), skip
+        now.call += 1
 
 
 class Once:

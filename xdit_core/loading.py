@@ -47,7 +47,9 @@ def load_pipeline(
     index = read_json(folder / INDEX)
     cls = getattr(diffusers, index["_class_name"])
     components: dict[str, Any] = absent_components(cls, index)
-    components[spec.denoiser] = load_part(spec, folder / spec.denoiser, index[spec.denoiser][1], blocks, dtype, changes)
+    for name in spec.denoisers:
+        if name not in components and name in index:
+            components[name] = load_part(spec, folder / name, index[name][1], blocks, dtype, changes)
     more = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **components)
@@ -85,10 +87,11 @@ def load_part(
         model: nn.Module = cls.from_config(cls.load_config(folder))
     start = 0
     for part in spec.blocks:
-        modules = getattr(model, part.attribute)
-        for i in range(len(modules)):
-            if start + i not in blocks:
-                modules[i] = Absent(modules[i])
+        for name in (part.attribute, *part.beside):
+            modules = getattr(model, name)
+            for i in range(len(modules)):
+                if start + i not in blocks:
+                    modules[i] = Absent(modules[i], spec.kept if start + i == 0 else ())
         start += len(modules)
     nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it keeps in float32, which is done below
     for change in changes:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from xdit_core import checkpoint, degrees, hub, machine
@@ -20,6 +21,7 @@ from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, ModelSpe
 from xdit_core.registry import STRATEGIES, Registry
 from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys
 
+SUBJECTS: Mapping[str, str] = MappingProxyType({"prompt": "prompt", "class": "class_"})  # what to draw, and its field of RunSettings
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -86,7 +88,7 @@ class Plan:
     def from_json(text: str) -> Plan:
         """Read what ``to_json`` wrote."""
         d = json.loads(text)
-        d["run"] = RunSettings(**{**d["run"], "prompt": tuple(d["run"]["prompt"])})
+        d["run"] = RunSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in d["run"].items()})
         d["axes"] = tuple(Axis(**{**a, "choices": None if a["choices"] is None else tuple(a["choices"])}) for a in d["axes"])
         d["wraps"] = {point: tuple((level, name) for level, name in pairs) for point, pairs in d["wraps"].items()}
         d["transforms"] = tuple((phase, name) for phase, name in d["transforms"])
@@ -151,9 +153,10 @@ def make_plan(
         folder = hub.locate(spec, where)
     configs = checkpoint.open_checkpoint(spec, folder)
     run = with_defaults(given, spec, configs)
-    problems = check_run(run)
+    problems = check_run(run) + check_taken(given, spec)
     facts = checkpoint.facts(spec, configs, {**dataclasses.asdict(run), **call_settings(values)})
-    problems += check_size(run, facts)
+    problems += check_size(run, facts) + check_subject(run, spec, configs)
+    problems += spec.check(configs, {**dataclasses.asdict(run), **call_settings(values)}) if spec.check else ()
 
     arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}
     declared: dict[str, Declaration] = registry.call("xdit_declare", arguments)
@@ -161,6 +164,7 @@ def make_plan(
         if not isinstance(declared.get(name), Declaration):
             raise PluginError(f"plugin {name} must return a Declaration from xdit_declare; it returned {declared.get(name)}.")
     problems += [p for name, d in declared.items() for p in of(name, d.problems)]
+    problems += [p for name, d in declared.items() if not facts.blocks for p in of(name, needs_blocks(name, d, facts))]
     claims, clashes = settle_claims(declared)
     problems += clashes
     wraps = sort_wraps(declared)
@@ -235,7 +239,43 @@ def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
         prompt += tuple(line.strip() for line in lines if line.strip())
         if not prompt:
             raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")
-    return dataclasses.replace(run, prompt=prompt or tuple(spec.defaults.get("prompt", ())), **filled)
+    subjects = tuple(getattr(run, SUBJECTS[spec.subject])) if spec.subject != "prompt" else prompt
+    return dataclasses.replace(run, prompt=subjects or tuple(spec.defaults.get("prompt", ())), **filled)
+
+
+def check_taken(given: RunSettings, spec: ModelSpec) -> list[Problem]:
+    """Settings that were given and that this model's pipeline does not take."""
+    found = []
+    for setting, argument in spec.call.items():
+        if not argument and setting not in ("images", "height", "width") and getattr(given, setting) is not None:
+            found.append(Problem(f"{setting}={getattr(given, setting)} is nothing that {spec.name} takes", f"leave out {setting}="))
+    for setting, field in SUBJECTS.items():
+        if setting != spec.subject and getattr(given, field):
+            example = f"{spec.subject}={spec.defaults.get('prompt', ('...',))[0]}"
+            found.append(Problem(f"{spec.name} draws a {spec.subject}, not a {setting}", f"give for example {example}"))
+    for setting in ("frames", "fps"):
+        if spec.frame_step is None and getattr(given, setting) is not None:
+            found.append(Problem(f"{setting}={getattr(given, setting)}: {spec.name} makes pictures", f"leave out {setting}="))
+    return found
+
+
+def check_subject(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> list[Problem]:
+    """What is to be drawn must be something that the model knows, if it does not take any text."""
+    found = []
+    for subject in run.prompt if spec.drawn else ():
+        try:
+            spec.drawn(configs, subject, 1)  # type: ignore[misc]
+        except ValueError as error:
+            what, _, fix = str(error).partition("; ")
+            found.append(Problem(what, fix))
+    return found
+
+
+def needs_blocks(name: str, declared: Declaration, facts: Facts) -> list[Problem]:
+    """A strategy that works on transformer blocks, where the denoiser has no list of them."""
+    if declared.stages or any(w.point in ("trunk", "attention") for w in declared.wraps):
+        return [Problem(f"{name} divides transformer blocks, and the U-Net of {facts.model} is no list of blocks", f"drop {name}")]
+    return []
 
 
 def check_run(run: RunSettings) -> list[Problem]:
@@ -246,6 +286,8 @@ def check_run(run: RunSettings) -> list[Problem]:
         ("images", 1),
         ("height", 1),
         ("width", 1),
+        ("frames", 1),
+        ("fps", 1),
         ("threads", 1),
         ("nproc", 1),
         ("max_sequence_length", 0),
@@ -275,6 +317,11 @@ def check_size(run: RunSettings, facts: Facts) -> list[Problem]:
             low = value // step * step
             near = listed([v for v in (low, low + step) if v])
             found.append(Problem(f"{name}={value} is no multiple of {step}, as {facts.model} needs", f"nearest are {near}"))
+    if facts.video and ((run.frames or 1) - 1) % facts.frame_step:
+        low = ((run.frames or 1) - 1) // facts.frame_step * facts.frame_step + 1
+        near = listed([low, low + facts.frame_step])
+        what = f"frames={run.frames} is no multiple of {facts.frame_step} plus 1, as {facts.model} needs"
+        found.append(Problem(what, f"nearest are {near}"))
     return found
 
 

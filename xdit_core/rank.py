@@ -38,6 +38,8 @@ class Now:
         call: counts the calls of the denoiser by the pipeline; the patches of one step share one.
         branch: tells apart the calls of one step with different conditions.
         block: index of the block that runs.
+        segment: indices of all blocks of the list, or lists, that run.
+        frames: latent frames of this call of the denoiser (written by the core).
         known: the shape of the denoiser's result is known, so that its head need not run for it.
         skip: blocks that the pipeline asked to leave out in this call.
     """
@@ -52,6 +54,8 @@ class Now:
     call: int = 0
     branch: Any = None
     block: int = -1
+    segment: range = range(0)
+    frames: int = 1
     known: bool = False
     skip: frozenset[int] = frozenset()
 

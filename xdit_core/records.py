@@ -137,37 +137,56 @@ class Declaration:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """How one block is called: names of its arguments and the order of what it returns.
+
+    Where arguments are named with a dim, ``NAME.1`` stands for item 1 of a tuple, and ``(dim, dims)`` for a tensor that is aligned only if
+    it has so many dims.
+
+    Args:
+        tokens: argument with the picture's tokens ``[B, n, D]``.
+        text: argument with the text tokens ``[B, t, D]`` that go through the blocks, "" if none do.
+        joined: the text tokens lie behind the picture's in ``tokens``.
+        aligned: other arguments that are aligned with the picture's tokens, with the dim along which (rotary tables).
+        words: arguments that are aligned with the text tokens.
+        joint: arguments that are aligned with the rows of joint attention.
+        returns: which of ``tokens`` / ``text`` the block returns, in order.
+        text_first: in joint attention the text rows precede the picture's rows.
+        skip: argument that takes the tokens of an earlier block, see ``ModelSpec.long_skips``.
+        frames: argument that takes the number of frames, which then lie in the batch: ``[B x frames, n, D]``.
+    """
+
+    tokens: str = "hidden_states"
+    text: str = ""
+    joined: bool = False
+    aligned: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
+    words: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
+    joint: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
+    returns: tuple[str, ...] = ("tokens",)
+    text_first: bool = False
+    skip: str = ""
+    frames: str = ""
+
+
+@dataclass(frozen=True)
 class Blocks:
     """One block list of the denoiser.
 
     Args:
         attribute: name of the ``nn.ModuleList`` on the denoiser.
         count: key of the denoiser's config that holds its length.
+        beside: lists of the same length whose blocks run with those of this one.
+        make: given the denoiser, the index in the list and the blocks of all these lists at that index, what runs as one block; without it
+            the block itself.
+        stream: how a block of this list is called, if not as ``ModelSpec.stream`` says. Between lists with different streams the
+            denoiser does something of its own.
     """
 
     attribute: str
     count: str
-
-
-@dataclass(frozen=True)
-class Stream:
-    """How one block is called: names of its arguments and the order of what it returns.
-
-    Args:
-        tokens: argument with the picture's tokens ``[B, n, D]``.
-        text: argument with the text tokens ``[B, t, D]`` that go through the blocks, "" if none do.
-        aligned: other arguments that are aligned with the picture's tokens, with the dim along which (rotary tables).
-        joint: arguments, or tuples of them, that are aligned with the rows of joint attention.
-        returns: which of ``tokens`` / ``text`` the block returns, in order.
-        text_first: in joint attention the text rows precede the picture's rows.
-    """
-
-    tokens: str = "hidden_states"
-    text: str = ""
-    aligned: Mapping[str, int] = field(default_factory=dict)
-    joint: Mapping[str, int] = field(default_factory=dict)
-    returns: tuple[str, ...] = ("tokens",)
-    text_first: bool = False
+    beside: tuple[str, ...] = ()
+    make: Callable[..., Any] | None = None
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -183,15 +202,29 @@ class ModelSpec:
         blocks: its block lists in the order in which they run.
         stream: how a block is called.
         attention: for a block module, the kinds of its attention calls in order: ``joint`` (picture and text rows),
-            ``self`` (picture rows only) or ``cross`` (keys and values from the text, left alone).
-        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``, or packed: ``[B, rows x columns, C]``.
+            ``self`` (picture rows only), or ``cross`` (keys and values that every rank has, of the text or of the other frames at the
+            same place; left alone).
+        more_denoisers: components of the same kind as the denoiser that the pipeline calls in its place at some steps.
+        long_skips: given the number of blocks, which of them take the tokens behind which earlier block, as ``Stream.skip``.
+        kept: submodules of the first block that the denoiser's own forward uses as well.
+        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``, with frames ``[B, C, f, h, w]``, or packed:
+            ``[B, rows x columns, C]``.
+        listed: latents and prediction are lists of tensors without the batch dim, and so may be other arguments.
+        frame_dim: dim of the latents along which the frames lie, None without frames.
+        frame_step: from the component configs, how many frames of the video a latent frame stands for; None if it makes pictures.
+            A video of ``n`` frames has ``(n - 1) / step + 1`` latent frames.
+        tail: for a number of picture tokens, how many rows the denoiser puts behind them.
         text_input: argument of forward whose identity tells the branches of a step apart.
+        text_rows: from the arguments of forward, how many text rows go through the blocks; by default those of ``text_input``.
+        fixed: arguments of forward that are given these values where blocks are a trunk; the pipeline must leave them at their defaults.
         unbatched: arguments of forward without a batch dim (rotary tables, position ids).
         guided: given the shared settings and ``call.*``, whether a step has a conditional and an unconditional half; by default
             if ``guidance`` is above 1.
         skips: argument of forward that lists blocks to leave out, "" if it has none.
         refused: arguments of forward that cannot be honoured, each with the reason.
-        heads, patch: keys of the denoiser's config: number of attention heads, pixels a side of a latent patch.
+        heads, patch: keys of the denoiser's config: number of attention heads, latent elements a side of a token: one number, or those of
+            frames, rows and columns. "" if it has none.
+        patch_frames: key of the denoiser's config: latent frames of a token, "" if ``patch`` says it or it is one.
         token_pixels: pixels a side that a token covers, from the component configs; by default those of a latent times ``patch``.
         text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
         matrices: for tensor parallelism, patterns (as of ``fnmatch``) of names of linear layers, each ``colwise``, ``rowwise`` or
@@ -201,25 +234,41 @@ class ModelSpec:
         conditioning: patterns (as of ``fnmatch``) of names of submodules whose result depends on the step and its conditions
             and not on the picture; computed once a step, not once a patch.
         defaults: values for the shared settings (``steps``, ``guidance``, ``height``, ``width``, ``prompt`` ...).
-        call: what each shared setting is called in the pipeline's ``__call__``.
+        call: what each shared setting is called in the pipeline's ``__call__``, "" if it takes none. ``images`` is the number of pictures
+            of a call; if it takes none, every picture is a call.
+        subject: the setting that says what to draw, ``prompt`` or ``class``.
+        drawn: from the component configs, the subject and the number of pictures, the value for the pipeline; by default the subject.
+            Raises ValueError with what is wrong and what to give.
+        check: from the component configs and what was asked, what this model cannot do.
+        latent_output: the pipeline knows ``output_type=latent``; if not, latents are what its VAE is given.
     """
 
     name: str
     pipelines: tuple[str, ...]
-    blocks: tuple[Blocks, ...]
-    attention: Callable[[Any], tuple[str, ...]]
+    blocks: tuple[Blocks, ...] = ()
+    attention: Callable[[Any], tuple[str, ...]] = lambda block: ("self",)
     stream: Stream = field(default_factory=Stream)
     hub: str = ""
     path: str = ""
     denoiser: str = "transformer"
+    more_denoisers: tuple[str, ...] = ()
+    long_skips: Callable[[int], Mapping[int, int]] | None = None
+    kept: tuple[str, ...] = ()
     latents: str = "hidden_states"
+    listed: bool = False
+    frame_dim: int | None = None
+    frame_step: Callable[[Mapping[str, Any]], int] | None = None
+    tail: Callable[[int], int] | None = None
     text_input: str = "encoder_hidden_states"
+    text_rows: Callable[[Mapping[str, Any]], int] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     unbatched: tuple[str, ...] = ()
     guided: Callable[[Mapping[str, Any]], bool] | None = None
     skips: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
     heads: str = "num_attention_heads"
     patch: str = "patch_size"
+    patch_frames: str = ""
     token_pixels: Callable[[Mapping[str, Any]], int] | None = None
     text_tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], int] | None = None
     matrices: Mapping[str, str] | None = None
@@ -227,6 +276,22 @@ class ModelSpec:
     conditioning: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, str] = field(default_factory=dict)
+    subject: str = "prompt"
+    drawn: Callable[[Mapping[str, Any], str, int], Any] | None = None
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[Problem]] | None = None
+    latent_output: bool = True
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """The components that may denoise."""
+        return (self.denoiser, *self.more_denoisers)
+
+    def patch_sizes(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Latent frames, and latent elements a side, of a token."""
+        value = config[self.patch] if self.patch else 1
+        sizes = list(value) if isinstance(value, (list, tuple)) else [value]
+        frames = (config.get(self.patch_frames) if self.patch_frames else sizes[0] if len(sizes) == 3 else None) or 1
+        return int(frames), int(sizes[-1])
 
 
 @dataclass(frozen=True)
@@ -236,11 +301,12 @@ class Facts:
     Args:
         heads: attention heads of a block.
         blocks: number of blocks in all lists.
-        rows, columns: the token grid at the size asked for.
+        rows, columns, frames: the token grid at the size asked for.
         text_tokens: most text tokens in the trunk.
         pixels_per_token: pixels a side that one token covers.
         matrices: the adapter says how the matrices of a block can be divided.
         guided: every step has a conditional and an unconditional half.
+        frame_step: frames of the video for a latent frame, 0 if the model makes pictures.
     """
 
     model: str
@@ -252,11 +318,18 @@ class Facts:
     pixels_per_token: int
     matrices: bool = False
     guided: bool = True
+    frames: int = 1
+    frame_step: int = 0
+
+    @property
+    def video(self) -> bool:
+        """The model makes videos."""
+        return self.frame_step > 0
 
     @property
     def tokens(self) -> int:
         """Picture tokens."""
-        return self.rows * self.columns
+        return self.frames * self.rows * self.columns
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from xdit_core.errors import PluginError, UsageError
 
 CALL = "call."
+COLLECTED = ("prompt", "class")
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 
@@ -29,7 +30,10 @@ class RunSettings:
     guidance: float | None = field(default=None, metadata={"help": "classifier-free guidance scale"})
     height: int | None = field(default=None, metadata={"help": "pixels"})
     width: int | None = field(default=None, metadata={"help": "pixels"})
-    images: int = field(default=1, metadata={"help": "pictures for each prompt"})
+    class_: tuple[str, ...] = field(default=(), metadata={"help": "number or name of a class, for models that draw classes; repeat"})
+    frames: int | None = field(default=None, metadata={"help": "frames of a video"})
+    fps: int | None = field(default=None, metadata={"help": "frames a second of a video file"})
+    images: int = field(default=1, metadata={"help": "pictures or videos for each prompt"})
     seed: int = field(default=0, metadata={"help": "seed of the noise, as of diffusers' CPU generator"})
     out: str = field(default="out.png", metadata={"help": "a file, or a folder for several pictures"})
     output_type: str = field(default="image", metadata={"help": "image or latent (a safetensors file)"})
@@ -54,7 +58,7 @@ class ModelSettings:
 
 
 def parse_words(words: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` words to a flat mapping; a repeated ``prompt=`` collects, any other repetition is an error.
+    """``key=value`` words to a flat mapping; repeated ones of ``COLLECTED`` collect, any other repetition is an error.
 
     Raises:
         UsageError: a word without ``=``, an empty key, a key given twice.
@@ -65,8 +69,8 @@ def parse_words(words: Iterable[str]) -> dict[str, Any]:
         key = key.strip()
         if not sign or not key:
             raise UsageError(f"cannot read {word!r}; settings are written key=value, such as steps=20.")
-        if key == "prompt":
-            values.setdefault("prompt", []).append(value)
+        if key in COLLECTED:
+            values.setdefault(key, []).append(value)
         elif key in values:
             raise UsageError(f"{key} is given twice; keep one of {key}={values[key]} and {key}={value}.")
         else:
@@ -131,11 +135,11 @@ def example(kind: Any) -> str:
 
 
 def fields_of(settings: type[Any] | None) -> dict[str, Any]:
-    """Field name to type."""
+    """Name of a setting to its type; a field whose name would be a word of Python ends in an underscore."""
     if settings is None:
         return {}
     hints = typing.get_type_hints(settings)
-    return {f.name: hints[f.name] for f in dataclasses.fields(settings)}
+    return {f.name.rstrip("_"): hints[f.name] for f in dataclasses.fields(settings)}
 
 
 def check_class(settings: Any, plugin: str) -> None:
@@ -155,8 +159,9 @@ def build(settings: type[Any] | None, prefix: str, values: Mapping[str, Any]) ->
     """An instance of the settings class from the keys that start with ``prefix``."""
     if settings is None:
         return None
-    given = {n: convert(prefix + n, values[prefix + n], k) for n, k in fields_of(settings).items() if prefix + n in values}
-    return settings(**given)
+    kinds = fields_of(settings)
+    fields = {f.name.rstrip("_"): f.name for f in dataclasses.fields(settings)}
+    return settings(**{fields[n]: convert(prefix + n, values[prefix + n], k) for n, k in kinds.items() if prefix + n in values})
 
 
 def check_keys(

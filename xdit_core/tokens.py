@@ -75,6 +75,7 @@ class TokenLayout:
         patches: cuts in time.
         shards: parts of every patch, over ranks.
         text_first: the text's rows precede the picture's in joint attention.
+        tail: rows that the denoiser puts behind the picture's; they belong to the last patch.
     """
 
     rows: int
@@ -84,11 +85,12 @@ class TokenLayout:
     shards: int = 1
     frames: int = 1
     text_first: bool = False
+    tail: int = 0
 
     @property
     def tokens(self) -> int:
-        """Picture tokens."""
-        return self.frames * self.rows * self.columns
+        """Picture tokens, with the tail."""
+        return self.frames * self.rows * self.columns + self.tail
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -102,7 +104,10 @@ class TokenLayout:
                 return ((0, self.tokens),)
             return join([span for m in range(self.patches) for span in self.picture(m, shard)])
         frame, (top, bottom) = self.rows * self.columns, self.bounds[patch : patch + 2]
-        whole = join([(f * frame + top * self.columns, f * frame + bottom * self.columns) for f in range(self.frames)])
+        parts = [(f * frame + top * self.columns, f * frame + bottom * self.columns) for f in range(self.frames)]
+        if self.tail and patch == self.patches - 1:
+            parts.append((self.frames * frame, self.tokens))
+        whole = join(parts)
         return whole if shard is None else part(whole, shard, self.shards)
 
     def words(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:

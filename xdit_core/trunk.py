@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ class Rows:
         tokens: picture rows ``[B, n, D]``.
         text: text rows ``[B, t, D]`` (t may be 0), None if the model has no text in its trunk or is done with it.
         rest: the other arguments of a block.
+        skips: the tokens behind earlier blocks that later ones take again, by the index of the block that gave them.
     """
 
     tokens: torch.Tensor
     text: torch.Tensor | None
     rest: Mapping[str, Any]
+    skips: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> Rows:
         """A copy with other values."""
@@ -89,63 +91,99 @@ class Selector:
 
 
 class Trunk(nn.Module):
-    """Stands where the denoiser had its block list.
+    """Stands where the denoiser had its block list, or one of several.
 
     Args:
         blocks: the blocks that this rank holds, by global index.
+        segment: indices of all blocks that stood there.
         spec: how they are called.
+        stream: how these are called.
         now: the work in hand.
         point: the attention point.
         chain: wraps ``f(inner, rows) -> rows or None``, outermost first. None means that this rank holds nothing of the result.
+        skips: of all blocks, which take the tokens behind which earlier one.
+        names: of the arguments of a block.
+        later: this rank holds blocks of a later list.
     """
 
     def __init__(
         self,
         blocks: Mapping[int, nn.Module],
+        segment: range,
         spec: ModelSpec,
+        stream: Stream,
         now: Now,
         point: AttentionPoint,
         chain: Sequence[Callable[[Run, Rows], Rows | None]],
+        skips: Mapping[int, int],
+        names: tuple[str, ...],
+        later: bool = False,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict({str(i): block for i, block in blocks.items()})
         self._order = tuple((i, block, spec.attention(block)) for i, block in blocks.items())
-        self._stream: Stream = spec.stream
+        self._stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
         self._now, self._point = now, point
         self.select = Selector()
         self._redirect = Redirect(point)
-        self._names = tuple(inspect.signature(next(iter(blocks.values())).forward).parameters)
+        self._names, self._later = names, later
         self._run: Run = nest(chain, self.run_blocks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         stream, layout, now = self._stream, self._now.layout, self._now
-        tokens = given.pop(stream.tokens)
+        now.segment = self._segment
+        tokens = whole = given.pop(stream.tokens)
         text = given.pop(stream.text) if stream.text else None
+        if stream.joined:
+            tokens, text = whole[:, : layout.tokens], whole[:, layout.tokens :]
         if tokens.shape[1] != layout.tokens or (text is not None and text.shape[1] != layout.text):
             raise ModelError(
                 f"the trunk got {tokens.shape[1]} picture rows and {0 if text is None else text.shape[1]} text rows where "
                 f"{layout.tokens} and {layout.text} were expected; the adapter does not describe this checkpoint."
             )
-        picture = layout.picture(now.patch, now.shard)
-        for name, dim in stream.aligned.items():
-            if given.get(name) is not None:
-                given[name] = self.select.take(given[name], picture, dim)
-        for name, dim in stream.joint.items():
-            spans = layout.joint(now.patch, now.shard)
-            given[name] = tree_map_only(torch.Tensor, partial(self.select.take, spans=spans, dim=dim), given.get(name))
+        if not self._order:  # this rank has its blocks in other lists
+            if now.known and not self._later:
+                raise NothingHere
+            parts = {"tokens": whole, "text": text}
+            return whole if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
+        picture, words = layout.picture(now.patch, now.shard), layout.words(now.patch, now.shard)
+        self.cut(given, stream.aligned, picture)
+        self.cut(given, stream.words, words)
+        self.cut(given, stream.joint, layout.joint(now.patch, now.shard))
+        if stream.frames:
+            given[stream.frames] = now.frames
         mine = Rows(
             self.select.take(tokens, picture, 1),
-            None if text is None else self.select.take(text, layout.words(now.patch, now.shard), 1),
+            None if text is None else self.select.take(text, words, 1),
             given,
         )
         out = self._run(mine)
-        if out is None and self._now.known:
+        if out is None and now.known:
             raise NothingHere
         full = tokens if out is None else self.select.put(tokens, out.tokens, layout.picture(now.patch, None), 1)
+        if stream.joined and text is not None:
+            return torch.cat((full, text), dim=1)
         answer = [full if name == "tokens" else text for name in stream.returns]
         return tuple(answer) if len(answer) > 1 else answer[0]
+
+    def cut(self, given: dict[str, Any], names: Mapping[str, int | tuple[int, int]], spans: tuple[Span, ...]) -> None:
+        """Take the rows in spans of some arguments, in place."""
+        for path, where in names.items():
+            name, _, item = path.partition(".")
+            value = given.get(name)
+            if value is None:
+                continue
+            dim, dims = where if isinstance(where, tuple) else (where, None)
+
+            def take(x: torch.Tensor, dim: int = dim, dims: int | None = dims) -> torch.Tensor:
+                return self.select.take(x, spans, dim) if dims is None or x.dim() == dims else x
+
+            if item:
+                given[name] = tuple(take(x) if i == int(item) else x for i, x in enumerate(value))
+            else:
+                given[name] = tree_map_only(torch.Tensor, take, value)
 
     def run_blocks(self, rows: Rows) -> Rows:
         """The blocks of this rank, one after the other, on the rows in hand."""
@@ -157,24 +195,72 @@ class Trunk(nn.Module):
                 arguments = {**rows.rest, stream.tokens: rows.tokens}
                 if stream.text:
                     arguments[stream.text] = rows.text
+                elif stream.joined and rows.text is not None:
+                    arguments[stream.tokens] = torch.cat((rows.tokens, rows.text), dim=1)
+                if index in self._skips:
+                    arguments[stream.skip] = rows.skips[self._skips[index]]
                 point.enter_block(index, pattern)
                 out = block(**arguments)
                 if point.active:
                     point.leave_block()
+                if stream.joined and rows.text is not None:
+                    n = rows.tokens.shape[1]
+                    rows = rows.but(tokens=out[:, :n], text=out[:, n:])
+                    continue
                 parts = dict(zip(stream.returns, out if isinstance(out, tuple) else (out,), strict=False))
                 rows = rows.but(tokens=parts["tokens"], text=parts.get("text", rows.text))
+                if index in self._wanted:
+                    rows = rows.but(skips={**rows.skips, index: rows.tokens})
         return rows
 
 
-def replace_blocks(denoiser: nn.Module, spec: ModelSpec, make: Callable[[Mapping[int, nn.Module]], Trunk]) -> Trunk:
-    """Put a trunk where the denoiser has its block lists; placeholders of absent blocks are left out."""
-    everything: list[nn.Module] = []
-    for part in spec.blocks:
-        everything += list(getattr(denoiser, part.attribute))
-    trunk = make({i: block for i, block in enumerate(everything) if not isinstance(block, Absent)})
-    for k, part in enumerate(spec.blocks):
-        setattr(denoiser, part.attribute, nn.ModuleList([trunk] if k == 0 else []))
-    return trunk
+def replace_blocks(
+    denoiser: nn.Module,
+    spec: ModelSpec,
+    now: Now,
+    point: AttentionPoint,
+    chain: Sequence[Callable[[Run, Rows], Rows | None]],
+) -> list[Trunk]:
+    """Put a trunk where the denoiser has its block lists, one for each stream; placeholders of absent blocks are left out."""
+    trunks: list[Trunk] = []
+    lists = [list(getattr(denoiser, part.attribute)) for part in spec.blocks]
+    everything = [block for blocks in lists for block in blocks]
+    last = max(i for i, block in enumerate(everything) if not isinstance(block, Absent))
+    skips, start = (spec.long_skips(len(everything)) if spec.long_skips else {}), 0
+    for stream, group in groupby(spec.blocks, lambda part: part.stream or spec.stream):
+        parts, begin, held = list(group), start, {}
+        for part in parts:
+            rows = zip(*(getattr(denoiser, name) for name in (part.attribute, *part.beside)), strict=True)
+            for i, blocks in enumerate(rows):
+                if not isinstance(blocks[0], Absent):
+                    held[start + i] = part.make(denoiser, i, *blocks) if part.make else blocks[0]
+            start += len(getattr(denoiser, part.attribute))
+        names = arguments_of(everything[begin])
+        trunk = Trunk(held, range(begin, start), spec, stream, now, point, chain, skips, names, last >= start)
+        for k, part in enumerate(parts):
+            setattr(denoiser, part.attribute, nn.ModuleList([trunk] if k == 0 else []))
+            for name in part.beside:
+                setattr(denoiser, name, nn.ModuleList([nn.Identity()]))  # as many as there are trunks, never called
+        trunks.append(trunk)
+    keep_parts(everything[0], trunks[0], spec.kept)
+    return trunks
+
+
+def arguments_of(block: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a block's forward."""
+    return block.arguments if isinstance(block, Absent) else tuple(inspect.signature(block.forward).parameters)
+
+
+def keep_parts(block: nn.Module, into: nn.Module, names: Sequence[str]) -> None:
+    """Make some submodules of a block reachable under the same names from another module."""
+    for name in names:
+        *parents, last = name.split(".")
+        holder = into
+        for parent in parents:
+            if not hasattr(holder, parent):
+                holder.add_module(parent, nn.Module())
+            holder = getattr(holder, parent)
+        holder.add_module(last, block.get_submodule(name))
 
 
 class Absent(nn.Module):
@@ -182,11 +268,14 @@ class Absent(nn.Module):
 
     Attributes:
         names: of the submodules that the block has.
+        arguments: of its forward.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, kept: Sequence[str] = ()) -> None:
         super().__init__()
         self.names = tuple(name for name, _ in block.named_modules())
+        self.arguments = tuple(inspect.signature(block.forward).parameters)
+        keep_parts(block, self, kept)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Never called."""

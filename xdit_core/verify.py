@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdit_core.engine import Engine
+from xdit_core.engine import Engine, denoisers_of
 from xdit_core.jobs import Done, Job, Output, Started
 from xdit_core.lazy import materialized
 from xdit_core.outputs import atomically
@@ -136,8 +136,9 @@ class Recorder:
 
 def blocks_of(engine: Engine) -> Iterator[tuple[int, torch.nn.Module]]:
     """The blocks that this rank holds, by global index."""
-    if engine.trunk is not None:
-        yield from ((int(name), block) for name, block in engine.trunk.blocks.items())
+    if engine.trunks:
+        yield from ((int(name), block) for part in engine.trunks for name, block in part.blocks.items())
         return
-    denoiser = getattr(engine.pipe, engine.rank.spec.denoiser)
-    yield from enumerate(block for part in engine.rank.spec.blocks for block in getattr(denoiser, part.attribute))
+    spec = engine.rank.spec
+    for denoiser in denoisers_of(engine.pipe, spec).values():
+        yield from enumerate(block for part in spec.blocks for block in getattr(denoiser, part.attribute))

@@ -98,10 +98,14 @@ class Guidance:
                 self._halves.popitem(last=False)
             return known[1]
 
-        rest: dict[str, Any] = {
-            name: value if name in self.spec.unbatched else tree_map_only(torch.Tensor, cut, value)
-            for name, value in call.rest.items()
-        }
+        def part(name: str, value: Any) -> Any:
+            if name in self.spec.unbatched:
+                return value
+            if self.spec.listed and isinstance(value, list) and len(value) == batch:
+                return value[start:stop]
+            return tree_map_only(torch.Tensor, cut, value)
+
+        rest = {name: part(name, value) for name, value in call.rest.items()}
         return call.but(latents=call.latents[start:stop], rest=rest)
 
     def gather(self, mine: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,9 @@ from xdit_core import (
 )
 
 
+Link = tuple[int, Channel, int]
+
+
 @dataclass
 class Kept:
     """Keys and values of one attention call of one block, rows in ascending order of position; ``valid``: patches written."""
@@ -113,7 +116,8 @@ class PipeFusion:
         self.source = Channel(rank, links[(self.stage - 1) % 2], "stages")
         self.target = Channel(rank, links[self.stage % 2], "stages")
         self.back = Channel(rank, rank.mesh.second_group("stages"), "latents")
-        self.channels = (self.source, self.target, self.back)
+        self.wanted, self.given, skips = self.long_skips()
+        self.channels = (self.source, self.target, self.back, *skips)
         self.world = StageWorld(rank)
         self.flows: dict[Any, Flow] = {}
         self._ahead: Receive | None = None
@@ -220,23 +224,47 @@ class PipeFusion:
     def one_stage(self, inner: TrunkRun, rows: Rows) -> Rows | None:
         """Rows from the stage before, through the blocks of this one, to the stage behind.
 
-        Sends ``B x n x width`` elements a patch to the next stage, and the text rows with patch 0.
+        Sends ``B x n x width`` elements a patch to the next stage, and the text rows with patch 0; as many to another stage for each
+        block there that takes the tokens behind a block here.
         """
-        if not self.first:
-            pending = self._ahead or self.source.receive(rows.tokens, rows.tokens.shape[1], 1, self.ranks[self.stage - 1])
+        mine, segment = self.rank.blocks, self.now.segment
+        if not self.first and mine.start >= segment.start:
+            before = self.ranks[self.stage - 1]
+            pending = self._ahead or self.source.receive(rows.tokens, rows.tokens.shape[1], 1, before)
             self._ahead = None
             tokens, text = pending.wait(), rows.text
-            if text is not None and text.shape[1]:
-                text = self.source.receive(text, text.shape[1], 1, self.ranks[self.stage - 1]).wait()
+            if text is not None and text.shape[1] and mine.start > segment.start:  # where a list begins, every stage has the text
+                text = self.source.receive(text, text.shape[1], 1, before).wait()
             rows = rows.but(tokens=tokens, text=text)
             self.post_next(rows.tokens)
+        if self.wanted:
+            posted = [(i, link.receive(rows.tokens, rows.tokens.shape[1], 1, rank)) for i, link, rank in self.wanted]
+            rows = rows.but(skips={i: receive.wait() for i, receive in posted})
         out = inner(rows)
-        if self.last or out is None:
+        if self.last or out is None or mine.stop > segment.stop:
             return out
+        for i, link, rank in self.given:
+            link.send(out.skips[i], rank)
         self.target.send(out.tokens, self.ranks[self.stage + 1])
-        if out.text is not None and out.text.shape[1]:
+        if out.text is not None and out.text.shape[1] and mine.stop < segment.stop:
             self.target.send(out.text, self.ranks[self.stage + 1], ".text")
         return None
+
+    def long_skips(self) -> tuple[list[Link], list[Link], list[Channel]]:
+        """What this stage wants of, and gives to, stages that are not its neighbours: block that gave the tokens, channel, rank."""
+        spec, split, mine = self.rank.spec, self.rank.plan.split, self.rank.blocks
+        if spec.long_skips is None:
+            return [], [], []
+        group = self.rank.mesh.second_group("stages")
+        stage_of = [stage for stage, count in enumerate(split) for _ in range(count)]
+        links = [Channel(self.rank, group, "skips") for _ in split]
+        wanted, given = [], []
+        for taker, giver in sorted(spec.long_skips(sum(split)).items()):
+            if taker in mine and giver not in mine:
+                wanted.append((giver, links[stage_of[giver]], self.ranks[stage_of[giver]]))
+            if giver in mine and taker not in mine:
+                given.append((giver, links[stage_of[taker]], self.ranks[stage_of[taker]]))
+        return wanted, given, links
 
     def post_next(self, tokens: torch.Tensor) -> None:
         """Post the receive of the next patch of this step, so that it arrives while this one is computed."""

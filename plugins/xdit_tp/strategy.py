@@ -11,19 +11,46 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from xdit_core import Absent, ModelError, Rank
 
 
 def styles() -> dict[str, Callable[[], ParallelStyle]]:
-    """The words of a plan: ``colwise`` leaves the columns where they are, ``gathered`` brings them together, ``rowwise`` sums."""
+    """The words of a plan: ``colwise`` leaves the columns where they are, ``gathered`` brings them together, ``rowwise`` sums.
+
+    ``normed`` is for an RMS norm over columns that are divided.
+    """
     return {
+        "normed": NormAcross,
         "colwise": ColwiseParallel,
         "gathered": lambda: ColwiseParallel(output_layouts=Replicate()),
         "rowwise": RowwiseParallel,
     }
+
+
+class NormAcross(ParallelStyle):
+    """An RMS norm over all columns where a rank has its part of them: the squares are summed over the ranks.
+
+    Sends per rank: ``2 x (N-1)/N x B x S`` elements in float32.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        weight: Any = module.weight
+        columns, group, eps = weight.shape[0], device_mesh.get_group(), module.eps or torch.finfo(weight.dtype).eps
+        module.weight = nn.Parameter(distribute_tensor(weight, device_mesh, [Shard(0)]), requires_grad=False)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            squares = x.float().pow(2).sum(-1, keepdim=True)
+            if squares.numel():
+                squares = all_reduce(squares, "sum", group)
+            part: Any = module.weight
+            return (x * torch.rsqrt(squares / columns + eps)).to(x.dtype) * part.to_local().to(x.dtype)
+
+        module.forward = forward
+        return module
 
 
 class Divide:
@@ -67,14 +94,16 @@ class Divide:
             )  # diffusers' word for inputs that were put one behind the other
             if packed and style == "rowwise":
                 module.weight.packed = (1, tuple(packed))
-            self.pass_nothing(module, style)
             self.count(module, style)
+            if style != "normed":
+                self.pass_nothing(module, style)
             if style == "colwise":
                 fewer.add(name.rpartition(".")[0])
         for name in fewer:
             parent = denoiser.get_submodule(name)
-            if isinstance(getattr(parent, "heads", None), int):
-                parent.heads //= self.degree
+            for attribute in ("heads", "inner_dim") if hasattr(parent, "heads") else ():  # a processor may divide them
+                if isinstance(getattr(parent, attribute, None), int):
+                    setattr(parent, attribute, getattr(parent, attribute) // self.degree)
 
     @staticmethod
     def forget() -> None:
@@ -86,6 +115,8 @@ class Divide:
     def check(self, name: str, module: nn.Module, style: str) -> None:
         """A matrix that can be divided evenly."""
         size = getattr(module, "in_features" if style == "rowwise" else "out_features", None)
+        if style == "normed" and getattr(module, "weight", None) is not None:
+            size = module.weight.shape[0]
         if style not in styles() or size is None or size % self.degree:
             raise ModelError(
                 f"{name} of {self.rank.spec.name} cannot be divided {style} by tp.degree={self.degree} "
@@ -107,7 +138,7 @@ class Divide:
 
     def count(self, module: nn.Module, style: str) -> None:
         """Count what the module's collective sends."""
-        if style == "colwise":
+        if style in ("colwise", "normed"):
             return
         times, name = (2, "tp") if style == "rowwise" else (1, "tp.modulation")
 

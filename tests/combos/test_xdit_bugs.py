@@ -70,7 +70,7 @@ def blocks_run(folder, layers):
     """Numbers of the blocks that ran on this rank in one step, in order."""
     values = {"pipefusion.layers": layers, "pipefusion.warmup": 4, "guidance": 1.0, "steps": 1}
     engine, seen = Engine(plan_for(["pipefusion"], folder, {**values, "pipefusion.warmup": 1})), []
-    for name, block in engine.trunk.blocks.items():
+    for name, block in engine.trunks[0].blocks.items():
         block.register_forward_hook(lambda *_, n=int(name): seen.append(n))
     engine.generate("a red fox")
     engine.close()

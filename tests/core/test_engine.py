@@ -112,13 +112,13 @@ def test_the_guard_sees_an_attention_that_went_elsewhere(tiny_sd3_folder):
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
             return hidden_states, encoder_hidden_states
 
-    list(engine.trunk.blocks.values())[2].attn.set_processor(Own())
+    list(engine.trunks[0].blocks.values())[2].attn.set_processor(Own())
     with pytest.raises(GuardError, match="block 2 made 0 attention calls through the engine where the adapter declares 1"):
         engine.generate("a red fox")
 
 
 def test_unknown_arguments_of_generate(tiny_sd3_folder):
-    with pytest.raises(UsageError, match="generate takes no stpes; it takes guidance, height"):
+    with pytest.raises(UsageError, match="generate takes no stpes; it takes frames, guidance, height"):
         Engine(plan_for([], str(tiny_sd3_folder))).generate("x", stpes=3)
 
 
@@ -193,7 +193,7 @@ def test_blocks_compile_whole(tiny_sd3_folder):
     folder = str(tiny_sd3_folder)
     plain = Engine(plan_for(["pipefusion"], folder, ONE)).generate("a red fox").latents
     engine = Engine(plan_for(["pipefusion"], folder, ONE))
-    for block in engine.trunk.blocks.values():
+    for block in engine.trunks[0].blocks.values():
         block.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(engine.generate("a red fox").latents, plain, atol=1e-5, rtol=1e-5)
 

@@ -48,7 +48,7 @@ def test_a_call_with_one_condition_goes_to_one_rank(gloo, tiny_sd3_folder, plugi
 def counted(folder):
     """Calls of the blocks with one condition on this rank, under skip-layer guidance."""
     engine, calls = Engine(plan_for(["cfg", "pipefusion"], folder, {"pipefusion.stages": 1, "pipefusion.patches": 1})), []
-    engine.trunk.register_forward_hook(lambda module, args, kwargs, out: calls.append(1), with_kwargs=True)
+    engine.trunks[0].register_forward_hook(lambda module, args, kwargs, out: calls.append(1), with_kwargs=True)
     engine.generate("a red fox", call=SKIP)
     engine.close()
     return len(calls)

@@ -41,7 +41,7 @@ def test_layers_of_a_woven_pipeline_can_be_moved_one_by_one(tiny_sd3_folder):
     want, _ = generate(["pipefusion"], str(tiny_sd3_folder), settings)
     engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), settings))
     cpu_offload(engine.pipe.transformer, torch.device("cpu"), offload_buffers=True)
-    layers = [m for m in engine.trunk.modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in engine.trunks[0].modules() if isinstance(m, nn.Linear)]
     assert layers and all(m.weight.device.type == "meta" for m in layers)
     assert torch.equal(engine.generate("a red fox").latents, want)
     assert all(m.weight.device.type == "meta" for m in layers)
