@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xdit_core.checkpoint import latent_factor
+from xdit_core.checkpoint import default_size, latent_factor
 from xdit_core.errors import (
     GuardError,
     LazyError,
@@ -153,6 +153,7 @@ __all__ = [
     "divisors",
     "hookimpl",
     "joined",
+    "default_size",
     "latent_factor",
     "length",
     "listed",

@@ -212,6 +212,8 @@ class Redirect(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
+            if func is torch.Tensor.unflatten and torch.compiler.is_compiling():  # it calls super(), which cannot be compiled
+                return torch.ops.aten.unflatten.int(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
         if torch.compiler.is_compiling():
             return through_op(*args, **(kwargs or {}))

@@ -126,9 +126,9 @@ def latent_factor(configs: Mapping[str, Any]) -> int:
     return int(2 ** (len(configs.get("vae", {}).get("block_out_channels", (0,) * 4)) - 1))
 
 
-def default_size(spec: ModelSpec, configs: Mapping[str, Any]) -> int:
-    """Pixels a side that the pipeline itself would take."""
-    size = configs[spec.denoiser].get("sample_size", 128)
+def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int:
+    """Pixels a side that the pipeline itself would take, from the denoiser's config and all configs."""
+    size = denoiser.get("sample_size", 128)
     return (size if isinstance(size, int) else 128) * latent_factor(configs)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from xdit_core.attention import AttentionPoint
 from xdit_core.chain import nest
+from xdit_core.checkpoint import INDEX, read_json
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import Branches, ForwardPoint, Once, remembering
 from xdit_core.jobs import Done, Job, Output, Request, Started, joined
@@ -103,7 +104,7 @@ class Engine:
         for change in late:
             change(self.pipe)
         self._extra, self._wants_latents = call_settings(plan.values), False
-        found = {"_index": self.pipe.config, **{n: getattr(part, "config", None) for n, part in self.pipe.components.items()}}
+        found = {"_index": read_json(Path(plan.folder) / INDEX), **{n: getattr(part, "config", None) for n, part in self.pipe.components.items()}}
         self._configs = {name: config for name, config in found.items() if isinstance(config, Mapping)}
         check_call(self._extra, self.pipe)
         self.load_seconds = time.perf_counter() - started
@@ -362,7 +363,7 @@ def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[st
     }
     images = spec.call.get("images", "num_images_per_prompt")
     pictures = {images: len(numbers)} if images else {}
-    found = {named[key]: getattr(run, key) for key in named if getattr(run, key) is not None and named[key]}
+    found = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
     generators = [torch.Generator("cpu").manual_seed((run.seed + i) % 2**64) for i in numbers]
     latent = run.output_type == "latent" and spec.latent_output
     return {**found, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}

@@ -227,7 +227,7 @@ def of(plugin: str, problems: Sequence[Problem]) -> list[Problem]:
 
 def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> RunSettings:
     """The model's defaults where nothing was given; the size defaults to the pipeline's own."""
-    side = checkpoint.default_size(spec, configs)
+    side = checkpoint.default_size(configs[spec.denoiser], configs)
     defaults: dict[str, Any] = {"steps": 28, "height": side, "width": side, **spec.defaults}
     filled = {k: v for k, v in defaults.items() if k != "prompt" and getattr(run, k) is None}
     prompt = run.prompt

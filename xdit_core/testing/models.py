@@ -68,12 +68,12 @@ def tiny_clip(tokenizer: CLIPTokenizer, length: int, cls: type[Any] = CLIPTextMo
     return cls(config).eval()
 
 
-def tiny_vae(sample_size: int) -> AutoencoderKL:
-    """A decoder that doubles the latents' sides, 4 latent channels."""
+def tiny_vae(sample_size: int, levels: int = 2) -> AutoencoderKL:
+    """A decoder that doubles the latents' sides at every level but one, 4 latent channels."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,

@@ -1,0 +1,54 @@
+"""Latte (Ma et al. 2024, arXiv:2401.03048): blocks over the tokens of a frame in turn with blocks over the frames at a place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from xdit_core import Blocks, ModelSpec, Problem, Stream, hookimpl
+
+MATRICES = MappingProxyType(
+    {
+        "*transformer_blocks.*.attn[12].to_[qkv]": "colwise",
+        "*transformer_blocks.*.attn[12].to_out.0": "rowwise",
+        "*transformer_blocks.*.ff.net.0.proj": "colwise",
+        "*transformer_blocks.*.ff.net.2": "rowwise",
+    }
+)
+
+
+def make(denoiser: Any, index: int, spatial: Any, temporal: Any) -> Any:
+    """Both blocks as one."""
+    from xdit_latte.pair import Pair
+
+    return Pair(spatial, temporal, denoiser.temp_pos_embed if index == 0 else None)
+
+
+def length(configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[Problem]:
+    """The table of positions in time has one length."""
+    frames = configs["transformer"].get("video_length", 16)
+    if asked["frames"] not in (1, frames):
+        yield Problem(f"frames={asked['frames']}: this Latte makes videos of {frames} frames, or pictures", f"give {frames} or 1")
+
+
+@hookimpl
+def xdit_model() -> ModelSpec:
+    """The adapter."""
+    return ModelSpec(
+        name="latte",
+        pipelines=("LattePipeline",),
+        hub="maxin-cn/Latte-1",
+        blocks=(Blocks("transformer_blocks", "num_layers", beside=("temporal_transformer_blocks",), make=make),),
+        stream=Stream(frames="frames"),
+        attention=lambda pair: ("self", "cross", "cross"),
+        frame_dim=2,
+        frame_step=lambda configs: 1,
+        fixed={"enable_temporal_attentions": False},
+        matrices=MATRICES,
+        once=("caption_projection",),
+        conditioning=("adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
+        check=length,
+        defaults={"steps": 50, "guidance": 7.5, "frames": 16, "fps": 8, "prompt": ("a dog in a park",)},
+        call={"frames": "video_length", "max_sequence_length": "", "images": ""},  # several at once mask the text in another way
+    )

@@ -1,0 +1,149 @@
+"""Every model under every strategy that its architecture allows, against serial diffusers or the displaced reference."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from families import FAMILIES, Family, serial, settings
+from tiny import saved
+
+from xdit_core.testing.runs import generate, plan_for
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """Name of a family to the folder of its tiny pipeline."""
+
+    @functools.cache
+    def find(name):
+        family = FAMILIES[name]
+        return saved(family.model, tmp_path_factory.mktemp("families") / name, **family.options)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def oracle(folder_of):
+    """Latents of the unmodified pipeline; with guidance or without, with the model's scheduler or another."""
+
+    @functools.cache
+    def find(name, guided=True, scheduler=""):
+        family = FAMILIES[name]
+        return serial(folder_of(name), {**family.theirs, **({} if guided else family.plain[1])}, scheduler)
+
+    return find
+
+
+def drawn(name, plugins, folder, values):
+    """Latents of our run, on every rank."""
+    return generate(plugins, folder, values, FAMILIES[name].subject)
+
+
+def close(mine, other):
+    """Equal in float32: a hundred-thousandth of the largest value."""
+    assert mine.shape == other.shape
+    assert torch.isfinite(other).all()
+    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+USP = {"usp.ulysses": 2, "usp.ring": 1}
+EXACT = {
+    "usp-ulysses": (["usp"], USP, 2),
+    "usp-ring": (["usp"], {"usp.ulysses": 1, "usp.ring": 3}, 3),
+    "usp-both": (["usp"], {"usp.ulysses": 2, "usp.ring": 2}, 4),
+    "tp": (["tp"], {"tp.degree": 2}, 2),
+    "tp+usp": (["tp", "usp"], {"tp.degree": 2, **USP}, 4),
+    "dp": (["dp"], {"dp.degree": 2}, 2),
+    "cfg": (["cfg"], {}, 2),
+    "cfg+usp": (["cfg", "usp"], USP, 4),
+    "cfg+tp": (["cfg", "tp"], {"tp.degree": 2}, 4),
+    "compile": (["compile"], {"compile.backend": "eager"}, 1),
+    "compile+usp": (["compile", "usp"], {"compile.backend": "eager", **USP}, 2),
+}
+DISPLACED = {
+    "pipefusion-2": (["pipefusion"], {"pipefusion.stages": 2}, 2),
+    "pipefusion-4": (["pipefusion"], {"pipefusion.stages": 4}, 4),
+    "pipefusion+usp": (["pipefusion", "usp"], {"pipefusion.stages": 2, **USP}, 4),
+    "pipefusion+tp": (["pipefusion", "tp"], {"pipefusion.stages": 2, "tp.degree": 2}, 4),
+    "cfg+pipefusion": (["cfg", "pipefusion"], {"pipefusion.stages": 2}, 4),
+    "distrifusion": (["distrifusion"], {"distrifusion.degree": 3}, 3),
+    "distrifusion+usp": (["distrifusion", "usp"], {"distrifusion.degree": 2, "usp.ulysses": 1, "usp.ring": 2}, 4),
+    "cfg+distrifusion": (["cfg", "distrifusion"], {"distrifusion.degree": 2}, 4),
+}
+
+
+def cases(table, **only):
+    """Family and combination, where all of its strategies fit the family."""
+    for name, family in FAMILIES.items():
+        for label, (plugins, *_) in table.items():
+            if set(plugins) <= set(family.strategies):
+                yield pytest.param(name, label, id=f"{name}-{label}")
+
+
+def guided(family: Family, on: bool):
+    """Settings with guidance, or without."""
+    return settings(family, **({} if on else family.plain[0]))
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["guided", "plain"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_plugin_it_is_diffusers(folder_of, oracle, name, on):
+    family = FAMILIES[name]
+    if not on and family.plain is None:
+        pytest.skip("always guided")
+    assert torch.equal(drawn(name, [], folder_of(name), guided(family, on))[0], oracle(name, on))
+
+
+@pytest.mark.parametrize(("name", "label"), cases(EXACT))
+def test_equals_serial(gloo, folder_of, oracle, name, label):
+    plugins, more, world = EXACT[label]
+    for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), {**settings(FAMILIES[name]), **more}, world=world):
+        close(latents, oracle(name))
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize(("name", "label"), cases(DISPLACED))
+def test_equals_the_displaced_reference(gloo, folder_of, oracle, name, label, warmup):
+    plugins, more, world = DISPLACED[label]
+    family, late = FAMILIES[name], next(n for n in plugins if n in ("pipefusion", "distrifusion"))
+    values = {**settings(family), **more, f"{late}.warmup": warmup}
+    if late == "pipefusion":
+        values["pipefusion.patches"] = family.patches
+    reference = drawn(name, [late], folder_of(name), {**settings(family), **plan_for(plugins, folder_of(name), values).reference})[0]
+    assert (reference - oracle(name)).abs().max() > 1e-4 * oracle(name).abs().max()
+    for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=world):
+        close(latents, reference)
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "pipefusion" in f.strategies])
+def test_warmup_is_serial(gloo, folder_of, oracle, name):
+    values = {**settings(FAMILIES[name]), "pipefusion.stages": 2, "pipefusion.patches": 2, "pipefusion.warmup": 3}
+    for latents, _ in gloo.run(drawn, name, ["pipefusion"], folder_of(name), values, world=2):
+        assert torch.equal(latents, oracle(name))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.plain and "usp" in f.strategies])
+def test_without_guidance(gloo, folder_of, oracle, name):
+    values = {**guided(FAMILIES[name], False), **USP}
+    for latents, _ in gloo.run(drawn, name, ["usp"], folder_of(name), values, world=2):
+        close(latents, oracle(name, False))
+
+
+@pytest.mark.parametrize(("name", "plugins"), [(n, ["usp"] if "usp" in f.strategies else ["cfg"]) for n, f in FAMILIES.items()])
+def test_another_scheduler(gloo, folder_of, oracle, name, plugins):
+    family = FAMILIES[name]
+    values = {**settings(family), **(USP if plugins == ["usp"] else {}), "scheduler": family.scheduler}
+    for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=2):
+        close(latents, oracle(name, True, family.scheduler))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "pipefusion" in f.strategies])
+def test_another_scheduler_displaced(gloo, folder_of, name):
+    family = FAMILIES[name]
+    more = {"pipefusion.stages": 2, "pipefusion.patches": family.patches, "pipefusion.warmup": 1}
+    values = {**settings(family), **more, "scheduler": family.scheduler}
+    reference = drawn(name, ["pipefusion"], folder_of(name), {**values, "pipefusion.stages": 1})[0]
+    for latents, _ in gloo.run(drawn, name, ["pipefusion"], folder_of(name), values, world=2):
+        close(latents, reference)
