@@ -8,6 +8,7 @@ Shapes: ``[B, H, S, D]`` - batch, heads, rows of the sequence, head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -193,6 +194,15 @@ def straight(point: AttentionPoint, query: Any, key: Any, value: Any, *rest: Any
     return point.attend(query, key, value, options)
 
 
+def reshape_nothing(x: torch.Tensor, *shape: Any) -> torch.Tensor:
+    """``x.reshape(*shape)`` of a tensor without rows (text that belongs to another patch), where torch finds ``-1`` ambiguous."""
+    sizes = list(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else list(shape)
+    if -1 in sizes:
+        known = math.prod(n for n in sizes if n > 0)
+        sizes[sizes.index(-1)] = math.prod(n for n in x.shape if n) // known if 0 in sizes else 0
+    return torch.Tensor.reshape(x, sizes)
+
+
 class Redirect(TorchFunctionMode):
     """Send ``scaled_dot_product_attention`` to a point while active."""
 
@@ -212,6 +222,8 @@ class Redirect(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
+            if func is torch.Tensor.reshape and not args[0].numel():
+                return reshape_nothing(*args)
             if func is torch.Tensor.unflatten and torch.compiler.is_compiling():  # it calls super(), which cannot be compiled
                 return torch.ops.aten.unflatten.int(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))

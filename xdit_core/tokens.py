@@ -102,7 +102,7 @@ class TokenLayout:
         if patch is None:
             if shard is None:
                 return ((0, self.tokens),)
-            return join([span for m in range(self.patches) for span in self.picture(m, shard)])
+            return join(sorted(span for m in range(self.patches) for span in self.picture(m, shard)))
         frame, (top, bottom) = self.rows * self.columns, self.bounds[patch : patch + 2]
         parts = [(f * frame + top * self.columns, f * frame + bottom * self.columns) for f in range(self.frames)]
         if self.tail and patch == self.patches - 1:
