@@ -106,7 +106,7 @@ class ParallelVae:
             What ``inner`` returns; None on ranks that do not take part.
 
         Raises:
-            UsageError: the latents have fewer rows than there are ranks.
+            UsageError: the latents have fewer rows than there are ranks, or tiles that do not fit together.
         """
         if self.index >= self.degree:
             return None
@@ -117,7 +117,15 @@ class ParallelVae:
                 f"latents of {latents.shape[-2]} rows cannot be decoded by {self.degree} ranks; draw a larger picture, or lower "
                 "parallel_vae.degree."
             )
-        return self.watched(inner)(latents, *args, **kwargs)
+        result = self.watched(inner)(latents, *args, **kwargs)
+        picture = result[0]
+        factors = {picture.shape[i] / latents.shape[i] for i in (-2, -1)}
+        if len(factors) > 1:
+            raise UsageError(
+                f"the tiles of this VAE do not fit together: {latents.shape[-1]} x {latents.shape[-2]} latents became "
+                f"{picture.shape[-1]} x {picture.shape[-2]} pixels; draw another size, or {WITHOUT}."
+            )
+        return result
 
     def watched(self, function: Any) -> Any:
         """The function with its traffic counted, its waits told and the refusals of DistVAE as sentences."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, Family, serial, settings
 from tiny import saved
 
+from xdit_core import Engine
 from xdit_core.testing.runs import generate, plan_for
 
 
@@ -147,3 +149,35 @@ def test_another_scheduler_displaced(gloo, folder_of, name):
     reference = drawn(name, ["pipefusion"], folder_of(name), {**values, "pipefusion.stages": 1})[0]
     for latents, _ in gloo.run(drawn, name, ["pipefusion"], folder_of(name), values, world=2):
         close(latents, reference)
+
+
+def frames_of(images):
+    """Pictures or videos as one array, 0 to 255."""
+    return np.stack([np.asarray(frame, dtype=np.int16) for item in images for frame in (item if isinstance(item, list) else [item])])
+
+
+def decoded(name, plugins, folder, values, tiles=False):
+    """Pictures or videos of our run, on the rank that owns them."""
+    torch.set_num_threads(1)
+    engine = Engine(plan_for(plugins, folder, values))
+    try:
+        if tiles:
+            engine.pipe.vae.enable_tiling()
+        images = engine.generate(FAMILIES[name].subject).images
+        return None if images is None else frames_of(images)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoded_together(gloo, folder_of, name):
+    """The VAE on two ranks; Latte's pipeline decodes in parts, one call after the other."""
+    family = FAMILIES[name]
+    more = {"call.decode_chunk_size": 3} if name == "latte" else {}
+    values = {**settings(family, output_type="image"), **more}
+    plugins = ["cfg", "parallel_vae"]
+    found = gloo.run(decoded, name, plugins, folder_of(name), values, world=2)
+    alone = decoded(name, [], folder_of(name), values, tiles=family.model == "cogvideox")  # its VAE is divided by tiles
+    assert found[1] is None
+    assert np.abs(found[0] - alone).max() <= 1
+    assert alone.std() > 1

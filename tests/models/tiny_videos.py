@@ -63,8 +63,8 @@ def cogvideox(kind: str = "2b", layers: int = 4) -> CogVideoXPipeline:
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=2,
-        sample_height=32,
-        sample_width=32,
+        sample_height=48,  # tiles whose overlaps are whole numbers
+        sample_width=40,
     )
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4,
