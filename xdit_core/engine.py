@@ -104,7 +104,10 @@ class Engine:
         for change in late:
             change(self.pipe)
         self._extra, self._wants_latents = call_settings(plan.values), False
-        found = {"_index": read_json(Path(plan.folder) / INDEX), **{n: getattr(part, "config", None) for n, part in self.pipe.components.items()}}
+        found = {
+            "_index": read_json(Path(plan.folder) / INDEX),
+            **{n: getattr(part, "config", None) for n, part in self.pipe.components.items()},
+        }
         self._configs = {name: config for name, config in found.items() if isinstance(config, Mapping)}
         check_call(self._extra, self.pipe)
         self.load_seconds = time.perf_counter() - started
@@ -226,8 +229,13 @@ class Engine:
         self.rank.now.grid = ((run.height or 0) // side, (run.width or 0) // side)
         self.rank.now.pictures = len(job.numbers)
         self.rank.seconds.clear()
-        for part in (self.branches.clear, *(x.begin for x in (*self.forwards, *self.once)), *self._each("begin")):
-            part()
+        self.branches.clear()
+        for point in self.forwards:
+            point.begin()
+        for module in self.once:
+            module.begin()
+        for begin in self._each("begin"):
+            begin()
         self._marks = {"start": time.perf_counter()}
         self.rank.doing("encoding the prompt")
         self._wants_latents = run.output_type == "latent"
@@ -244,8 +252,8 @@ class Engine:
             except _Latents as found:
                 self.pipe.maybe_free_model_hooks()
                 (output.latents,) = found.args
-        for part in self._each("end"):
-            part()
+        for end in self._each("end"):
+            end()
         output.seconds = self._seconds()
         return output
 

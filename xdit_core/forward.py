@@ -186,10 +186,11 @@ class ForwardPoint:
         now.frames, rows, columns, unit = self.grid(latents)
         frames = 1 if spec.stream.frames else now.frames
         condition = given.get(spec.text_input)
+        words = 0
         if spec.text_rows:
             words = spec.text_rows(given)
-        else:
-            words = condition.shape[1] if spec.stream.text and condition is not None else 0
+        elif spec.stream.text and condition is not None:
+            words = condition.shape[1]
         layout = TokenLayout(
             rows=rows,
             columns=columns,

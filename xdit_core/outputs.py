@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from xdit_core.jobs import Output
     from xdit_core.plan import Plan
 
-SUFFIX = MappingProxyType({"image": ".png", "latent": ".safetensors"})
+SUFFIX = MappingProxyType({"image": ".png", "video": ".mp4", "latent": ".safetensors"})
 PACKAGES = ("xdit", "torch", "diffusers", "transformers")
 
 
@@ -33,13 +33,17 @@ def is_folder(out: str) -> bool:
     return out.endswith(("/", os.sep)) or Path(out).is_dir() or not Path(out).suffix
 
 
-def targets(run: RunSettings) -> tuple[tuple[Path, ...], ...]:
+def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ...]:
     """The files that a run writes: for each prompt one for each picture, or one that holds the latents of all.
+
+    Args:
+        video: the model makes videos.
 
     Raises:
         UsageError: the suffix of ``out=`` does not fit.
     """
-    suffix = SUFFIX[run.output_type]
+    kind = "video" if video and run.output_type == "image" else run.output_type
+    suffix = SUFFIX[kind]
     each = run.images if run.output_type == "image" else 1
     out = Path(run.out).expanduser()
     if is_folder(run.out):
@@ -48,9 +52,9 @@ def targets(run: RunSettings) -> tuple[tuple[Path, ...], ...]:
     if run.out == "out.png":  # the default serves both types of output
         out = out.with_suffix(suffix)
     if out.suffix.lower() != suffix:
-        kind = "pictures are written as PNG" if run.output_type == "image" else "latents are written as safetensors"
+        form = {"image": "pictures are written as PNG", "video": "videos are written as MP4"}
         raise UsageError(
-            f"out={run.out} ends in {out.suffix} but {kind}; use out={out.with_suffix(suffix)}, or a name without a dot "
+            f"out={run.out} ends in {out.suffix} but {form.get(kind, 'latents are written as safetensors')}; use out={out.with_suffix(suffix)}, or a name without a dot "
             "for a folder."
         )
     if len(run.prompt) * each == 1:
@@ -76,16 +80,42 @@ def without_repeats(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return result
 
 
-def check_writable(run: RunSettings) -> None:
+def sheet_path(run: RunSettings) -> Path:
+    """Where the contact sheet goes."""
+    out = Path(run.out).expanduser()
+    return out / "sheet.png" if is_folder(run.out) else out.with_name(f"{out.stem}-sheet.png")
+
+
+def write_sheet(run: RunSettings, files: Sequence[Sequence[Path]]) -> str:
+    """Put everything that was written onto one picture.
+
+    Returns:
+        A line for the user, "" if there is nothing to put together.
+    """
+    if run.output_type != "image" or sum(map(len, files)) < 2:
+        return ""
+    from xdit_core.sheet import contact_sheet
+
+    path = sheet_path(run)
+    try:
+        sheet, absent = contact_sheet(files, run.prompt)
+        with atomically(path) as temporary:
+            sheet.save(temporary, format="PNG")
+    except OSError as error:
+        return f"{path} was not written: {error.strerror or error}; the pictures are there."
+    return f"{path}  the contact sheet" + (f", without {len(absent)} files that are not here or too many" if absent else "")
+
+
+def check_writable(run: RunSettings, files: Sequence[Sequence[Path]]) -> None:
     """Make the folders of the results and try to write there, so that an hour's work is not lost at its end.
 
     Raises:
         UsageError: it is not possible; says where and why.
     """
-    for path in (path for row in targets(run) for path in row):
+    for path in (path for row in files for path in row):
         if path.is_dir():
             raise UsageError(f"out={run.out}: {path} is a folder; choose another file name.")
-    for folder in sorted({path.parent for row in targets(run) for path in row}):
+    for folder in sorted({path.parent for row in files for path in row}):
         make_folder(folder, "out", run.out)
 
 
@@ -137,6 +167,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "guidance": run.guidance,
         "height": run.height,
         "width": run.width,
+        **({"frames": run.frames, "fps": run.fps} if plan.facts.video else {}),
         "digest": plan.digest(),
     }
 
@@ -179,15 +210,15 @@ def write(output: Output, paths: Sequence[Path], plan: Plan, seconds: Mapping[st
         seed = plan.run.seed + output.numbers[i]
         about = {**common, "seed": seed}
         with atomically(path) as temporary:
-            save(output, i, temporary, about, readable(output.prompt, seed, plan))
+            save(output, i, temporary, about, readable(output.prompt, seed, plan), plan.run.fps or 16)
         timings = {name: round(value, 4) for name, value in seconds.items()}
         with atomically(path.with_suffix(".json")) as temporary:
             text = json.dumps({"file": path.name, **about, "seconds": timings, **more}, indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def save(output: Output, i: int, path: Path, about: Mapping[str, Any], text: str) -> None:
-    """Picture ``i`` as PNG, or all latents as safetensors. Inside are the settings, not the timings: same run, same bytes."""
+def save(output: Output, i: int, path: Path, about: Mapping[str, Any], text: str, fps: int) -> None:
+    """Picture ``i`` as PNG, video ``i`` as MP4, or all latents as safetensors. Inside are the settings, not the timings: same run, same bytes."""
     settings = json.dumps(about)
     if output.latents is not None:
         from safetensors.torch import save_file
@@ -198,6 +229,11 @@ def save(output: Output, i: int, path: Path, about: Mapping[str, Any], text: str
         raise ValueError("this rank does not own the output")
     from PIL.PngImagePlugin import PngInfo
 
+    if isinstance(output.images[i], list):
+        from xdit_core.video import write_video
+
+        write_video(output.images[i], path, fps, f"{text}\n{settings}")
+        return
     info = PngInfo()
     info.add_text("xdit", settings)
     info.add_text("parameters", text)
@@ -205,4 +241,4 @@ def save(output: Output, i: int, path: Path, about: Mapping[str, Any], text: str
     save_png(path, format="PNG", pnginfo=info)
 
 
-__all__ = ["check_writable", "make_folder", "targets", "write"]
+__all__ = ["check_writable", "make_folder", "targets", "write", "write_sheet"]

@@ -21,7 +21,9 @@ from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, ModelSpe
 from xdit_core.registry import STRATEGIES, Registry
 from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys
 
-SUBJECTS: Mapping[str, str] = MappingProxyType({"prompt": "prompt", "class": "class_"})  # what to draw, and its field of RunSettings
+SUBJECTS: Mapping[str, str] = MappingProxyType(
+    {"prompt": "prompt", "class": "class_"}
+)  # what to draw, and its field of RunSettings
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -88,7 +90,8 @@ class Plan:
     def from_json(text: str) -> Plan:
         """Read what ``to_json`` wrote."""
         d = json.loads(text)
-        d["run"] = RunSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in d["run"].items()})
+        run: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d["run"].items()}
+        d["run"] = RunSettings(**run)
         d["axes"] = tuple(Axis(**{**a, "choices": None if a["choices"] is None else tuple(a["choices"])}) for a in d["axes"])
         d["wraps"] = {point: tuple((level, name) for level, name in pairs) for point, pairs in d["wraps"].items()}
         d["transforms"] = tuple((phase, name) for phase, name in d["transforms"])
@@ -233,7 +236,7 @@ def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
     prompt = run.prompt
     if run.prompts is not None:
         try:
-            lines = Path(run.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(run.prompts).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file.") from error
         prompt += tuple(line.strip() for line in lines if line.strip())
@@ -248,7 +251,9 @@ def check_taken(given: RunSettings, spec: ModelSpec) -> list[Problem]:
     found = []
     for setting, argument in spec.call.items():
         if not argument and setting not in ("images", "height", "width") and getattr(given, setting) is not None:
-            found.append(Problem(f"{setting}={getattr(given, setting)} is nothing that {spec.name} takes", f"leave out {setting}="))
+            found.append(
+                Problem(f"{setting}={getattr(given, setting)} is nothing that {spec.name} takes", f"leave out {setting}=")
+            )
     for setting, field in SUBJECTS.items():
         if setting != spec.subject and getattr(given, field):
             example = f"{spec.subject}={spec.defaults.get('prompt', ('...',))[0]}"
@@ -274,7 +279,9 @@ def check_subject(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
 def needs_blocks(name: str, declared: Declaration, facts: Facts) -> list[Problem]:
     """A strategy that works on transformer blocks, where the denoiser has no list of them."""
     if declared.stages or any(w.point in ("trunk", "attention") for w in declared.wraps):
-        return [Problem(f"{name} divides transformer blocks, and the U-Net of {facts.model} is no list of blocks", f"drop {name}")]
+        return [
+            Problem(f"{name} divides transformer blocks, and the U-Net of {facts.model} is no list of blocks", f"drop {name}")
+        ]
     return []
 
 
@@ -386,8 +393,10 @@ def same_plan(plan: Plan, registry: Registry | None = None) -> None:
     Raises:
         XditError: it came out different here.
     """
-    same = {"model.path": plan.folder, "nproc": plan.world, "device": plan.run.device, "prompt": plan.run.prompt}
-    values = {k: v for k, v in plan.values.items() if k != "prompts"}  # the file may lie on another machine
+    same: dict[str, Any] = {"model.path": plan.folder, "nproc": plan.world, "device": plan.run.device}
+    values = dict(plan.values)
+    if values.pop("prompts", None) is not None:  # the file may lie on another machine
+        same["prompt"] = plan.run.prompt
     mine = make_plan(list(plan.plugins), {**values, **same}, registry, devices=plan.world)
     ours, theirs = json.loads(mine.to_json()), json.loads(plan.to_json())
     for data in (ours, theirs):

@@ -30,7 +30,9 @@ class RunSettings:
     guidance: float | None = field(default=None, metadata={"help": "classifier-free guidance scale"})
     height: int | None = field(default=None, metadata={"help": "pixels"})
     width: int | None = field(default=None, metadata={"help": "pixels"})
-    class_: tuple[str, ...] = field(default=(), metadata={"help": "number or name of a class, for models that draw classes; repeat"})
+    class_: tuple[str, ...] = field(
+        default=(), metadata={"help": "number or name of a class, for models that draw classes; repeat"}
+    )
     frames: int | None = field(default=None, metadata={"help": "frames of a video"})
     fps: int | None = field(default=None, metadata={"help": "frames a second of a video file"})
     images: int = field(default=1, metadata={"help": "pictures or videos for each prompt"})

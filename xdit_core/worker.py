@@ -103,6 +103,8 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
             beat.doing("waiting for the other ranks to finish")
             dist.barrier()
             dist.destroy_process_group()
+        if place.rank == 0 and (line := outputs.write_sheet(plan.run, write.files)):
+            print(line, flush=True)
         beat.doing("done")
 
 
@@ -111,7 +113,7 @@ class Writer:
 
     def __init__(self, plan: Plan, engine: Engine, progress: Progress, beat: Beat) -> None:
         self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
-        self.files = outputs.targets(plan.run)
+        self.files = outputs.targets(plan.run, plan.facts.video)
         self._written: set[Path] = set()
 
     def title(self, job: Job) -> None:

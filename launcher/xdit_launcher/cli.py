@@ -131,7 +131,8 @@ def run(
     values, named = values_of(words, config)
     chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
     plan = make_plan(chosen, values)
-    files = [path for row in outputs.targets(plan.run) for path in row]
+    targets = outputs.targets(plan.run, plan.facts.video)
+    files = [path for row in targets for path in row]
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
@@ -139,7 +140,7 @@ def run(
         click.echo(plan.to_json() if as_json else "\n".join(show.plan_lines(plan, files, command)))
         return
     start = backend_named(backend)
-    outputs.check_writable(plan.run)
+    outputs.check_writable(plan.run, targets)
     folder = run_folder(plan)
     tell(plan, bool(values.get("prompt") or values.get("prompts")))
     ctx.exit(start(plan, folder, {}))

@@ -199,7 +199,8 @@ class Verify:
         """Likeness of the plan's pictures to another run's."""
         from xdit_launcher.compare import likeness
 
-        if self.plans["plan"].run.output_type != "image":
+        plan = self.plans["plan"]
+        if plan.run.output_type != "image" or plan.facts.video:
             return None
         mine, theirs = ([path for row in outputs.targets(self.plans[name].run) for path in row] for name in ("plan", other))
         return likeness(mine, theirs)

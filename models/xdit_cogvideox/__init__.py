@@ -19,11 +19,6 @@ MATRICES = MappingProxyType(
 )
 
 
-def frame_step(configs: Mapping[str, Any]) -> int:
-    """Frames that the VAE packs into one."""
-    return int(configs.get("vae", {}).get("temporal_compression_ratio", 4))
-
-
 def words(configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[Problem]:
     """A table of positions that was made for one length of text has no other."""
     config, asked_for = configs["transformer"], asked["max_sequence_length"] or 226
@@ -45,7 +40,7 @@ def xdit_model() -> ModelSpec:
         ),
         attention=lambda block: ("joint",),
         frame_dim=1,
-        frame_step=frame_step,
+        frame_step=lambda configs: int(configs["vae"].get("temporal_compression_ratio", 4)),
         patch_frames="patch_size_t",
         text_tokens=lambda configs, asked: int(asked.get("max_sequence_length") or 226),
         unbatched=("image_rotary_emb",),
@@ -57,5 +52,5 @@ def xdit_model() -> ModelSpec:
             **{"steps": 50, "guidance": 6.0, "height": 480, "width": 720, "frames": 49, "fps": 8},
             "prompt": ("a panda plays a guitar in a bamboo forest",),
         },
-        call={"images": ""},  # the pipeline makes one video a call
+        call={"images": ""},
     )

@@ -29,7 +29,9 @@ def length(configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[Pro
     """The table of positions in time has one length."""
     frames = configs["transformer"].get("video_length", 16)
     if asked["frames"] not in (1, frames):
-        yield Problem(f"frames={asked['frames']}: this Latte makes videos of {frames} frames, or pictures", f"give {frames} or 1")
+        yield Problem(
+            f"frames={asked['frames']}: this Latte makes videos of {frames} frames, or pictures", f"give {frames} or 1"
+        )
 
 
 @hookimpl
@@ -50,5 +52,9 @@ def xdit_model() -> ModelSpec:
         conditioning=("adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
         check=length,
         defaults={"steps": 50, "guidance": 7.5, "frames": 16, "fps": 8, "prompt": ("a dog in a park",)},
-        call={"frames": "video_length", "max_sequence_length": "", "images": ""},  # several at once mask the text in another way
+        call={
+            "frames": "video_length",
+            "max_sequence_length": "",
+            "images": "",
+        },  # several at once mask the text in another way
     )

@@ -50,5 +50,11 @@ def xdit_model() -> ModelSpec:
         refused={"controlnet_block_samples": OMNI, "siglip_feats": OMNI, "image_noise_mask": OMNI},
         matrices=MATRICES,
         conditioning=("t_embedder", "cap_embedder", "context_refiner.[0-9]", "noise_refiner.*.adaLN_*", "layers.*.adaLN_*"),
-        defaults={"steps": 9, "guidance": 0.0, "height": 1024, "width": 1024, "prompt": ("a young woman in red hanfu at night",)},
+        defaults={
+            "steps": 9,
+            "guidance": 0.0,
+            "height": 1024,
+            "width": 1024,
+            "prompt": ("a young woman in red hanfu at night",),
+        },
     )

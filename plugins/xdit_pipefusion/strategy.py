@@ -34,7 +34,6 @@ from xdit_core import (
     spans_of,
 )
 
-
 Link = tuple[int, Channel, int]
 
 
@@ -233,7 +232,9 @@ class PipeFusion:
             pending = self._ahead or self.source.receive(rows.tokens, rows.tokens.shape[1], 1, before)
             self._ahead = None
             tokens, text = pending.wait(), rows.text
-            if text is not None and text.shape[1] and mine.start > segment.start:  # where a list begins, every stage has the text
+            if (
+                text is not None and text.shape[1] and mine.start > segment.start
+            ):  # where a list begins, every stage has the text
                 text = self.source.receive(text, text.shape[1], 1, before).wait()
             rows = rows.but(tokens=tokens, text=text)
             self.post_next(rows.tokens)

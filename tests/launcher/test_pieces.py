@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import time
@@ -55,8 +56,12 @@ def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(prompt=("a",), out="v1.5") == [["v1.5/a-0.png"]]
     assert slug("../../etc/passwd") == "etc-passwd" and slug("?!") == "picture" and slug("Schöne Füchse") == "schöne-füchse"
     assert len(slug("x" * 500)) <= 48
-    check_writable(RunSettings(prompt=("a",), out="p/q/x.png"))
+    check_writable(RunSettings(prompt=("a",), out="p/q/x.png"), [[Path("p/q/x.png")]])
     assert (tmp_path / "p" / "q").is_dir() and not any((tmp_path / "p" / "q").iterdir())
+    run = RunSettings(prompt=("a",))
+    assert targets(run, video=True) == ((Path("out.mp4"),),)
+    with pytest.raises(UsageError, match="videos are written as MP4; use out=x.mp4"):
+        targets(dataclasses.replace(run, out="x.gif"), video=True)
     with pytest.raises(UsageError, match=r"x\.webp ends in \.webp"):
         names(prompt=("a",), out="x.webp")
 

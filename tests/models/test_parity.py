@@ -113,7 +113,9 @@ def test_equals_the_displaced_reference(gloo, folder_of, oracle, name, label, wa
     values = {**settings(family), **more, f"{late}.warmup": warmup}
     if late == "pipefusion":
         values["pipefusion.patches"] = family.patches
-    reference = drawn(name, [late], folder_of(name), {**settings(family), **plan_for(plugins, folder_of(name), values).reference})[0]
+    reference = drawn(
+        name, [late], folder_of(name), {**settings(family), **plan_for(plugins, folder_of(name), values).reference}
+    )[0]
     assert (reference - oracle(name)).abs().max() > 1e-4 * oracle(name).abs().max()
     for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=world):
         close(latents, reference)
@@ -153,7 +155,9 @@ def test_another_scheduler_displaced(gloo, folder_of, name):
 
 def frames_of(images):
     """Pictures or videos as one array, 0 to 255."""
-    return np.stack([np.asarray(frame, dtype=np.int16) for item in images for frame in (item if isinstance(item, list) else [item])])
+    return np.stack(
+        [np.asarray(frame, dtype=np.int16) for item in images for frame in (item if isinstance(item, list) else [item])]
+    )
 
 
 def decoded(name, plugins, folder, values, tiles=False):

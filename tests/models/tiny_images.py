@@ -77,7 +77,9 @@ def dit(layers: int = 4) -> DiTPipeline:
         num_embeds_ada_norm=1000,
     )
     labels = {i: f"class {i}, number {i}" for i in range(1000)} | {207: "golden retriever"}
-    return DiTPipeline(transformer=shaken(transformer), vae=tiny_vae(16), scheduler=DDIMScheduler(beta_end=0.005), id2label=labels)
+    return DiTPipeline(
+        transformer=shaken(transformer), vae=tiny_vae(16), scheduler=DDIMScheduler(beta_end=0.005), id2label=labels
+    )
 
 
 def hunyuandit(layers: int = 6) -> HunyuanDiTPipeline:
