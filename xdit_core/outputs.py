@@ -52,9 +52,10 @@ def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ..
     if run.out == "out.png":  # the default serves both types of output
         out = out.with_suffix(suffix)
     if out.suffix.lower() != suffix:
-        form = {"image": "pictures are written as PNG", "video": "videos are written as MP4"}
+        forms = {"image": "pictures are written as PNG", "video": "videos are written as MP4"}
+        form = forms.get(kind, "latents are written as safetensors")
         raise UsageError(
-            f"out={run.out} ends in {out.suffix} but {form.get(kind, 'latents are written as safetensors')}; use out={out.with_suffix(suffix)}, or a name without a dot "
+            f"out={run.out} ends in {out.suffix} but {form}; use out={out.with_suffix(suffix)}, or a name without a dot "
             "for a folder."
         )
     if len(run.prompt) * each == 1:

@@ -122,7 +122,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleDict({str(i): block for i, block in blocks.items()})
         self._order = tuple((i, block, spec.attention(block)) for i, block in blocks.items())
-        self._stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
+        self.stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
         self._now, self._point = now, point
         self.select = Selector()
         self._redirect = Redirect(point)
@@ -132,7 +132,7 @@ class Trunk(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        stream, layout, now = self._stream, self._now.layout, self._now
+        stream, layout, now = self.stream, self._now.layout, self._now
         now.segment = self._segment
         tokens = whole = given.pop(stream.tokens)
         text = given.pop(stream.text) if stream.text else None
@@ -187,7 +187,7 @@ class Trunk(nn.Module):
 
     def run_blocks(self, rows: Rows) -> Rows:
         """The blocks of this rank, one after the other, on the rows in hand."""
-        stream, point, skip = self._stream, self._point, self._now.skip
+        stream, point, skip = self.stream, self._point, self._now.skip
         with self._redirect if point.active else nullcontext():
             for index, block, pattern in self._order:
                 if index in skip:

@@ -20,6 +20,7 @@ from xdit_core.engine import Engine, denoisers_of
 from xdit_core.jobs import Done, Job, Output, Started
 from xdit_core.lazy import materialized
 from xdit_core.outputs import atomically
+from xdit_core.records import Stream
 from xdit_core.tokens import length
 
 MARK = "record"
@@ -71,14 +72,14 @@ class Recorder:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.now, self.stream = engine, engine.rank.now, engine.rank.spec.stream
+        self.engine, self.now = engine, engine.rank.now
         self.arrays: dict[str, Any] = {}
         self._job, self._step, self._times = "", 1, 0
-        for index, block in blocks_of(engine):
-            block.register_forward_hook(partial(self.behind, index))
+        for index, block, stream in blocks_of(engine):
+            block.register_forward_hook(partial(self.behind, index, stream))
             if index == 0:
                 self._names = tuple(inspect.signature(block.forward).parameters)
-                block.register_forward_pre_hook(self.before, with_kwargs=True)
+                block.register_forward_pre_hook(partial(self.before, stream), with_kwargs=True)
         self._progress, engine.progress = engine.progress, self.progressed
         if engine.decode is not None:
             self._decode = engine.pipe.vae.decode
@@ -95,19 +96,21 @@ class Recorder:
         if self._progress:
             self._progress(step, steps)
 
-    def before(self, block: Any, args: Any, kwargs: Any) -> None:
+    def before(self, stream: Stream, block: Any, args: Any, kwargs: Any) -> None:
         """The rows that the first block gets."""
-        self.look(0, {**dict(zip(self._names, args, strict=False)), **kwargs}[self.stream.tokens])
+        self.look(0, stream, {**dict(zip(self._names, args, strict=False)), **kwargs}[stream.tokens])
 
-    def behind(self, index: int, block: Any, args: Any, out: Any) -> None:
+    def behind(self, index: int, stream: Stream, block: Any, args: Any, out: Any) -> None:
         """The rows that a block gave."""
-        parts = dict(zip(self.stream.returns, out if isinstance(out, tuple) else (out,), strict=False))
-        self.look(index + 1, parts["tokens"])
+        parts = dict(zip(stream.returns, out if isinstance(out, tuple) else (out,), strict=False))
+        self.look(index + 1, stream, parts["tokens"])
 
-    def look(self, place: int, rows: torch.Tensor) -> None:
+    def look(self, place: int, stream: Stream, rows: torch.Tensor) -> None:
         """Take the fingerprints of rows ``[B, n, D]``."""
         layout = self.now.layout
         spans = layout.picture(self.now.patch, self.now.shard)
+        if stream.joined:
+            rows = rows[:, : length(spans)]
         if rows.shape[1] != length(spans):  # text and picture in one: the adapter takes them apart elsewhere
             return
         means = rows.detach().double().abs().mean(-1).float().cpu().numpy()
@@ -134,11 +137,15 @@ class Recorder:
             self._times += 1
 
 
-def blocks_of(engine: Engine) -> Iterator[tuple[int, torch.nn.Module]]:
-    """The blocks that this rank holds, by global index."""
-    if engine.trunks:
-        yield from ((int(name), block) for part in engine.trunks for name, block in part.blocks.items())
-        return
+def blocks_of(engine: Engine) -> Iterator[tuple[int, torch.nn.Module, Stream]]:
+    """The blocks that this rank holds, by global index, and how they are called."""
     spec = engine.rank.spec
-    for denoiser in denoisers_of(engine.pipe, spec).values():
-        yield from enumerate(block for part in spec.blocks for block in getattr(denoiser, part.attribute))
+    for trunk in engine.trunks:
+        yield from ((int(name), block, trunk.stream) for name, block in trunk.blocks.items())
+    for denoiser in () if engine.trunks else denoisers_of(engine.pipe, spec).values():
+        index = 0
+        for part in spec.blocks:
+            for block in getattr(denoiser, part.attribute):
+                if part.make is None:  # else the denoiser has no such module
+                    yield index, block, part.stream or spec.stream
+                index += 1

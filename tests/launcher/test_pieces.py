@@ -60,7 +60,7 @@ def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "p" / "q").is_dir() and not any((tmp_path / "p" / "q").iterdir())
     run = RunSettings(prompt=("a",))
     assert targets(run, video=True) == ((Path("out.mp4"),),)
-    with pytest.raises(UsageError, match="videos are written as MP4; use out=x.mp4"):
+    with pytest.raises(UsageError, match=r"videos are written as MP4; use out=x\.mp4"):
         targets(dataclasses.replace(run, out="x.gif"), video=True)
     with pytest.raises(UsageError, match=r"x\.webp ends in \.webp"):
         names(prompt=("a",), out="x.webp")
