@@ -40,4 +40,5 @@ def middle_frame(path: Path) -> Any:
 
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-    return frames[len(frames) // 2].to_image()
+    middle: Any = frames[len(frames) // 2]
+    return middle.to_image()
