@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     if not weight_files(folder / spec.denoiser):
         raise ModelError(f"{folder / spec.denoiser} holds no diffusion_pytorch_model.safetensors; fetch the model again.")
     return configs
+
+
+def fingerprints(paths: Iterable[str]) -> tuple[str, ...]:
+    """What tells the contents of files, or of the weights in folders, from those of others."""
+    found = []
+    for path in map(Path, paths):
+        digest = hashlib.sha256()
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        found.append(digest.hexdigest()[:16])
+    return tuple(found)
 
 
 def latent_factor(configs: Mapping[str, Any]) -> int:

@@ -29,7 +29,7 @@ from xdit_core.plan import Plan, check_run, check_size
 from xdit_core.rank import Rank, ignore
 from xdit_core.records import PHASES, Built, ModelSpec
 from xdit_core.registry import Registry
-from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, did_you_mean
+from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, did_you_mean, parse_loras
 from xdit_core.trunk import Trunk, replace_blocks
 
 # What may differ from request to request; everything else is decided by the plan.
@@ -90,7 +90,8 @@ class Engine:
         if pipe is None:
             where = torch.device("cpu") if late else device
             trust = build(ModelSettings, "model.", plan.values).trust_remote_code
-            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust)
+            loras = parse_loras(plan.run.lora)
+            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras)
         else:
             for denoiser in denoisers_of(pipe, spec).values():
                 for change in early:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from xdit_core.checkpoint import INDEX, read_json, weight_files
 from xdit_core.errors import ModelError
+from xdit_core.lora import Delta, Deltas, load_loras
 from xdit_core.records import ModelSpec
 from xdit_core.trunk import Absent
 
@@ -29,6 +31,7 @@ def load_pipeline(
     dtype: torch.dtype,
     changes: Sequence[Change] = (),
     trust_remote_code: bool = False,
+    loras: Mapping[str, float] = MappingProxyType({}),
 ) -> Any:
     """The pipeline of a local checkpoint folder.
 
@@ -38,6 +41,7 @@ def load_pipeline(
         blocks: indices of the blocks to hold.
         changes: what strategies do to the denoiser while its parameters are on the meta device.
         trust_remote_code: Python code that lies in the folder may run.
+        loras: path to scale, to be added to the weights.
 
     Raises:
         ModelError: a component cannot be read.
@@ -46,17 +50,32 @@ def load_pipeline(
 
     index = read_json(folder / INDEX)
     cls = getattr(diffusers, index["_class_name"])
-    components: dict[str, Any] = absent_components(cls, index)
-    for name in spec.denoisers:
-        if name not in components and name in index:
-            components[name] = load_part(spec, folder / name, index[name][1], blocks, dtype, changes)
+    absent: dict[str, Any] = absent_components(cls, index)
+    names = {name: index[name][1] for name in spec.denoisers if name in index and name not in absent}
+    # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
+    shapes = {name: empty(class_name, folder / name) for name, class_name in names.items()}
     more = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **components)
+        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {reason}") from error
+    deltas: dict[str, Deltas] = load_loras(pipe, shapes, loras) if loras else {}
+    for name, class_name in names.items():
+        loaded = load_part(spec, folder / name, class_name, blocks, dtype, changes, deltas.get(name, {}))
+        pipe.register_modules(**{name: loaded})
     return pipe.to(device)
+
+
+def empty(class_name: str, folder: Path) -> nn.Module:
+    """A denoiser with parameters on the meta device and computed buffers real."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    cls = getattr(diffusers, class_name)
+    with init_empty_weights():
+        model: nn.Module = cls.from_config(cls.load_config(folder))
+    return model
 
 
 def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, None]:
@@ -71,20 +90,22 @@ def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, Non
 
 
 def load_part(
-    spec: ModelSpec, folder: Path, class_name: str, blocks: range, dtype: torch.dtype, changes: Sequence[Change] = ()
+    spec: ModelSpec,
+    folder: Path,
+    class_name: str,
+    blocks: range,
+    dtype: torch.dtype,
+    changes: Sequence[Change] = (),
+    deltas: Deltas = MappingProxyType({}),
 ) -> nn.Module:
     """The denoiser with ``Absent`` in place of the blocks that other stages hold; of a sharded parameter only the shard is read.
 
     Raises:
         ModelError: the checkpoint lacks a tensor that this rank needs.
     """
-    import diffusers
-    from accelerate import init_empty_weights
     from safetensors import safe_open
 
-    cls = getattr(diffusers, class_name)
-    with init_empty_weights():  # parameters on the meta device, computed buffers real
-        model: nn.Module = cls.from_config(cls.load_config(folder))
+    model = empty(class_name, folder)
     start = 0
     for part in spec.blocks:
         for name in (part.attribute, *part.beside):
@@ -98,12 +119,12 @@ def load_part(
         change(model)
     needed = {**model.state_dict(), **dict(model.named_parameters())}  # parameters know how they are divided
     state: dict[str, torch.Tensor] = {}
-    fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    fp32 = tuple(getattr(type(model), "_keep_in_fp32_modules", None) or ())
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for key in needed.keys() & set(tensors.keys()):
                 keep = any(name in key.split(".") for name in fp32)
-                state[key] = read(tensors, key, needed[key], torch.float32 if keep else dtype)
+                state[key] = read(tensors, key, needed[key], torch.float32 if keep else dtype, deltas.get(key))
     missing = sorted(set(needed) - set(state))
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} tensors, {missing[0]} among them; fetch the model again.")
@@ -111,14 +132,15 @@ def load_part(
     return model.eval()
 
 
-def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a safetensors file, or the part of it that a ``DTensor`` holds here."""
+def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype, delta: Delta | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file, or the part of it that a ``DTensor`` holds here; with ``delta()`` added, in float32."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
 
+    change = delta() if delta else None
     if not isinstance(like, DTensor):
-        whole: torch.Tensor = tensors.get_tensor(key).to(dtype)
-        return whole
+        whole: torch.Tensor = tensors.get_tensor(key)
+        return (whole if change is None else whole.float() + change.view_as(whole)).to(dtype)
     sizes, starts = local_part(like.shape, like.device_mesh, like.placements)
     where = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
     dim, packed = getattr(like, "packed", (0, (like.shape[0],)))
@@ -128,12 +150,12 @@ def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype) -> torc
             one = size // like.device_mesh.size()
             first = start + like.device_mesh.get_local_rank() * one
             where[dim] = slice(first, first + one)
-        pieces.append(tensors.get_slice(key)[tuple(where)])
+        piece = tensors.get_slice(key)[tuple(where)]
+        pieces.append(piece if change is None else piece.float() + change[tuple(where)])
         start += size
     part = torch.cat(pieces, dim=dim)
-    own = part.to(like.device_mesh.device_type, dtype).clone(
-        memory_format=torch.contiguous_format
-    )  # a slice would hold the whole
+    # a slice would hold the whole
+    own = part.to(like.device_mesh.device_type, dtype).clone(memory_format=torch.contiguous_format)
     made: torch.Tensor = DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

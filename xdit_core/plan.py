@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ from xdit_core import checkpoint, degrees, hub, machine
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
 from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, ModelSpec, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
-from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys
+from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys, parse_loras
 
 SUBJECTS: Mapping[str, str] = MappingProxyType(
     {"prompt": "prompt", "class": "class_"}
@@ -96,7 +97,7 @@ class Plan:
         d["wraps"] = {point: tuple((level, name) for level, name in pairs) for point, pairs in d["wraps"].items()}
         d["transforms"] = tuple((phase, name) for phase, name in d["transforms"])
         d["plugins"] = {name: tuple(origin) for name, origin in d["plugins"].items()}
-        d["facts"] = Facts(**d["facts"])
+        d["facts"] = Facts(**{**d["facts"], "loras": tuple(d["facts"]["loras"])})
         for key in ("model_origin", "split", "displaced", "notes"):
             d[key] = tuple(d[key])
         return Plan(**d)
@@ -156,8 +157,9 @@ def make_plan(
         folder = hub.locate(spec, where)
     configs = checkpoint.open_checkpoint(spec, folder)
     run = with_defaults(given, spec, configs)
-    problems = check_run(run) + check_taken(given, spec)
+    problems = check_run(run) + check_taken(given, spec) + check_loras(run)
     facts = checkpoint.facts(spec, configs, {**dataclasses.asdict(run), **call_settings(values)})
+    facts = dataclasses.replace(facts, loras=() if problems else checkpoint.fingerprints(parse_loras(run.lora)))
     problems += check_size(run, facts) + check_subject(run, spec, configs)
     problems += spec.check(configs, {**dataclasses.asdict(run), **call_settings(values)}) if spec.check else ()
 
@@ -274,6 +276,18 @@ def check_subject(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
             what, _, fix = str(error).partition("; ")
             found.append(Problem(what, fix))
     return found
+
+
+def check_loras(run: RunSettings) -> list[Problem]:
+    """LoRAs must be there, and what reads them."""
+    try:
+        found = parse_loras(run.lora)
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        return [Problem(what, fix)]
+    if found and find_spec("peft") is None:
+        return [Problem("lora= needs the package peft", "pip install peft")]
+    return []
 
 
 def needs_blocks(name: str, declared: Declaration, facts: Facts) -> list[Problem]:

@@ -307,6 +307,7 @@ class Facts:
         matrices: the adapter says how the matrices of a block can be divided.
         guided: every step has a conditional and an unconditional half.
         frame_step: frames of the video for a latent frame, 0 if the model makes pictures.
+        loras: fingerprints of the files that are added to the weights.
     """
 
     model: str
@@ -320,6 +321,7 @@ class Facts:
     guided: bool = True
     frames: int = 1
     frame_step: int = 0
+    loras: tuple[str, ...] = ()
 
     @property
     def video(self) -> bool:

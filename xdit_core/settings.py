@@ -9,12 +9,13 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from xdit_core.errors import PluginError, UsageError
 
 CALL = "call."
-COLLECTED = ("prompt", "class")
+COLLECTED = ("prompt", "class", "lora")
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 
@@ -43,6 +44,7 @@ class RunSettings:
     device: str | None = field(default=None, metadata={"help": "cpu or cuda"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of each process"})
     nproc: int | None = field(default=None, metadata={"help": "number of processes"})
+    lora: tuple[str, ...] = field(default=(), metadata={"help": "PATH[:scale] of a LoRA to add to the weights; repeat"})
     scheduler: str | None = field(default=None, metadata={"help": "a diffusers scheduler class instead of the model's"})
     max_sequence_length: int | None = field(default=None, metadata={"help": "most text tokens of the T5 encoder"})
     timeout: float = field(default=600.0, metadata={"help": "seconds without progress after which the run is ended"})
@@ -89,6 +91,28 @@ def call_settings(values: Mapping[str, Any]) -> dict[str, Any]:
                 found[key.removeprefix(CALL)] = json.loads(value) if isinstance(value, str) else value
             except ValueError:
                 found[key.removeprefix(CALL)] = value
+    return found
+
+
+def parse_loras(texts: Iterable[str]) -> dict[str, float]:
+    """``PATH[:scale]`` to path and scale.
+
+    Raises:
+        ValueError: no such file or folder, or one that is given twice; says what to do.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        path, _, number = text.rpartition(":")
+        try:
+            scale = float(number) if path else 1.0
+        except ValueError:
+            path, scale = text, 1.0
+        path = str(Path(path or text).expanduser().resolve())
+        if not Path(path).exists():
+            raise ValueError(f"lora={text}: there is no {path}; give a file or folder, with a scale behind it such as PATH:0.8")
+        if path in found:
+            raise ValueError(f"lora={text}: {path} is given twice; keep one of them")
+        found[path] = scale
     return found
 
 

@@ -31,10 +31,9 @@ def settings_help(cls: type[Any] | None, prefix: str = "") -> Iterator[str]:
     """``usp.ulysses  int (default: chosen for you)  what it is`` for every setting of a class."""
     if cls is None:
         return
-    kinds = fields_of(cls)
     shown = [
-        (f"{prefix}{f.name}=", type_name(kinds[f.name]), default_of(f), f.metadata.get("help", ""))
-        for f in dataclasses.fields(cls)
+        (f"{prefix}{name}=", type_name(kind), default_of(f), f.metadata.get("help", ""))
+        for (name, kind), f in zip(fields_of(cls).items(), dataclasses.fields(cls), strict=True)
     ]
     wide = [max((len(s[i]) for s in shown), default=0) for i in range(3)]
     for key, kind, default, text in shown:

@@ -256,7 +256,7 @@ def test_auto_takes_the_adapter_that_fits(tiny_sd3_folder, tiny_pixart_folder, t
         make_plan([], {"model": "auto"})
     (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     with pytest.raises(
-        UsageError, match=r"model=auto: no installed adapter fits a KolorsPipeline; name one with model=, of emoji, "
+        UsageError, match=r"model=auto: no installed adapter fits a KolorsPipeline; name one with model=, of cogvideox, "
     ):
         make_plan([], {"model": "auto", "model.path": str(tmp_path)})
 

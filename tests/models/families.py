@@ -51,6 +51,16 @@ PROMPT = {"prompt": "a red fox", "num_images_per_prompt": 2}
 OWN_SIZE = {"use_resolution_binning": False}
 
 FAMILIES: dict[str, Family] = {
+    "flux": Family(
+        "flux",
+        {**size(24, 40), "guidance": 3.5, "negative": "blue", "max_sequence_length": 7, "call.true_cfg_scale": 4.0},
+        {
+            **{**PROMPT, **size(24, 40), "guidance_scale": 3.5, "negative_prompt": "blue"},
+            **{"true_cfg_scale": 4.0, "max_sequence_length": 7},
+        },
+        plain=({"negative": None}, {"negative_prompt": None}),
+        scheduler="FlowMatchLCMScheduler",
+    ),
     "hunyuandit": Family(
         "hunyuandit",
         {**size(96, 160), "guidance": 5.0, "call.use_resolution_binning": False},
