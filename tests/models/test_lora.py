@@ -108,7 +108,7 @@ def test_other_models(gloo, tmp_path, name):
 
 def test_what_is_not_there_or_no_lora(sd3, tmp_path):
     folder, (one, _) = sd3
-    with pytest.raises(PlanRefused, match="there is no .*nowhere; give a file or folder, with a scale behind it"):
+    with pytest.raises(PlanRefused, match=r"there is no .*nowhere; give a file or folder, with a scale behind it"):
         plan_for([], folder, {"lora": str(tmp_path / "nowhere")})
     with pytest.raises(PlanRefused, match="is given twice"):
         plan_for([], folder, {"lora": (one, f"{one}:2")})
