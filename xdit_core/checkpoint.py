@@ -171,4 +171,5 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
         matrices=spec.matrices is not None,
         guided=spec.guided(asked) if spec.guided else (asked.get("guidance") or 0.0) > 1.0,
         frame_step=step,
+        row_unit=spec.row_unit(config) if spec.row_unit else 1,
     )

@@ -200,6 +200,7 @@ class ForwardPoint:
             frames=frames,
             text_first=spec.stream.text_first,
             tail=spec.tail(frames * rows * columns) if spec.tail else 0,
+            unit=plan.facts.row_unit,
         )
         if layout != now.layout:
             self.check(layout)

@@ -213,6 +213,7 @@ class ModelSpec:
         frame_dim: dim of the latents along which the frames lie, None without frames.
         frame_step: from the component configs, how many frames of the video a latent frame stands for; None if it makes pictures.
             A video of ``n`` frames has ``(n - 1) / step + 1`` latent frames.
+        row_unit: from the denoiser's config, how many rows of tokens a cut must leave together; 1 if it is None.
         tail: for a number of picture tokens, how many rows the denoiser puts behind them.
         text_input: argument of forward whose identity tells the branches of a step apart.
         text_rows: from the arguments of forward, how many text rows go through the blocks; by default those of ``text_input``.
@@ -258,6 +259,7 @@ class ModelSpec:
     listed: bool = False
     frame_dim: int | None = None
     frame_step: Callable[[Mapping[str, Any]], int] | None = None
+    row_unit: Callable[[Mapping[str, Any]], int] | None = None
     tail: Callable[[int], int] | None = None
     text_input: str = "encoder_hidden_states"
     text_rows: Callable[[Mapping[str, Any]], int] | None = None
@@ -307,6 +309,7 @@ class Facts:
         matrices: the adapter says how the matrices of a block can be divided.
         guided: every step has a conditional and an unconditional half.
         frame_step: frames of the video for a latent frame, 0 if the model makes pictures.
+        row_unit: rows of tokens that a cut must leave together.
         loras: fingerprints of the files that are added to the weights.
     """
 
@@ -321,6 +324,7 @@ class Facts:
     guided: bool = True
     frames: int = 1
     frame_step: int = 0
+    row_unit: int = 1
     loras: tuple[str, ...] = ()
 
     @property

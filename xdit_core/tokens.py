@@ -21,20 +21,25 @@ def even_bounds(total: int, parts: int) -> tuple[int, ...]:
     return tuple(i * size + min(i, rest) for i in range(parts + 1))
 
 
-def patch_bounds(rows: int, columns: int, text: int, patches: int) -> tuple[int, ...]:
+def patch_bounds(rows: int, columns: int, text: int, patches: int, unit: int = 1) -> tuple[int, ...]:
     """Rows at which the picture is cut so that every patch has about the same tokens, the text counted with patch 0.
+
+    Args:
+        unit: cuts lie at multiples of it.
 
     Raises:
         ValueError: fewer rows than patches.
     """
+    whole, rows, columns = rows, rows // unit, columns * unit
     if patches > rows:
-        raise ValueError(f"{rows} rows of tokens cannot be cut into {patches} patches")
+        raise ValueError(f"{whole} rows of tokens cannot be cut into {patches} patches" + (f" of {unit}" if unit > 1 else ""))
     if patches == 1:
-        return (0, rows)
+        return (0, whole)
     share = (rows * columns + text) / patches
     first = round((share - text) / columns)
     first = max(1, min(first, rows // patches, rows - (patches - 1)))
-    return (0, *(first + b for b in even_bounds(rows - first, patches - 1)))
+    inner = [first + b for b in even_bounds(rows - first, patches - 1)[:-1]]
+    return (0, *(unit * b for b in inner), whole)
 
 
 def length(spans: Sequence[Span]) -> int:
@@ -76,6 +81,7 @@ class TokenLayout:
         shards: parts of every patch, over ranks.
         text_first: the text's rows precede the picture's in joint attention.
         tail: rows that the denoiser puts behind the picture's; they belong to the last patch.
+        unit: rows that stay in one patch.
     """
 
     rows: int
@@ -86,6 +92,7 @@ class TokenLayout:
     frames: int = 1
     text_first: bool = False
     tail: int = 0
+    unit: int = 1
 
     @property
     def tokens(self) -> int:
@@ -95,7 +102,7 @@ class TokenLayout:
     @cached_property
     def bounds(self) -> tuple[int, ...]:
         """Rows at which patches begin and end, ``patches + 1`` numbers."""
-        return patch_bounds(self.rows, self.columns, self.text // self.frames, self.patches)
+        return patch_bounds(self.rows, self.columns, self.text // self.frames, self.patches, self.unit)
 
     def picture(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:
         """Spans of picture tokens of a patch (None: of all patches) and a shard (None: of all shards)."""

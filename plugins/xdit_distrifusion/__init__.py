@@ -2,7 +2,8 @@
 
 Every rank owns one patch of the picture for the whole run. After ``warmup`` synchronous steps a patch attends to its own fresh keys and
 values and to those of the step before of all others, which travel while the ranks compute. Text rows that go through the blocks belong to
-the first patch. The result depends on patches, warmup and steps only.
+the first patch. In a U-Net the same holds for the rows beyond the edges of a patch that convolutions see, and for the moments of norms
+(there, "stale_gn" of the authors' code). The result depends on patches, warmup and steps only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Transform, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -45,22 +46,27 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         own = {"degree": 1, "patches": patches(degrees), "warmup": settings.warmup}
         return {f"distrifusion.{name}": value for name, value in own.items()}
 
+    most = facts.rows // facts.row_unit
+    unet = not facts.blocks
+    code = (Claim("code", "it replaces the calls of convolutions and norms"),) if unet else ()
     return Declaration(
         axes=(
             Axis(
                 "distrifusion",
                 settings.degree,
                 Traffic.PER_RING_HOP,
-                choices=tuple(range(1, facts.rows + 1)),
-                why=f"the picture has {facts.rows} rows of tokens",
+                choices=tuple(range(1, most + 1)),
+                why=f"the picture has {most} times {facts.row_unit} rows" if unet else f"the picture has {most} rows of tokens",
                 setting="distrifusion.degree",
             ),
         ),
         claims=(
             Claim("patches", "it gives every rank a patch of the picture"),
             Claim("kv", "it keeps keys and values of the step before"),
+            *code,
         ),
-        wraps=(Wrap("forward", "patches"), Wrap("attention", "cache")),
+        wraps=(Wrap("forward", "patches"), *(() if unet else (Wrap("attention", "cache"),))),
+        transforms=(Transform("adapt"),) if unet else (),
         patches=patches,
         displaced=True,
         reference=reference,
@@ -72,10 +78,9 @@ def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
     """What is wrong whatever the degrees will be."""
     if settings.warmup < 0:
         yield Problem(f"distrifusion.warmup={settings.warmup} is negative", "use 0 or more, 1 is usual")
-    if settings.patches is not None and not 1 <= settings.patches <= facts.rows:
-        yield Problem(
-            f"distrifusion.patches={settings.patches} does not fit {facts.rows} rows of tokens", f"use 1 to {facts.rows}"
-        )
+    most = facts.rows // facts.row_unit
+    if settings.patches is not None and not 1 <= settings.patches <= most:
+        yield Problem(f"distrifusion.patches={settings.patches} does not fit {facts.rows} rows of tokens", f"use 1 to {most}")
 
 
 @hookimpl
@@ -97,6 +102,6 @@ def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem
 @hookimpl
 def xdit_build(settings: Settings, rank: Rank) -> Built:
     """The wraps, on this rank's group."""
-    from xdit_distrifusion.strategy import DistriFusion
+    from xdit_distrifusion.strategy import build
 
-    return DistriFusion(settings.warmup, rank).built()
+    return build(settings.warmup, rank)

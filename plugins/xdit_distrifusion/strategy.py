@@ -1,17 +1,14 @@
-"""DistriFusion on one rank: one patch of the picture, keys and values of the others from the step before.
+"""DistriFusion on one rank: one patch of the picture, and what it needs of the others from the step before.
 
 Shapes: latents ``[B, C, h, w]``, keys and values ``[B, H, S, D]``, both together ``[2, B, H, S, D]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from xdit_core import (
     Attend,
@@ -26,62 +23,24 @@ from xdit_core import (
     refuse_mask,
     spans_of,
 )
+from xdit_distrifusion.exchange import Exchange
 
 
-@dataclass
-class Kept:
-    """Keys and values of one attention call, by patch; ``fresh`` are on their way or of this step, ``old`` of the step before."""
+class Patches:
+    """The forward of one rank: its patch, or all patches one after the other where there is one rank.
 
-    old: dict[int, torch.Tensor] = field(default_factory=dict)
-    fresh: dict[int, torch.Tensor] = field(default_factory=dict)
-    pending: Any = None
-
-
-@dataclass
-class Flow:
-    """What one branch (one condition of a step) carries from step to step."""
-
-    step: int = -1
-    kept: dict[tuple[int, int], Kept] = field(default_factory=dict)
-
-
-class DistriFusion:
-    """The wraps of one rank. With one rank and several patches it computes what as many ranks would.
-
-    Sends per rank and block: ``2 x B x S/N x H x D`` elements to each of the others, while the ranks compute; per step its part of the
-    prediction.
+    Sends per step: its part of the prediction.
 
     Args:
-        warmup: synchronous steps.
-        rank: this rank.
+        exchange: between the patches.
+        cuts_input: the denoiser is given the rows of the patch only, and not the whole picture of which it then looks at the patch.
     """
 
-    def __init__(self, warmup: int, rank: Rank) -> None:
-        self.warmup, self.rank, self.now = warmup, rank, rank.now
-        self.group, self.degree, self.index = (
-            rank.group("distrifusion"),
-            rank.degree("distrifusion"),
-            rank.index("distrifusion"),
-        )
-        self.flows: dict[Any, Flow] = {}
+    def __init__(self, exchange: Exchange, cuts_input: bool) -> None:
+        self.exchange, self.now, self.cuts_input = exchange, exchange.now, cuts_input
 
-    def built(self) -> Built:
-        """For the core."""
-        return Built(
-            wraps={"forward/patches": self.patch, "attention/cache": self.cached}, begin=self.flows.clear, end=self.end
-        )
-
-    def end(self) -> None:
-        """A request went through: wait for every handle, free the buffers."""
-        for flow in self.flows.values():
-            for kept in flow.kept.values():
-                self.arrived(kept)
-        self.flows.clear()
-
-    # forward
-
-    def patch(self, inner: ForwardRun, call: Call) -> torch.Tensor:
-        """One call of the denoiser: this rank's patch, or all patches one after the other where there is one rank.
+    def __call__(self, inner: ForwardRun, call: Call) -> torch.Tensor:
+        """One call of the denoiser.
 
         Args:
             call: latents ``[B, C, h, w]``.
@@ -89,68 +48,56 @@ class DistriFusion:
         Returns:
             The prediction at full shape, on every rank.
         """
-        now = self.now
-        flow = self.flows.setdefault(now.branch, Flow())
+        now, exchange = self.now, self.exchange
+        flow, dim = exchange.flow, now.row_dim
         flow.step += 1
         if call.elsewhere or now.layout.patches == 1:
             return inner(call)
         call = call.but(latents=materialized(call.latents))
-        if self.degree == 1 and flow.step < self.warmup:
+        if exchange.degree == 1 and flow.step < exchange.warmup:
             return inner(call)
-        mine = range(now.layout.patches) if self.degree == 1 else [self.index]
         parts = []
         try:
-            for patch in mine:
+            for patch in range(now.layout.patches) if exchange.degree == 1 else [exchange.index]:
                 now.patch = patch
-                out = inner(call)
                 top, bottom = now.cuts[patch : patch + 2]
-                parts.append(out.narrow(now.row_dim, top, bottom - top).contiguous())
+                mine = call.but(latents=call.latents.narrow(dim, top, bottom - top)) if self.cuts_input else call
+                out = inner(mine)
+                parts.append(out if self.cuts_input else out.narrow(dim, top, bottom - top).contiguous())
         finally:
             now.patch = None
-        if self.degree > 1:
-            parts = self.gather(parts[0], [b - a for a, b in pairwise(now.cuts)], now.row_dim, "distrifusion.latents")
-        return torch.cat(parts, dim=now.row_dim)
+        if exchange.degree > 1:
+            parts = exchange.gather(parts[0], [b - a for a, b in pairwise(now.cuts)], dim, "distrifusion.latents")
+        return torch.cat(parts, dim=dim)
 
-    # attention
 
-    def cached(self, inner: AttentionRun, call: Attend) -> Any:
-        """Attend to fresh rows of the own patch and to those of the step before of all others; in warm-up to fresh rows of all.
+class KeysAndValues:
+    """Attend to fresh rows of the own patch and to those of the step before of all others; in warm-up to fresh rows of all.
+
+    Sends per rank and block: ``2 x B x S/N x H x D`` elements to each of the others, while the ranks compute.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange, self.now = exchange, exchange.now
+
+    def __call__(self, inner: AttentionRun, call: Attend) -> Any:
+        """One attention call.
 
         Args:
             call: q, k, v with the rows of the patch in hand; text rows come with patch 0.
         """
-        now, flow = self.now, self.flows[self.now.branch]
+        now, key = self.now, (call.block, call.ordinal)
         if now.layout.patches == 1:
             return inner(call)
         refuse_mask(call, "distrifusion")
-        kept = flow.kept.setdefault((call.block, call.ordinal), Kept())
         kv = torch.stack((call.k, call.v))
-        if now.patch is None:  # warm-up on one rank
-            if flow.step == self.warmup - 1:
-                kept.old = self.cut(kv, call)
+        if now.patch is None:
+            self.exchange.whole(key, lambda: self.cut(kv, call))
             return inner(call)
         rows = [sum(length(spans_of(now, call.kind, m, s)) for s in call.shards) for m in range(now.layout.patches)]
-        if flow.step < self.warmup:
-            parts = dict(enumerate(self.gather(kv, rows, 3, "distrifusion")))
-            if flow.step == self.warmup - 1:
-                kept.old = parts
-            return self.attend(inner, call, parts)
-        if self.degree > 1:
-            self.arrived(kept)
-        elif kept.fresh.keys() >= set(range(now.layout.patches)):
-            kept.old, kept.fresh = kept.fresh, {}
-        parts = {**kept.old, now.patch: kv}
-        if self.degree == 1:
-            kept.fresh[now.patch] = kv
-        else:
-            self.post(kept, kv, rows)
-        return self.attend(inner, call, parts)
-
-    def attend(self, inner: AttentionRun, call: Attend, parts: dict[int, torch.Tensor]) -> Any:
-        """Attend to the keys and values of some patches."""
-        order = sorted(parts)
-        kv = torch.cat([parts[m] for m in order], dim=3)
-        return inner(call.but(k=kv[0], v=kv[1], patches=tuple(order)))
+        parts = self.exchange.parts(key, kv, rows, 3)
+        k, v = torch.cat(list(parts.values()), dim=3)
+        return inner(call.but(k=k, v=v, patches=tuple(parts)))
 
     def cut(self, kv: torch.Tensor, call: Attend) -> dict[int, torch.Tensor]:
         """Keys and values of the whole picture by patch."""
@@ -160,36 +107,15 @@ class DistriFusion:
         index = [place[positions(self.now, call.kind, m, call.shards)] for m in range(self.now.layout.patches)]
         return {m: kv.index_select(3, i.to(kv.device)) for m, i in enumerate(index)}
 
-    def post(self, kept: Kept, kv: torch.Tensor, rows: Sequence[int]) -> None:
-        """Begin to send the fresh keys and values to the others, and to receive theirs, for the next step."""
-        mine, parts = self.buffers(kv, rows, 3)
-        kept.pending = (dist.all_gather(parts, mine, group=self.group, async_op=True), mine)
-        kept.fresh = {m: part.narrow(3, 0, n) for m, (part, n) in enumerate(zip(parts, rows, strict=True))}
-        self.rank.sent["distrifusion"] += kv.nbytes * (self.degree - 1)
 
-    def arrived(self, kept: Kept) -> None:
-        """What was sent in the step before is here."""
-        if kept.pending is not None:
-            with self.rank.waiting("keys and values of the step before"):
-                kept.pending[0].wait()
-            kept.old, kept.fresh, kept.pending = kept.fresh, {}, None
+def build(warmup: int, rank: Rank) -> Built:
+    """The wraps of one rank, for a stack of transformer blocks or for a U-Net."""
+    exchange = Exchange(warmup, rank)
+    begin, end = exchange.flows.clear, exchange.end
+    if rank.plan.facts.blocks:
+        wraps = {"forward/patches": Patches(exchange, False), "attention/cache": KeysAndValues(exchange)}
+        return Built(wraps=wraps, begin=begin, end=end)
+    from xdit_distrifusion.unet import neighbours
 
-    # both
-
-    def gather(self, mine: torch.Tensor, rows: Sequence[int], dim: int, name: str) -> list[torch.Tensor]:
-        """The parts of all ranks, now; ``rows`` along ``dim`` of each."""
-        padded, parts = self.buffers(mine, rows, dim)
-        with self.rank.waiting("the patches of the other ranks"):
-            dist.all_gather(parts, padded, group=self.group)
-        self.rank.sent[name] += mine.nbytes * (self.degree - 1)
-        return [part.narrow(dim, 0, n) for part, n in zip(parts, rows, strict=True)]
-
-    def buffers(self, mine: torch.Tensor, rows: Sequence[int], dim: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """All parts at the size of the largest: all_gather wants equal shapes."""
-        most = max(rows)
-        if mine.shape[dim] < most:
-            shape = list(mine.shape)
-            shape[dim] = most - shape[dim]
-            mine = torch.cat((mine, mine.new_zeros(shape)), dim=dim)
-        mine = mine.contiguous()
-        return mine, [torch.empty_like(mine) for _ in rows]
+    wraps = {"forward/patches": Patches(exchange, True)}
+    return Built(wraps=wraps, transforms={"adapt": lambda denoiser: neighbours(denoiser, exchange)}, begin=begin, end=end)

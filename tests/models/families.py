@@ -158,7 +158,7 @@ FAMILIES: dict[str, Family] = {
         {**PROMPT, **size(32, 48), "guidance_scale": 5.0},
         plain=NO_GUIDANCE,
         scheduler="DPMSolverMultistepScheduler",
-        strategies=("dp", "cfg", "parallel_vae", "compile"),
+        strategies=("dp", "cfg", "parallel_vae", "compile", "distrifusion"),
     ),
 }
 

@@ -128,6 +128,23 @@ def test_warmup_is_serial(gloo, folder_of, oracle, name):
         assert torch.equal(latents, oracle(name))
 
 
+@pytest.mark.parametrize(("height", "width", "degree"), [(128, 192, 2), (144, 168, 4), (176, 104, 3)])
+def test_a_unet_in_patches(gloo, tmp_path, height, width, degree):
+    """Sides that do not halve evenly, patches of different sizes; serial in warm-up, near it and equal to the reference past it."""
+    name, size, folder = "sdxl", {"height": height, "width": width}, saved("sdxl", tmp_path / "sdxl", levels=4)
+    want = serial(folder, {**FAMILIES[name].theirs, **size})
+    values = {**settings(FAMILIES[name]), **size, "distrifusion.degree": degree}
+    for latents, _ in gloo.run(
+        drawn, name, ["distrifusion"], folder, {**values, "distrifusion.warmup": 3}, world=degree
+    ):
+        close(latents, want)
+    one = {**values, "distrifusion.degree": 1, "distrifusion.patches": degree}
+    reference = drawn(name, ["distrifusion"], folder, one)[0]
+    assert 1e-4 < (reference - want).abs().max() / want.abs().max() < 0.5
+    for latents, _ in gloo.run(drawn, name, ["distrifusion"], folder, values, world=degree):
+        close(latents, reference)
+
+
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.plain and "usp" in f.strategies])
 def test_without_guidance(gloo, folder_of, oracle, name):
     values = {**guided(FAMILIES[name], False), **USP}

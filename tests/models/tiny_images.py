@@ -186,8 +186,8 @@ def z_image(layers: int = 3, refiners: int = 2) -> ZImagePipeline:
     )
 
 
-def sdxl() -> StableDiffusionXLPipeline:
-    """Three levels, attention in the two lower ones."""
+def sdxl(levels: int = 2) -> StableDiffusionXLPipeline:
+    """Three levels, attention in the two lower ones; ``levels`` of the VAE."""
     clip = clip_tokenizer([" ".join(WORDS)], length=12, vocab_size=600)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -210,7 +210,7 @@ def sdxl() -> StableDiffusionXLPipeline:
         for p in unet.parameters():
             p.mul_(1.5 if p.dim() > 1 else 1.0)
     return StableDiffusionXLPipeline(
-        vae=tiny_vae(16),
+        vae=tiny_vae(16, levels),
         text_encoder=tiny_clip(clip, 12, CLIPTextModel),
         text_encoder_2=tiny_clip(clip, 12),
         tokenizer=clip,
