@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xdit_core import ModelError
+from xdit_core import ModelError, Now
 from xdit_distrifusion.exchange import Exchange
 
 
@@ -53,9 +52,8 @@ class Halo:
         if now.layout.patches == 1:
             return self.original(x)
         if now.patch is None:
-            self.exchange.whole(
-                self.name, lambda: {m: self.edges(part) for m, part in enumerate(cut(x, now.cuts, x.shape[-2]))}
-            )
+            patches = x.split(rows_of(now, x.shape[-2]), dim=-2)
+            self.exchange.whole(self.name, lambda: {m: self.edges(part) for m, part in enumerate(patches)})
             return self.original(x)
         parts = self.exchange.parts(self.name, self.edges(x), [2] * now.layout.patches, 0)
         above, below = parts.get(now.patch - 1), parts.get(now.patch + 1)
@@ -83,12 +81,13 @@ class GroupNorm:
         now, norm = self.exchange.now, self.norm
         if now.layout.patches == 1:
             return self.original(x)
+        rows = rows_of(now, x.shape[-2])
         if now.patch is None:
-            rows = cut(x, now.cuts, x.shape[-2])
-            self.exchange.whole(self.name, lambda: {m: self.moments(part) for m, part in enumerate(rows)})
+            patches = x.split(rows, dim=-2)
+            self.exchange.whole(self.name, lambda: {m: self.moments(part) for m, part in enumerate(patches)})
             return self.original(x)
         parts = self.exchange.parts(self.name, self.moments(x), [2] * now.layout.patches, 0)
-        share = torch.tensor([float(b - a) for a, b in pairwise(now.cuts)], device=x.device)[list(parts)]
+        share = torch.tensor(rows, dtype=torch.float32, device=x.device)[list(parts)]
         share = (share / share.sum()).view(-1, 1, 1)
         means, variances = torch.stack(list(parts.values()), dim=1)
         mean = (share * means).sum(0)
@@ -121,22 +120,27 @@ class AllRows:
         now, out = self.exchange.now, self.original(x)
         if now.layout.patches == 1:
             return out
-        layout, cuts = now.layout, now.cuts
-        here = (0, layout.rows) if now.patch is None else cuts[now.patch : now.patch + 2]
+        here = now.layout.rows if now.patch is None else now.cuts[now.patch + 1] - now.cuts[now.patch]
         factor = 1
-        while -(-(here[1] - here[0]) // factor) * -(-layout.columns // factor) > out.shape[1]:
+        while halved(here, factor) * halved(now.layout.columns, factor) > out.shape[1]:
             factor *= 2
-        width = -(-layout.columns // factor)
-        sizes = [-(-(b - a) // factor) * width for a, b in pairwise(cuts)]
+        width = halved(now.layout.columns, factor)
+        sizes = [n * width for n in rows_of(now, halved(here, factor))]
         if now.patch is None:
             self.exchange.whole(self.name, lambda: dict(enumerate(out.split(sizes, dim=1))))
             return out
         return torch.cat(list(self.exchange.parts(self.name, out, sizes, 1).values()), dim=1)
 
 
-def cut(x: torch.Tensor, cuts: tuple[int, ...], rows: int) -> Any:
-    """The rows of each patch at a level of the U-Net where the picture has ``rows`` rows."""
-    factor = 1
-    while -(-cuts[-1] // factor) > rows:
+def halved(side: int, factor: int) -> int:
+    """A side at a level of the U-Net where it is ``factor`` times smaller."""
+    return -(-side // factor)
+
+
+def rows_of(now: Now, rows: int) -> list[int]:
+    """Rows of each patch at the level where the patch in hand, or the whole picture, has ``rows`` rows."""
+    lengths = [b - a for a, b in pairwise(now.cuts)]
+    here, factor = now.layout.rows if now.patch is None else lengths[now.patch], 1
+    while halved(here, factor) > rows:
         factor *= 2
-    return x.split([-(-(b - a) // factor) for a, b in pairwise(cuts)], dim=-2)
+    return [halved(n, factor) for n in lengths]

@@ -134,9 +134,7 @@ def test_a_unet_in_patches(gloo, tmp_path, height, width, degree):
     name, size, folder = "sdxl", {"height": height, "width": width}, saved("sdxl", tmp_path / "sdxl", levels=4)
     want = serial(folder, {**FAMILIES[name].theirs, **size})
     values = {**settings(FAMILIES[name]), **size, "distrifusion.degree": degree}
-    for latents, _ in gloo.run(
-        drawn, name, ["distrifusion"], folder, {**values, "distrifusion.warmup": 3}, world=degree
-    ):
+    for latents, _ in gloo.run(drawn, name, ["distrifusion"], folder, {**values, "distrifusion.warmup": 3}, world=degree):
         close(latents, want)
     one = {**values, "distrifusion.degree": 1, "distrifusion.patches": degree}
     reference = drawn(name, ["distrifusion"], folder, one)[0]
