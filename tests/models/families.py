@@ -51,6 +51,27 @@ PROMPT = {"prompt": "a red fox", "num_images_per_prompt": 2}
 OWN_SIZE = {"use_resolution_binning": False}
 
 FAMILIES: dict[str, Family] = {
+    "sd3": Family(
+        "sd3",
+        {**size(24, 40), "guidance": 7.0, "max_sequence_length": 5},
+        {**PROMPT, **size(24, 40), "guidance_scale": 7.0, "max_sequence_length": 5},
+        plain=NO_GUIDANCE,
+        scheduler="FlowMatchHeunDiscreteScheduler",
+    ),
+    "pixart_alpha": Family(
+        "pixart_alpha",
+        {**size(24, 40), "guidance": 4.5, "call.use_resolution_binning": False, "call.clean_caption": False},
+        {**PROMPT, **size(24, 40), "guidance_scale": 4.5, **OWN_SIZE, "clean_caption": False},
+        plain=NO_GUIDANCE,
+        scheduler="DDIMScheduler",
+    ),
+    "pixart_sigma": Family(
+        "pixart_sigma",
+        {**size(24, 40), "guidance": 4.5, "call.use_resolution_binning": False, "call.clean_caption": False},
+        {**PROMPT, **size(24, 40), "guidance_scale": 4.5, **OWN_SIZE, "clean_caption": False},
+        plain=NO_GUIDANCE,
+        scheduler="EulerDiscreteScheduler",
+    ),
     "flux": Family(
         "flux",
         {**size(24, 40), "guidance": 3.5, "negative": "blue", "max_sequence_length": 7, "call.true_cfg_scale": 4.0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -75,8 +76,10 @@ DISPLACED = {
     "cfg+distrifusion": (["cfg", "distrifusion"], {"distrifusion.degree": 2}, 4),
 }
 
+WARMUPS = {"pipefusion-2": [0, 1], "distrifusion": [0, 1]}
 
-def cases(table, **only):
+
+def cases(table):
     """Family and combination, where all of its strategies fit the family."""
     for name, family in FAMILIES.items():
         for label, (plugins, *_) in table.items():
@@ -105,8 +108,9 @@ def test_equals_serial(gloo, folder_of, oracle, name, label):
         close(latents, oracle(name))
 
 
-@pytest.mark.parametrize("warmup", [0, 1])
-@pytest.mark.parametrize(("name", "label"), cases(DISPLACED))
+@pytest.mark.parametrize(
+    ("name", "label", "warmup"), [(*c.values, w) for c in cases(DISPLACED) for w in WARMUPS.get(c.values[1], [1])]
+)
 def test_equals_the_displaced_reference(gloo, folder_of, oracle, name, label, warmup):
     plugins, more, world = DISPLACED[label]
     family, late = FAMILIES[name], next(n for n in plugins if n in ("pipefusion", "distrifusion"))
@@ -126,6 +130,35 @@ def test_warmup_is_serial(gloo, folder_of, oracle, name):
     values = {**settings(FAMILIES[name]), "pipefusion.stages": 2, "pipefusion.patches": 2, "pipefusion.warmup": 3}
     for latents, _ in gloo.run(drawn, name, ["pipefusion"], folder_of(name), values, world=2):
         assert torch.equal(latents, oracle(name))
+
+
+ODD = {"wan": (48, 16), "hunyuandit": (112, 80)}
+ODD |= dict.fromkeys(("sd3", "flux", "qwen_image", "z_image"), (28, 20))  # 7 x 5 tokens; others take multiples of 8 only
+
+
+@pytest.mark.parametrize("plugins", [["usp"], ["pipefusion", "usp"]], ids="+".join)
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "usp" in f.strategies and f.model != "dit"])
+def test_odd_sizes(gloo, folder_of, name, plugins):
+    """Tokens and rows that do not divide by ranks, patches or stages; one picture."""
+    family = FAMILIES[name]
+    height, width = ODD.get(family.model, (32, 40))
+    values = {
+        **settings(family, images=1),
+        "height": height,
+        "width": width,
+        "usp.ulysses": 1,
+        "usp.ring": 3 if len(plugins) == 1 else 2,
+    }
+    if "pipefusion" in plugins:
+        values |= {"pipefusion.stages": 2, "pipefusion.patches": 3}
+        one = {k: v for k, v in values.items() if not k.startswith("usp.")}
+        want = drawn(name, ["pipefusion"], folder_of(name), {**one, "pipefusion.stages": 1})[0]
+    else:
+        arguments = {**family.theirs, "height": height, "width": width}
+        count = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1}
+        want = serial(folder_of(name), {k: count.get(k, v) for k, v in arguments.items()}, images=1)
+    for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=3 if len(plugins) == 1 else 4):
+        close(latents, want)
 
 
 @pytest.mark.parametrize(("height", "width", "degree"), [(128, 192, 2), (144, 168, 4), (176, 104, 3)])
@@ -200,3 +233,13 @@ def test_decoded_together(gloo, folder_of, name):
     assert found[1] is None
     assert np.abs(found[0] - alone).max() <= 1
     assert alone.std() > 1
+
+
+@pytest.mark.parametrize("name", ["dit"])
+def test_checkpoints_that_name_an_old_class(folder_of, oracle, tmp_path, name):
+    """Those that were published name ``Transformer2DModel``, which diffusers takes for the class of today."""
+    folder = tmp_path / "old"
+    shutil.copytree(folder_of(name), folder)
+    for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        file.write_text(file.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
+    assert torch.equal(drawn(name, [], str(folder), settings(FAMILIES[name]))[0], oracle(name))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -34,7 +37,22 @@ from transformers import (
     Qwen3Model,
 )
 
-from xdit_core.testing.models import clip_tokenizer, tiny_clip, tiny_t5, tiny_vae
+from xdit_core.testing.models import clip_tokenizer, tiny_clip, tiny_pixart, tiny_sd3, tiny_t5, tiny_vae
+
+
+def sd3() -> Any:
+    """Without a T5."""
+    return tiny_sd3()
+
+
+def pixart_alpha() -> Any:
+    """With learned sigma."""
+    return tiny_pixart(sigma=False)
+
+
+def pixart_sigma() -> Any:
+    """With learned sigma."""
+    return tiny_pixart()
 
 
 def flux(dev: bool = True) -> FluxPipeline:
@@ -123,10 +141,10 @@ def qwen_image(layers: int = 4) -> QwenImagePipeline:
     """4 heads x 8; latents of 4 channels, packed by two a side."""
     tokenizer = qwen_tokenizer()
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "rope_theta": 10000.0}
+    text |= {"num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 10000.0}
     text |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=1, video_token_id=2)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=510, video_token_id=511)
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
@@ -145,13 +163,17 @@ def qwen_image(layers: int = 4) -> QwenImagePipeline:
         joint_attention_dim=16,
         axes_dims_rope=(2, 2, 4),
     )
-    return QwenImagePipeline(
+    pipe = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae.eval(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
         tokenizer=tokenizer,
         transformer=shaken(transformer),
     )
+    # A token for each word, as in the published vocabulary: the pipeline drops 34, which is how the template begins.
+    tokenizer.add_tokens(sorted(set(re.findall(r"<\|\w+\|>| ?\w+", pipe.prompt_template_encode))))
+    assert len(tokenizer(pipe.prompt_template_encode.split("{}")[0]).input_ids) == pipe.prompt_template_encode_start_idx
+    return pipe
 
 
 def z_image(layers: int = 3, refiners: int = 2) -> ZImagePipeline:
