@@ -38,7 +38,9 @@ class Family:
     scheduler: str = ""
     patches: int = 3
     subject: str = "a red fox"
-    strategies: tuple[str, ...] = ("usp", "tp", "dp", "cfg", "pipefusion", "distrifusion", "parallel_vae", "compile")
+    strategies: tuple[str, ...] = (
+        *("usp", "tp", "dp", "cfg", "pipefusion", "distrifusion", "parallel_vae", "compile", "flash"),
+    )
 
 
 def size(height: int, width: int) -> dict[str, int]:

@@ -63,6 +63,7 @@ EXACT = {
     "cfg+usp": (["cfg", "usp"], USP, 4),
     "cfg+tp": (["cfg", "tp"], {"tp.degree": 2}, 4),
     "compile": (["compile"], {"compile.backend": "eager"}, 1),
+    "flash+usp": (["flash", "usp"], {"flash.kernel": "math", **USP}, 2),
     "compile+usp": (["compile", "usp"], {"compile.backend": "eager", **USP}, 2),
 }
 DISPLACED = {
@@ -243,3 +244,11 @@ def test_checkpoints_that_name_an_old_class(folder_of, oracle, tmp_path, name):
     for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
         file.write_text(file.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
     assert torch.equal(drawn(name, [], str(folder), settings(FAMILIES[name]))[0], oracle(name))
+
+
+@pytest.mark.parametrize(("stages", "tensors"), [(2, [2, 0]), (3, [2, 0, 0]), (6, [1, 1, 0, 0, 0, 0])])
+def test_long_skips_go_straight_to_the_stage_that_takes_them(gloo, folder_of, stages, tensors):
+    """6 blocks of HunyuanDiT: 5 takes what came out of 0, 4 what came out of 1; 60 tokens x 32, batch of 4, 3 steps."""
+    values = {**settings(FAMILIES["hunyuandit"]), "pipefusion.stages": stages, "pipefusion.patches": 3}
+    found = gloo.run(drawn, "hunyuandit", ["pipefusion"], folder_of("hunyuandit"), values, world=stages)
+    assert [sent.get("skips", 0) for _, sent in found] == [n * 60 * 32 * 4 * 4 * 3 for n in tensors]
