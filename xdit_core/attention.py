@@ -37,6 +37,9 @@ class Attend:
         shards: whose rows q has, in order.
         patches: which patches k and v hold; None stands for the rows of the work in hand.
         with_lse: the caller needs ``(out, lse [B, H, S])`` instead of ``out``.
+        mask: which keys may be attended to, ``[B or 1, 1, 1, rows of the whole call]`` in the call's own numbering; None for all.
+        key_shards: whose rows k and v have, if not those of q.
+        rows: given shards, the numbers of the rows of k and v in their order; None for those of the work in hand.
     """
 
     q: torch.Tensor
@@ -49,6 +52,9 @@ class Attend:
     shards: tuple[int, ...]
     patches: tuple[int, ...] | None = None
     with_lse: bool = False
+    mask: torch.Tensor | None = None
+    key_shards: tuple[int, ...] | None = None
+    rows: Callable[[tuple[int, ...]], torch.Tensor] | None = None
 
     def but(self, **changes: Any) -> Attend:
         """A copy with other values."""
@@ -67,10 +73,10 @@ def positions(now: Now, kind: str, patch: int | None, shards: Sequence[int]) -> 
 
 
 def refuse_mask(call: Attend, who: str) -> None:
-    """Masks over the joined sequence cannot be divided without knowing what they mean.
+    """Masks that are not about keys alone cannot be divided without knowing what they mean.
 
     Raises:
-        UnsupportedCall: the call has a mask or is causal.
+        UnsupportedCall: the call has such a mask or is causal.
     """
     if call.options.get("attn_mask") is not None or call.options.get("is_causal"):
         raise UnsupportedCall(
@@ -82,15 +88,16 @@ def sdpa(call: Attend) -> Any:
     """The innermost kernel: torch's own choice, with the log-sum-exp where it is asked for."""
     if not call.with_lse:
         return F.scaled_dot_product_attention(call.q, call.k, call.v, **call.options)
-    scale = call.options.get("scale")
+    scale, mask = call.options.get("scale"), call.options.get("attn_mask")
     if call.q.device.type == "cpu":
         cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = cpu_flash(call.q, call.k, call.v, 0.0, False, scale=scale)
-    elif call.q.dtype in (torch.float16, torch.bfloat16):
+        out, lse = cpu_flash(call.q, call.k, call.v, 0.0, False, attn_mask=mask, scale=scale)
+    elif mask is None and call.q.dtype in (torch.float16, torch.bfloat16):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(call.q, call.k, call.v, 0.0, False, scale=scale)[:2]
     else:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        out, lse = efficient(call.q, call.k, call.v, None, True, scale=scale)[:2]
+        bias = None if mask is None else mask.expand(-1, call.q.shape[1], -1, -1)
+        out, lse = efficient(call.q, call.k, call.v, bias, True, scale=scale)[:2]
     return out, lse[:, :, : call.q.shape[2]]  # some kernels pad it
 
 
@@ -100,12 +107,18 @@ class AttentionPoint:
     Args:
         now: the work in hand.
         chain: wraps ``f(inner, call) -> out``, outermost first.
+        kernels: those of them that compute.
     """
 
-    def __init__(self, now: Now, chain: Sequence[Callable[[Kernel, Attend], Any]]) -> None:
+    def __init__(
+        self,
+        now: Now,
+        chain: Sequence[Callable[[Kernel, Attend], Any]],
+        kernels: Sequence[Callable[[Kernel, Attend], Any]] = (),
+    ) -> None:
         self.now = now
-        self.run: Kernel = nest(chain, sdpa)
-        self.active = bool(chain)
+        self.run: Kernel = nest([*chain, self.select_mask, *kernels], sdpa)
+        self.active = bool(chain or kernels)
         self.pattern: tuple[str, ...] = ()
         self.calls = 0
 
@@ -135,8 +148,28 @@ class AttentionPoint:
         kind = self.pattern[ordinal]
         if kind == "cross":  # keys and values come from the text, which every rank has
             return F.scaled_dot_product_attention(q, k, v, **options)
-        out: torch.Tensor = self.run(Attend(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,)))
+        mask, layout = options.get("attn_mask"), self.now.layout
+        everything = layout.tokens + (layout.text if kind == "joint" else 0)
+        if mask is not None and mask.dim() == 4 and tuple(mask.shape[1:]) == (1, 1, everything):
+            options = {**options, "attn_mask": None}
+        else:
+            mask = None
+        call = Attend(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,), mask=mask)
+        out: torch.Tensor = self.run(call)
         return out
+
+    def select_mask(self, inner: Kernel, call: Attend) -> Any:
+        """Give the kernel the mask of the keys that are there."""
+        if call.mask is None:
+            return inner(call)
+        shards = call.shards if call.key_shards is None else call.key_shards
+        index = call.rows(shards) if call.rows else positions(self.now, call.kind, self.now.patch, shards)
+        mask = call.mask.index_select(-1, index.to(call.mask.device))
+        if call.with_lse:  # every key of a part may be masked: its log-sum-exp must stay a number
+            bias = torch.zeros(mask.shape, dtype=call.q.dtype, device=call.q.device)
+            mask = bias.masked_fill(~mask, torch.finfo(bias.dtype).min / 2) if mask.dtype == torch.bool else mask
+            mask = mask.expand(call.q.shape[0], 1, call.q.shape[2], mask.shape[-1])
+        return inner(call.but(options={**call.options, "attn_mask": mask}, mask=None))
 
 
 # Which point a compiled block's op belongs to: compiled code can hold no reference to the engine.

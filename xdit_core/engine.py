@@ -145,14 +145,14 @@ class Engine:
                 wrap = built[name].wraps.get(f"{point}/{level}") if name in built else None
                 if wrap is None:
                     raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
-                chains.setdefault(point, []).append(wrap)
+                chains.setdefault("kernel" if level == "kernel" else point, []).append(wrap)
         now, branches = self.rank.now, Branches()
         self.once, self.trunks, self.forwards, self.branches = [], [], [], branches
-        woven = bool(spec.blocks) and bool(plan.stages or plan.patches > 1 or "trunk" in chains or "attention" in chains)
+        woven = bool(spec.blocks) and bool(plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys())
         for name, denoiser in denoisers_of(self.pipe, spec).items():
             self.once += remembering(denoiser, self.rank)
             if woven:
-                attention = AttentionPoint(now, chains.get("attention", []))
+                attention = AttentionPoint(now, chains.get("attention", []), chains.get("kernel", []))
                 self.trunks += replace_blocks(denoiser, spec, now, attention, chains.get("trunk", []))
             self.forwards.append(ForwardPoint(self.rank, name, denoiser, chains.get("forward", []), branches, woven))
         self._decoders = len(chains.get("decode", []))

@@ -195,6 +195,7 @@ class ForwardPoint:
             rows=rows,
             columns=columns,
             text=words,
+            weight=words,
             patches=plan.patches,
             shards=plan.shards,
             frames=frames,

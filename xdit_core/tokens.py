@@ -82,6 +82,7 @@ class TokenLayout:
         text_first: the text's rows precede the picture's in joint attention.
         tail: rows that the denoiser puts behind the picture's; they belong to the last patch.
         unit: rows that stay in one patch.
+        weight: text tokens that count when patches are cut, if not those that are there; ranks with other texts cut alike.
     """
 
     rows: int
@@ -93,6 +94,7 @@ class TokenLayout:
     text_first: bool = False
     tail: int = 0
     unit: int = 1
+    weight: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -102,7 +104,8 @@ class TokenLayout:
     @cached_property
     def bounds(self) -> tuple[int, ...]:
         """Rows at which patches begin and end, ``patches + 1`` numbers."""
-        return patch_bounds(self.rows, self.columns, self.text // self.frames, self.patches, self.unit)
+        text = self.text if self.weight is None else self.weight
+        return patch_bounds(self.rows, self.columns, text // self.frames, self.patches, self.unit)
 
     def picture(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:
         """Spans of picture tokens of a patch (None: of all patches) and a shard (None: of all shards)."""

@@ -138,6 +138,8 @@ class Trunk(nn.Module):
         text = given.pop(stream.text) if stream.text else None
         if stream.joined:
             tokens, text = whole[:, : layout.tokens], whole[:, layout.tokens :]
+            if text.shape[1] != layout.text:  # a part of the batch may have shorter texts than the whole
+                layout = now.layout = replace(layout, text=text.shape[1])
         if tokens.shape[1] != layout.tokens or (text is not None and text.shape[1] != layout.text):
             raise ModelError(
                 f"the trunk got {tokens.shape[1]} picture rows and {0 if text is None else text.shape[1]} text rows where "

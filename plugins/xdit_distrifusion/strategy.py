@@ -97,7 +97,12 @@ class KeysAndValues:
         rows = [sum(length(spans_of(now, call.kind, m, s)) for s in call.shards) for m in range(now.layout.patches)]
         parts = self.exchange.parts(key, kv, rows, 3)
         k, v = torch.cat(list(parts.values()), dim=3)
-        return inner(call.but(k=k, v=v, patches=tuple(parts)))
+        order = tuple(parts)
+
+        def rows(shards: tuple[int, ...]) -> torch.Tensor:
+            return torch.cat([positions(now, call.kind, m, shards) for m in order])
+
+        return inner(call.but(k=k, v=v, patches=order, rows=rows))
 
     def cut(self, kv: torch.Tensor, call: Attend) -> dict[int, torch.Tensor]:
         """Keys and values of the whole picture by patch."""

@@ -40,6 +40,10 @@ def torch_kernel(backend: SDPBackend, with_lse: Callable[[Attend], Any], inner: 
     Raises:
         UnsupportedCall: the backend refuses this call (a mask, a head dim, a precision).
     """
+    if call.with_lse and call.options.get("attn_mask") is not None and backend is not SDPBackend.MATH:
+        raise UnsupportedCall(
+            f"torch's {backend.name.lower()} kernel takes no mask in parts, which block {call.block} has; use flash.kernel=auto."
+        )
     try:
         if call.with_lse:
             out, lse = with_lse(call)
@@ -77,6 +81,8 @@ def math_lse(call: Attend) -> Any:
     """Written out: scores, log-sum-exp, weights; in float32."""
     scale = call.options.get("scale") or 1 / math.sqrt(call.q.shape[-1])
     scores = (call.q.float() @ call.k.float().transpose(-1, -2)) * scale
+    if call.options.get("attn_mask") is not None:
+        scores = scores + call.options["attn_mask"]
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp() @ call.v.float()).to(call.q.dtype), lse
 

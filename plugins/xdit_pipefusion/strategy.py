@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -295,7 +296,14 @@ class PipeFusion:
         k, v = kept.k, kept.v
         if len(kept.valid) < now.layout.patches:
             k, v = (self.only(x, kept.valid, call) for x in (k, v))
-        return inner(call.but(k=k, v=v, patches=tuple(sorted(kept.valid))))
+        valid = tuple(sorted(kept.valid))
+        return inner(call.but(k=k, v=v, patches=valid, rows=partial(self.held, call.kind, valid)))
+
+    def held(self, kind: str, valid: tuple[int, ...], shards: tuple[int, ...]) -> torch.Tensor:
+        """Numbers of the rows that a rank with these shards attends to, in the order of its buffers."""
+        if len(valid) == self.now.layout.patches:
+            return positions(self.now, kind, None, shards).sort().values
+        return torch.cat([positions(self.now, kind, m, shards) for m in valid])
 
     def kept(self, flow: Flow, call: Attend) -> Kept:
         """The buffers of this call, made on first use."""

@@ -124,7 +124,9 @@ class Ring:
                 pending = ring.send_recv(kv, kv.new_empty(shape))
                 ring.commit()
                 self.rank.sent["ring"] += kv.nbytes
-            part, part_lse = inner(call.but(k=kv[0], v=kv[1], with_lse=True))
+            source = (self.index - hop) % self.degree
+            shards = tuple(range(source * ulysses, (source + 1) * ulysses))
+            part, part_lse = inner(call.but(k=kv[0], v=kv[1], with_lse=True, key_shards=shards))
             out, lse = update_out_and_lse(out, lse, part.transpose(1, 2), part_lse)
             if hop + 1 < self.degree and pending is not None:
                 with self.rank.waiting("the ring"):

@@ -175,6 +175,16 @@ FAMILIES: dict[str, Family] = {
         plain=({"guidance": 0.0}, {"guidance_scale": 0.0}),
         scheduler="FlowMatchLCMScheduler",
     ),
+    "z_image-masked": Family(  # texts of 64 and 32 rows in one batch, so with a mask
+        "z_image",
+        {**size(24, 40), "guidance": 1.5, "negative": "blue", "max_sequence_length": 60},
+        {
+            **{"prompt": "a red fox in the snow", "num_images_per_prompt": 2, **size(24, 40), "guidance_scale": 1.5},
+            **{"negative_prompt": "blue", "max_sequence_length": 60},
+        },
+        scheduler="FlowMatchLCMScheduler",
+        subject="a red fox in the snow",
+    ),
     "sdxl": Family(
         "sdxl",
         {**size(32, 48), "guidance": 5.0},
