@@ -32,7 +32,7 @@ class Output:
 
     Args:
         index, numbers: as of the job.
-        images: PIL pictures; None on ranks that do not own the output.
+        images: PIL pictures, or for each video the list of its frames; None on ranks that do not own the output.
         latents: ``[n, C, h, w]`` if latents were asked for, on every rank.
         seconds: wall time of encode, denoise and decode, and what strategies count apart.
     """

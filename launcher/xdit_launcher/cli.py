@@ -108,7 +108,10 @@ def cli() -> None:
 @click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, as a worker reads it.")
-@click.option("--backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
+@click.option("--on", "backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
+@click.option("--nnodes", metavar="N", help="Machines of the run; start the same command on each, with its --node-rank.")
+@click.option("--node-rank", metavar="K", help="Which of them this is, from 0.")
+@click.option("--rdzv", metavar="HOST:PORT", help="An address of machine 0, and a free port there.")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
 @click.pass_context
 def run(
@@ -118,10 +121,13 @@ def run(
     dry_run: bool,
     as_json: bool,
     backend: str,
+    nnodes: str | None,
+    node_rank: str | None,
+    rdzv: str | None,
     words: tuple[str, ...],
 ) -> None:
     """Draw the prompts (the default command)."""
-    from xdit_core import outputs
+    from xdit_core import machine, outputs
     from xdit_core.plan import make_plan
     from xdit_launcher import show
     from xdit_launcher.words import names_in, values_of
@@ -130,7 +136,9 @@ def run(
         raise UsageError("--json shows a plan; add --dry-run.")
     values, named = values_of(words, config)
     chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
-    plan = make_plan(chosen, values)
+    options = {k: v for k, v in (("nnodes", nnodes), ("node_rank", node_rank), ("rdzv", rdzv)) if v is not None}
+    machines = int(nnodes) if nnodes and nnodes.isdigit() and int(nnodes) > 1 else 1
+    plan = make_plan(chosen, values, devices=machines * (machine.cuda_devices() or machine.cores()) if machines > 1 else None)
     targets = outputs.targets(plan.run, plan.facts.video)
     files = [path for row in targets for path in row]
     if not plan.run.prompt:
@@ -143,13 +151,13 @@ def run(
     outputs.check_writable(plan.run, targets)
     folder = run_folder(plan)
     tell(plan, bool(values.get("prompt") or values.get("prompts")))
-    ctx.exit(start(plan, folder, {}))
+    ctx.exit(start(plan, folder, options))
 
 
 @cli.command(cls=RunCommand)
 @click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order.")
 @click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
-@click.option("--backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
+@click.option("--on", "backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
 @click.pass_context
 def verify(ctx: click.Context, plugins: tuple[str, ...], config: str | None, backend: str, words: tuple[str, ...]) -> None:
@@ -206,7 +214,7 @@ def backend_named(name: str) -> Callable[..., int]:
 
     found = {entry.name: entry for entry in metadata.entry_points(group=LAUNCHERS)}
     if name not in found:
-        raise UsageError(f"unknown backend {name!r} in --backend; {did_you_mean(name, found)}")
+        raise UsageError(f"unknown backend {name!r} in --on; {did_you_mean(name, found)}")
     try:
         start: Callable[..., int] = found[name].load().start
     except Exception as error:

@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,17 @@ def decided(folder: Path, codes: Sequence[int | None]) -> bool:
     return silent or any(not e["victim"] for e in errors)
 
 
-def blame(folder: Path, codes: Sequence[int | None], stuck_for: float | None = None) -> Blame:
+ELSEWHERE = "no rank of this node is the cause; the launcher of another node says what happened there"
+
+
+def blame(folder: Path, codes: Sequence[int | None], stuck_for: float | None = None, alone: bool = True) -> Blame:
     """The cause: the earliest error of a rank's own, else a death by signal, else an exit without a word, else who is behind.
 
     Args:
         folder: the run folder.
         codes: exit codes by rank before anything was ended by the launcher; negative for signals, None for running.
         stuck_for: seconds without progress, if that is why the run is ended.
+        alone: all ranks are those of this node.
     """
     errors = read_errors(folder)
     own = next((e for e in errors if not e["victim"]), None)
@@ -86,7 +90,8 @@ def blame(folder: Path, codes: Sequence[int | None], stuck_for: float | None = N
         hint = "its stack is in the log; give a larger timeout= if it only is slow"
         return silent(last, f"no rank made progress for {stuck_for:g} s and this one is behind; {hint}", 1)
     if last in known:
-        return told(known[last])
+        found = told(known[last])
+        return found if alone else replace(found, sentence=f"it lost its connection to other ranks; {ELSEWHERE}")
     return silent(last, "the other ranks lost their connection and this one is behind", 1)
 
 

@@ -50,7 +50,7 @@ def refused(result: Result, code: int, *parts: str) -> None:
         (["out=/proc/nope/x.png"], 2, ["out=/proc/nope/x.png cannot be written", "choose another place with out=."]),
         (["runs=/proc/nope"], 2, ["runs=/proc/nope cannot be written", "choose another place with runs=."]),
         (["--json", "a fox"], 2, ["--json shows a plan; add --dry-run."]),
-        (["--backend", "locl"], 2, ["unknown backend 'locl'", "did you mean local?"]),
+        (["--on", "locl"], 2, ["unknown backend 'locl'", "did you mean local?"]),
         (["output_type=film"], 3, ["output_type=film is unknown; use image or latent."]),
     ],
 )
