@@ -1,31 +1,37 @@
 """Flux on two processes: ours with ``usp.ulysses=2``, the context parallelism of diffusers, and that of cache-dit, side by side.
 
 Model: Flux with random weights, 8 heads x 32, 2 double and 2 single blocks, 1,024 picture tokens + 64 text tokens, fp32, one thread a
-process, gloo. All run the same unmodified pipeline; the time is that of its whole call, encoding of the prompt included, without loading.
-Variants run in turn, several rounds; the latents of each are compared with those of plain diffusers.
+process, gloo. All run the same unmodified pipeline. Measured: the denoising step (from the end of one call of the scheduler to the end of
+the next; median of a run's steps, of the slower rank), and the whole call with the encoding of the prompt, without loading.
+Variants run in turn, several rounds, each in fresh processes; a ratio is taken within each round, and the median of the rounds is shown
+with its quartiles. The latents of every rank and round are compared with those of plain diffusers.
 
     pip install --no-deps cache-dit einops
-    python benchmarks/flux_context_parallel.py --steps 20 --rounds 5
+    python benchmarks/flux_context_parallel.py --steps 20 --rounds 11
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from xdit_core.testing.pool import Pool
+from xdit_core.testing.pool import Pool, PoolError
 
 TEXT, SIDE = 64, 128
 ARGUMENTS = {"height": SIDE, "width": SIDE, "guidance_scale": 3.5, "max_sequence_length": TEXT, "output_type": "latent"}
+TOLERANCE = 1e-4  # of the largest number of the serial latents
+Measured = tuple[float, float, torch.Tensor]  # seconds a step, seconds of the call, latents
 
 
 def make_model(folder: Path) -> None:
@@ -61,19 +67,33 @@ def make_model(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def timed(draw: Callable[[int], torch.Tensor], steps: int) -> tuple[float, torch.Tensor]:
-    """Seconds of one call on this rank, and its latents."""
+def timed(draw: Callable[[int], torch.Tensor], steps: int) -> Measured:
+    """One call on this rank. The scheduler tells the time, since all variants leave it alone."""
     import torch.distributed as dist
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
+    ends: list[float] = []
+    step = FlowMatchEulerDiscreteScheduler.step
+
+    def stamped(*args: Any, **kwargs: Any) -> Any:
+        found = step(*args, **kwargs)
+        ends.append(time.perf_counter())
+        return found
+
+    FlowMatchEulerDiscreteScheduler.step = stamped
     draw(2)
+    ends.clear()
     if dist.is_initialized():
         dist.barrier()
     started = time.perf_counter()
     latents = draw(steps)
-    return time.perf_counter() - started, latents
+    seconds = time.perf_counter() - started
+    if len(ends) != steps:
+        raise RuntimeError(f"{len(ends)} calls of the scheduler for {steps} steps")
+    return statistics.median(after - before for before, after in pairwise(ends)), seconds, latents
 
 
-def with_pipeline(folder: str, steps: int, change: Callable[[Any], None]) -> tuple[float, torch.Tensor]:
+def with_pipeline(folder: str, steps: int, change: Callable[[Any], None]) -> Measured:
     """The pipeline of diffusers, with something done to it."""
     from diffusers import FluxPipeline
 
@@ -91,12 +111,12 @@ def with_pipeline(folder: str, steps: int, change: Callable[[Any], None]) -> tup
     return timed(draw, steps)
 
 
-def plain(folder: str, steps: int) -> tuple[float, torch.Tensor]:
+def plain(folder: str, steps: int) -> Measured:
     """One process."""
     return with_pipeline(folder, steps, lambda pipe: None)
 
 
-def diffusers_parallel(folder: str, steps: int) -> tuple[float, torch.Tensor]:
+def diffusers_parallel(folder: str, steps: int) -> Measured:
     """``enable_parallelism`` of diffusers."""
     from diffusers import ContextParallelConfig
 
@@ -105,7 +125,7 @@ def diffusers_parallel(folder: str, steps: int) -> tuple[float, torch.Tensor]:
     )
 
 
-def cache_dit_parallel(folder: str, steps: int) -> tuple[float, torch.Tensor]:
+def cache_dit_parallel(folder: str, steps: int) -> Measured:
     """cache-dit without its cache."""
     import cache_dit
 
@@ -113,7 +133,7 @@ def cache_dit_parallel(folder: str, steps: int) -> tuple[float, torch.Tensor]:
     return with_pipeline(folder, steps, lambda pipe: cache_dit.enable_cache(pipe, cache_config=None, parallelism_config=config))
 
 
-def ours(folder: str, steps: int) -> tuple[float, torch.Tensor]:
+def ours(folder: str, steps: int) -> Measured:
     """The plugin usp."""
     from xdit_core import Engine, make_plan
 
@@ -127,7 +147,7 @@ def ours(folder: str, steps: int) -> tuple[float, torch.Tensor]:
         engine.close()
 
 
-VARIANTS: dict[str, tuple[Callable[[str, int], tuple[float, torch.Tensor]], int]] = {
+VARIANTS: dict[str, tuple[Callable[[str, int], Measured], int]] = {
     "plain diffusers, one process": (plain, 1),
     "xdit, usp.ulysses=2": (ours, 2),
     "diffusers, ulysses_degree=2": (diffusers_parallel, 2),
@@ -135,37 +155,72 @@ VARIANTS: dict[str, tuple[Callable[[str, int], tuple[float, torch.Tensor]], int]
 }
 
 
+def quartiles(values: list[float]) -> str:
+    """The median, and between what half of the values lie."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
-    variants = dict(VARIANTS)
+    if args.steps < 2 or args.rounds < 1:
+        parser.error("a step is measured from the end of the one before: at least 2 steps, and at least 1 round")
+    serial, mine, *_ = VARIANTS
+    notes: dict[str, str] = {}
     if importlib.util.find_spec("cache_dit") is None:
-        del variants["cache-dit, ulysses_size=2"]
-        print("cache-dit is not installed: pip install --no-deps cache-dit einops")
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    latents: dict[str, torch.Tensor] = {}
+        notes["cache-dit, ulysses_size=2"] = "not installed: pip install --no-deps cache-dit einops"
+    step: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    call: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    off: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         for _ in range(args.rounds):  # in turn, so that a drift of the machine meets all alike
-            for name, (function, world) in variants.items():
+            for name, (function, world) in VARIANTS.items():
+                if name in notes:
+                    continue
                 pool = Pool()  # fresh processes: what one library changes in torch must not meet the next
-                found = pool.run(function, folder, args.steps, world=world, timeout=3600)
-                pool.close()
-                times[name].append(max(seconds for seconds, _ in found))
-                latents[name] = found[0][1]
-    serial = latents["plain diffusers, one process"]
-    base, mine = (statistics.median(times[name]) for name in list(variants)[:2])
+                try:
+                    found = pool.run(function, folder, args.steps, world=world, timeout=3600)
+                except PoolError as error:
+                    if name in (serial, mine):
+                        raise
+                    notes[name] = "failed: " + str(error).strip().splitlines()[-1]
+                    continue
+                finally:
+                    pool.close()
+                step[name].append(max(a for a, _, _ in found))
+                call[name].append(max(b for _, b, _ in found))
+                if name == serial:
+                    oracle = found[0][2]
+                largest = torch.stack([(latents - oracle).abs().max() for _, _, latents in found]).max() / oracle.abs().max()
+                off[name] = (
+                    torch.stack([torch.tensor(off.get(name, 0.0)), largest]).max().item()
+                )  # NaN stays NaN, unlike with max()
     print(
-        "| | median s | of one process | xdit is faster by | largest difference of the latents from serial |\n|---|---|---|---|---|"
+        "| | ms a step | one process over it | it over xdit, a step | it over xdit, the call | largest error |\n|---|---|---|---|---|---|"
     )
-    for name, values in times.items():
-        middle, off = statistics.median(values), (latents[name] - serial).abs().max().item() / serial.abs().max().item()
-        print(f"| {name} | {middle:.2f} | {base / middle:.2f}x | {middle / mine:.2f}x | {off:.1e} |")
+    for name in VARIANTS:
+        if name in notes:
+            print(f"| {name} | {notes[name]} | | | | |")
+            continue
+        worth, beside, whole = (
+            quartiles([x / y for x, y in zip(over, under, strict=True)])
+            for over, under in ((step[serial], step[name]), (step[name], step[mine]), (call[name], call[mine]))
+        )
+        wrong = "" if off[name] <= TOLERANCE else " WRONG"
+        print(
+            f"| {name} | {1000 * statistics.median(step[name]):.1f} | {worth} | {beside} | {whole} | {off[name]:.1e}{wrong} |"
+        )
     if args.json:
-        Path(args.json).write_text(json.dumps({"seconds": times}, indent=1), encoding="utf-8")
+        installed = {p: importlib.metadata.version(p) for p in ("torch", "diffusers")}
+        if importlib.util.find_spec("cache_dit") is not None:
+            installed["cache-dit"] = importlib.metadata.version("cache-dit")
+        out = {"versions": installed, "seconds a step": step, "seconds a call": call, "error": off, "notes": notes}
+        Path(args.json).write_text(json.dumps(out, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

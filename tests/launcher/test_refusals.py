@@ -65,7 +65,7 @@ def test_all_problems_at_once(say: Say, tiny: tuple[str, ...]) -> None:
 
 
 def test_no_model(say: Say) -> None:
-    refused(say("a fox"), 2, "no model; add model=NAME with one of cogvideox, ", "sd3, or auto.")
+    refused(say("a fox"), 2, "no model; add model=NAME with one of cogvideox, ", "z_image, or auto.")
 
 
 def test_unknown_model(say: Say) -> None:

@@ -22,13 +22,13 @@ def test_two_ranks_draw_what_one_draws(launch: Launch, tiny: tuple[str, ...]) ->
     code, out, err = serial.wait()
     assert code == 0, err
     names = ["a-red-fox-7.png", "a-red-fox-8.png", "blue-heart-7.png", "blue-heart-8.png"]
-    assert [line.split()[0] for line in out.splitlines()] == [f"serial/{name}" for name in names]
+    assert [line.split()[0] for line in out.splitlines()] == [f"serial/{name}" for name in (*names, "sheet.png")]
     assert "1 process: one process" in err
 
     two = launch("--plugins", "usp", "a red fox", *tiny, "blue heart", "usp.ulysses=2", "out=two.png", "seed=7", "images=2")
     code, out, err = two.wait()
     assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()] == [f"two-{i}.png" for i in range(4)]
+    assert [line.split()[0] for line in out.splitlines()] == [*(f"two-{i}.png" for i in range(4)), "two-sheet.png"]
     assert "2 processes: ulysses 2" in err and "step 3/3" in err
     folder = serial.folder
     for i, name in enumerate(names):
@@ -103,7 +103,7 @@ def test_pictures_drawn_on_several_ranks_are_all_written_and_named(launch: Launc
         run := launch("--plugins", "dp", *tiny, "a red fox", "out=fox.png", "seed=7", "images=3", "dp.degree=2")
     ).wait()
     assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()] == ["fox-0.png", "fox-1.png", "fox-2.png"]
+    assert [line.split()[0] for line in out.splitlines()] == ["fox-0.png", "fox-1.png", "fox-2.png", "fox-sheet.png"]
     assert json.loads((run.folder / "fox-2.json").read_text())["seed"] == 9
     words = ("--plugins", "dp", *tiny, "a red fox", "snow", "out=latents", "images=3", "dp.degree=2", "output_type=latent")
     code, out, err = (run := launch(*words)).wait()
