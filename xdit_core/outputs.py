@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SUFFIX = MappingProxyType({"image": ".png", "video": ".mp4", "latent": ".safetensors"})
 PACKAGES = ("xdit", "torch", "diffusers", "transformers")
+FPS = 16  # of a model that names no other
 
 
 def slug(prompt: str) -> str:
@@ -68,14 +69,15 @@ def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ..
 def without_repeats(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """The names, with ``-2``, ``-3`` ... after a name that occurred before."""
     taken: set[str] = set()
+    seen: dict[str, int] = {}  # so that a thousand repetitions are not tried a thousand times each
     result: list[list[str]] = []
     for row in rows:
         result.append([])
         for name in row:
-            found, n = name, 1
-            while found in taken:
+            n = seen.get(name, 0) + 1
+            while (found := name if n == 1 else f"{name}-{n}") in taken:
                 n += 1
-                found = f"{name}-{n}"
+            seen[name] = n
             taken.add(found)
             result[-1].append(found)
     return result
@@ -88,23 +90,29 @@ def sheet_path(run: RunSettings) -> Path:
 
 
 def write_sheet(run: RunSettings, files: Sequence[Sequence[Path]]) -> str:
-    """Put everything that was written onto one picture.
+    """Put everything that was written onto one picture, from the files: on another machine's disk they may be missing.
 
     Returns:
-        A line for the user, "" if there is nothing to put together.
+        A line for the user, also if it failed: the pictures are there, and the run went well. "" if there is nothing to put together.
     """
     if run.output_type != "image" or sum(map(len, files)) < 2:
         return ""
-    from xdit_core.sheet import contact_sheet
-
-    path = sheet_path(run)
+    path, count = sheet_path(run), sum(map(len, files))
     try:
+        from xdit_core.sheet import MOST, contact_sheet
+
         sheet, absent = contact_sheet(files, run.prompt)
         with atomically(path) as temporary:
             sheet.save(temporary, format="PNG")
-    except OSError as error:
-        return f"{path} was not written: {error.strerror or error}; the pictures are there."
-    return f"{path}  the contact sheet" + (f", without {len(absent)} files that are not here or too many" if absent else "")
+    except Exception as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+        return f"{path} was not written: {why}; the pictures are there."
+    line = f"{path}  the contact sheet"
+    if count > MOST:
+        line += f" of the first {MOST} of {count}"
+    if absent:
+        line += f", without {', '.join(p.name for p in absent[:3])}{f' and {len(absent) - 3} more' if absent[3:] else ''}: not here or not readable"
+    return line
 
 
 def check_writable(run: RunSettings, files: Sequence[Sequence[Path]]) -> None:
@@ -168,7 +176,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "guidance": run.guidance,
         "height": run.height,
         "width": run.width,
-        **({"frames": run.frames, "fps": run.fps} if plan.facts.video else {}),
+        **({"frames": run.frames, "fps": run.fps or FPS} if plan.facts.video else {}),
         "digest": plan.digest(),
     }
 
@@ -211,7 +219,7 @@ def write(output: Output, paths: Sequence[Path], plan: Plan, seconds: Mapping[st
         seed = plan.run.seed + output.numbers[i]
         about = {**common, "seed": seed}
         with atomically(path) as temporary:
-            save(output, i, temporary, about, readable(output.prompt, seed, plan), plan.run.fps or 16)
+            save(output, i, temporary, about, readable(output.prompt, seed, plan), plan.run.fps or FPS)
         timings = {name: round(value, 4) for name, value in seconds.items()}
         with atomically(path.with_suffix(".json")) as temporary:
             text = json.dumps({"file": path.name, **about, "seconds": timings, **more}, indent=1, ensure_ascii=False)
@@ -219,7 +227,11 @@ def write(output: Output, paths: Sequence[Path], plan: Plan, seconds: Mapping[st
 
 
 def save(output: Output, i: int, path: Path, about: Mapping[str, Any], text: str, fps: int) -> None:
-    """Picture ``i`` as PNG, video ``i`` as MP4, or all latents as safetensors. Inside are the settings, not the timings: same run, same bytes."""
+    """Picture ``i`` as PNG, video ``i`` as MP4, or all latents as safetensors.
+
+    Inside are the settings, not the timings: same run, same bytes. A PNG holds JSON as ``xdit`` and ``text`` as ``parameters``;
+    the comment of an MP4 is ``text``, and the JSON as its last line.
+    """
     settings = json.dumps(about)
     if output.latents is not None:
         from safetensors.torch import save_file

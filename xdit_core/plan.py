@@ -238,9 +238,11 @@ def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
     prompt = run.prompt
     if run.prompts is not None:
         try:
-            lines = Path(run.prompts).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = Path(run.prompts).expanduser().read_text(encoding="utf-8-sig").split("\n")
+        except OSError as error:
             raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file.") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file, saved as UTF-8.") from error
         prompt += tuple(line.strip() for line in lines if line.strip())
         if not prompt:
             raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")
@@ -257,7 +259,7 @@ def check_taken(given: RunSettings, spec: ModelSpec) -> list[Problem]:
                 Problem(f"{setting}={getattr(given, setting)} is nothing that {spec.name} takes", f"leave out {setting}=")
             )
     for setting, field in SUBJECTS.items():
-        if setting != spec.subject and getattr(given, field):
+        if setting != spec.subject and (getattr(given, field) or (setting == "prompt" and given.prompts is not None)):
             example = f"{spec.subject}={spec.defaults.get('prompt', ('...',))[0]}"
             found.append(Problem(f"{spec.name} draws a {spec.subject}, not a {setting}", f"give for example {example}"))
     for setting in ("frames", "fps"):

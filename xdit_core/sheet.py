@@ -8,34 +8,38 @@ from pathlib import Path
 from typing import Any
 
 SIDE, GAP, LINE = 256, 8, 20  # pixels of a thumbnail, between cells, and of a caption
-MOST = 400  # cells
+MOST, WIDE = 400, 16  # cells of a sheet, columns of a row that is one prompt
 
 
 def contact_sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str]) -> tuple[Any, list[Path]]:
     """One cell for each file, a row for each prompt if it has several files.
 
+    Prompts with one file each, or with more than ``WIDE``, follow one another in a grid that is about square. Only one of the
+    files is in memory at a time.
+
     Args:
-        rows: files by prompt. A file that is not there, or cannot be read, leaves its cell empty.
-        captions: one for each row.
+        rows: files by prompt, as many of each. One that is not there, or cannot be read, leaves its cell empty.
+        captions: one for each row; it stands under each of its cells.
 
     Returns:
-        A PIL picture, and the files that are not on it.
+        A PIL picture, and the files up to ``MOST`` whose cells are empty.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     cells = [(path, caption) for row, caption in zip(rows, captions, strict=True) for path in row]
     shown = cells[:MOST]
-    columns = len(rows[0]) if len(rows[0]) > 1 else math.ceil(math.sqrt(len(shown)))
+    columns = len(rows[0]) if 1 < len(rows[0]) <= WIDE else math.ceil(math.sqrt(len(shown)))
     sheet = Image.new(
         "RGB", (GAP + columns * (SIDE + GAP), GAP + math.ceil(len(shown) / columns) * (SIDE + LINE + GAP)), "white"
     )
-    draw, font, absent = ImageDraw.Draw(sheet), ImageFont.load_default(size=13), [path for path, _ in cells[MOST:]]
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    absent: list[Path] = []
     for i, (path, caption) in enumerate(shown):
         x, y = GAP + i % columns * (SIDE + GAP), GAP + i // columns * (SIDE + LINE + GAP)
         try:
             picture = thumbnail(path)
             sheet.paste(picture, (x + (SIDE - picture.width) // 2, y + (SIDE - picture.height) // 2))
-        except (OSError, ValueError):
+        except Exception:  # decoders have errors of many kinds, and half a sheet is better than none
             absent.append(path)
             draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), outline="silver")
         draw.text((x, y + SIDE + 2), shortened(caption, font), fill="black", font=font)
@@ -59,7 +63,7 @@ def thumbnail(path: Path) -> Any:
 
 def shortened(text: str, font: Any) -> str:
     """As much of a text as fits under a thumbnail."""
-    text = " ".join(text.split())
+    text = " ".join(text[: 4 * SIDE].split())  # no more can fit, and each try measures all that is left
     if font.getlength(text) <= SIDE:
         return text
     while text and font.getlength(text + "…") > SIDE:

@@ -103,8 +103,10 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
             beat.doing("waiting for the other ranks to finish")
             dist.barrier()
             dist.destroy_process_group()
-        if place.rank == 0 and (line := outputs.write_sheet(plan.run, write.files)):
-            print(line, flush=True)
+        if place.rank == 0:
+            beat.doing("writing the contact sheet")
+            if line := outputs.write_sheet(plan.run, write.files):
+                print(line, flush=True)
         beat.doing("done")
 
 

@@ -28,6 +28,7 @@ class Family:
         patches: of the displaced runs.
         subject: what to draw.
         strategies: those that its architecture allows.
+        brief: a few combinations do: a near relative, or `tests/combos`, runs the others.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Family:
     scheduler: str = ""
     patches: int = 3
     subject: str = "a red fox"
+    brief: bool = False
     strategies: tuple[str, ...] = (
         *("usp", "tp", "dp", "cfg", "pipefusion", "distrifusion", "parallel_vae", "compile", "flash"),
     )
@@ -59,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         {**PROMPT, **size(24, 40), "guidance_scale": 7.0, "max_sequence_length": 5},
         plain=NO_GUIDANCE,
         scheduler="FlowMatchHeunDiscreteScheduler",
+        brief=True,
     ),
     "pixart_alpha": Family(
         "pixart_alpha",
@@ -66,6 +69,7 @@ FAMILIES: dict[str, Family] = {
         {**PROMPT, **size(24, 40), "guidance_scale": 4.5, **OWN_SIZE, "clean_caption": False},
         plain=NO_GUIDANCE,
         scheduler="DDIMScheduler",
+        brief=True,
     ),
     "pixart_sigma": Family(
         "pixart_sigma",
@@ -73,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         {**PROMPT, **size(24, 40), "guidance_scale": 4.5, **OWN_SIZE, "clean_caption": False},
         plain=NO_GUIDANCE,
         scheduler="EulerDiscreteScheduler",
+        brief=True,
     ),
     "flux": Family(
         "flux",
@@ -121,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         options={"kind": "5b"},
         plain=NO_GUIDANCE,
         scheduler="CogVideoXDDIMScheduler",
+        brief=True,
     ),
     "cogvideox-1.5": Family(
         "cogvideox",
@@ -160,6 +166,7 @@ FAMILIES: dict[str, Family] = {
         options={"kind": "5b"},
         plain=NO_GUIDANCE,
         scheduler="FlowMatchEulerDiscreteScheduler",
+        brief=True,
     ),
     "qwen_image": Family(
         "qwen_image",
@@ -184,6 +191,7 @@ FAMILIES: dict[str, Family] = {
         },
         scheduler="FlowMatchLCMScheduler",
         subject="a red fox in the snow",
+        brief=True,
     ),
     "sdxl": Family(
         "sdxl",

@@ -77,6 +77,7 @@ DISPLACED = {
     "cfg+distrifusion": (["cfg", "distrifusion"], {"distrifusion.degree": 2}, 4),
 }
 
+BRIEF = ("usp-both", "cfg+tp", "dp", "compile+usp", "flash+usp", "pipefusion+usp", "pipefusion+tp", "cfg+distrifusion")
 WARMUPS = {"pipefusion-2": [0, 1], "distrifusion": [0, 1]}
 
 
@@ -84,7 +85,7 @@ def cases(table):
     """Family and combination, where all of its strategies fit the family."""
     for name, family in FAMILIES.items():
         for label, (plugins, *_) in table.items():
-            if set(plugins) <= set(family.strategies):
+            if set(plugins) <= set(family.strategies) and (label in BRIEF or not family.brief):
                 yield pytest.param(name, label, id=f"{name}-{label}")
 
 
@@ -177,14 +178,16 @@ def test_a_unet_in_patches(gloo, tmp_path, height, width, degree):
         close(latents, reference)
 
 
-@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.plain and "usp" in f.strategies])
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.plain and "usp" in f.strategies and not f.brief])
 def test_without_guidance(gloo, folder_of, oracle, name):
     values = {**guided(FAMILIES[name], False), **USP}
     for latents, _ in gloo.run(drawn, name, ["usp"], folder_of(name), values, world=2):
         close(latents, oracle(name, False))
 
 
-@pytest.mark.parametrize(("name", "plugins"), [(n, ["usp"] if "usp" in f.strategies else ["cfg"]) for n, f in FAMILIES.items()])
+@pytest.mark.parametrize(
+    ("name", "plugins"), [(n, ["usp"] if "usp" in f.strategies else ["cfg"]) for n, f in FAMILIES.items() if not f.brief]
+)
 def test_another_scheduler(gloo, folder_of, oracle, name, plugins):
     family = FAMILIES[name]
     values = {**settings(family), **(USP if plugins == ["usp"] else {}), "scheduler": family.scheduler}
@@ -192,7 +195,7 @@ def test_another_scheduler(gloo, folder_of, oracle, name, plugins):
         close(latents, oracle(name, True, family.scheduler))
 
 
-@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "pipefusion" in f.strategies])
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "pipefusion" in f.strategies and not f.brief])
 def test_another_scheduler_displaced(gloo, folder_of, name):
     family = FAMILIES[name]
     more = {"pipefusion.stages": 2, "pipefusion.patches": family.patches, "pipefusion.warmup": 1}
