@@ -34,7 +34,7 @@ def test_equals_its_reference(gloo, tiny_sd3_folder, degree, warmup):
     assert not torch.allclose(reference, diffusers_latents(str(tiny_sd3_folder)), atol=1e-3)
     settings = {"distrifusion.degree": degree, "distrifusion.warmup": warmup}
     for latents, _ in gloo.run(generate, ["distrifusion"], str(tiny_sd3_folder), settings, world=degree):
-        torch.testing.assert_close(latents, reference, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(latents, reference, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2)])

@@ -76,8 +76,8 @@ def read_while_loading(folder):
     asked = []
     original = loading.read
 
-    def spy(tensors, key, like, dtype):
-        out = original(tensors, key, like, dtype)
+    def spy(tensors, key, like, dtype, delta):
+        out = original(tensors, key, like, dtype, delta)
         if "blocks" in key:
             asked.append((out.to_local() if hasattr(out, "to_local") else out).numel())
         return out
