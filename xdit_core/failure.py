@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import traceback
@@ -11,6 +12,7 @@ from typing import Any
 
 from xdit_core.errors import XditError
 
+HOST = "XDIT_HOST"  # variable with the name by which the user knows this machine
 OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "application timeout")
 NO_MEMORY = ("defaultcpuallocator", "out of memory", "can't allocate memory", "cannot allocate memory")
@@ -63,7 +65,7 @@ def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
         )
     return {
         "rank": rank,
-        "host": socket.gethostname(),
+        "host": os.environ.get(HOST) or socket.gethostname(),
         "doing": doing,
         "type": type(error).__name__,
         "message": message,

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from xdit_core.errors import PluginError, UsageError, XditError
+from xdit_core.errors import UsageError, XditError
+from xdit_launcher import backends
+from xdit_launcher.backends import choose
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
-LAUNCHERS = "xdit.launchers"
 INTERRUPTED = 130
 
 
@@ -108,10 +108,7 @@ def cli() -> None:
 @click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, as a worker reads it.")
-@click.option("--on", "backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
-@click.option("--nnodes", metavar="N", help="Machines of the run; start the same command on each, with its --node-rank.")
-@click.option("--node-rank", metavar="K", help="Which of them this is, from 0.")
-@click.option("--rdzv", metavar="HOST:PORT", help="An address of machine 0, and a free port there.")
+@backends.options
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
 @click.pass_context
 def run(
@@ -120,14 +117,12 @@ def run(
     config: str | None,
     dry_run: bool,
     as_json: bool,
-    backend: str,
-    nnodes: str | None,
-    node_rank: str | None,
-    rdzv: str | None,
+    backend: str | None,
     words: tuple[str, ...],
+    **options: str | None,
 ) -> None:
     """Draw the prompts (the default command)."""
-    from xdit_core import machine, outputs
+    from xdit_core import outputs
     from xdit_core.plan import make_plan
     from xdit_launcher import show
     from xdit_launcher.words import names_in, values_of
@@ -136,31 +131,41 @@ def run(
         raise UsageError("--json shows a plan; add --dry-run.")
     values, named = values_of(words, config)
     chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
-    options = {k: v for k, v in (("nnodes", nnodes), ("node_rank", node_rank), ("rdzv", rdzv)) if v is not None}
-    machines = int(nnodes) if nnodes and nnodes.isdigit() and int(nnodes) > 1 else 1
-    plan = make_plan(chosen, values, devices=machines * (machine.cuda_devices() or machine.cores()) if machines > 1 else None)
+    on, values = choose(backend, options, values)
+    plan = make_plan(chosen, values, devices=on.devices())
     targets = outputs.targets(plan.run, plan.facts.video)
     files = [path for row in targets for path in row]
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
         command = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else []), *words]
-        click.echo(plan.to_json() if as_json else "\n".join(show.plan_lines(plan, files, command)))
+        text = (
+            plan.to_json()
+            if as_json
+            else on.document(plan, command).rstrip() or "\n".join(show.plan_lines(plan, files, command, on))
+        )
+        click.echo(text)
         return
-    start = backend_named(backend)
     outputs.check_writable(plan.run, targets)
     folder = run_folder(plan)
     tell(plan, bool(values.get("prompt") or values.get("prompts")))
-    ctx.exit(start(plan, folder, options))
+    ctx.exit(on.start(plan, folder))
 
 
 @cli.command(cls=RunCommand)
 @click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order.")
 @click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
-@click.option("--on", "backend", default="local", show_default=True, metavar="NAME", help="What starts the processes.")
+@backends.options
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
 @click.pass_context
-def verify(ctx: click.Context, plugins: tuple[str, ...], config: str | None, backend: str, words: tuple[str, ...]) -> None:
+def verify(
+    ctx: click.Context,
+    plugins: tuple[str, ...],
+    config: str | None,
+    backend: str | None,
+    words: tuple[str, ...],
+    **options: str | None,
+) -> None:
     """Run a plan and a serial process, and compare.
 
     The exit code is 0 if the plan computes what it should, within rounding: what the serial process does, or for a displaced plan what
@@ -171,7 +176,8 @@ def verify(ctx: click.Context, plugins: tuple[str, ...], config: str | None, bac
 
     values, named = values_of(words, config)
     chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
-    ctx.exit(command.verify(chosen, values, backend_named(backend), run_folder))
+    on, values = choose(backend, options, values)
+    ctx.exit(command.verify(chosen, values, on.start, run_folder))
 
 
 def tell(plan: Plan, prompted: bool) -> None:
@@ -201,26 +207,6 @@ def run_folder(plan: Plan) -> Path:
             continue
         return folder
     raise UsageError(f"runs={plan.run.runs} is full of runs of this second; choose another folder with runs=.")
-
-
-def backend_named(name: str) -> Callable[..., int]:
-    """``start`` of a launch backend.
-
-    Raises:
-        UsageError: there is none of that name.
-        PluginError: it cannot be loaded.
-    """
-    from xdit_core.settings import did_you_mean
-
-    found = {entry.name: entry for entry in metadata.entry_points(group=LAUNCHERS)}
-    if name not in found:
-        raise UsageError(f"unknown backend {name!r} in --on; {did_you_mean(name, found)}")
-    try:
-        start: Callable[..., int] = found[name].load().start
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise PluginError(f"backend {name} cannot be loaded: {reason}; repair or uninstall it.") from error
-    return start
 
 
 @cli.group(invoke_without_command=True)

@@ -17,14 +17,24 @@ from xdit_core.settings import check_class, fields_of
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
+    from xdit_launcher.backends import Backend
 
 EXAMPLE = Facts(model="a model", heads=24, blocks=24, rows=64, columns=64, text_tokens=333, pixels_per_token=16)
 WIDTH = 14
+MANY = 10  # prompts or files that are listed
 
 
 def row(name: str, text: object) -> str:
     """One line of a listing."""
     return f"{name:<{WIDTH}}{text}"
+
+
+def rows(name: str, texts: Sequence[object]) -> Iterator[str]:
+    """A line for each text, or for the first few of very many."""
+    shown = texts if len(texts) <= MANY else texts[: MANY - 1]
+    yield from (row(name, text) for text in shown)
+    if len(shown) < len(texts):
+        yield row(name, f"... and {len(texts) - len(shown)} more")
 
 
 def settings_help(cls: type[Any] | None, prefix: str = "") -> Iterator[str]:
@@ -62,21 +72,21 @@ def coordinates(plan: Plan, rank: int) -> dict[str, int]:
     return {a.name: found[a.name] for a in plan.axes}
 
 
-def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str]) -> Iterator[str]:
+def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str], on: Backend) -> Iterator[str]:
     """A plan for a person.
 
     Args:
         files: where the results go.
         command: the words of the command line.
+        on: the backend that would start it.
     """
     run, facts = plan.run, plan.facts
     yield row("model", f"{plan.model} ({' '.join(plan.model_origin)}) in {plan.folder}")
     guidance = "" if run.guidance is None else f", guidance {run.guidance:g}"
     yield row("picture", f"{run.width} x {run.height}, {run.steps} steps{guidance}, seed {run.seed}")
-    for prompt in run.prompt:
-        yield row("prompt", prompt + (f"  ({run.images} pictures)" if run.images > 1 else ""))
-    for file in files:
-        yield row("writes", file)
+    several = f"  ({run.images} pictures)" if run.images > 1 else ""
+    yield from rows("prompt", [prompt + several for prompt in run.prompt])
+    yield from rows("writes", files)
     yield row("tokens", f"{facts.rows} x {facts.columns} = {facts.tokens}, and at most {facts.text_tokens} of text")
     yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
     yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none: one serial process")
@@ -100,6 +110,7 @@ def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str]) -> Ite
     for note in plan.notes:
         yield row("note", note)
     yield row("command", shlex.join(["xdit-launch", *command]))
+    yield from (row(f"on {on.name}" if i == 0 else "", line) for i, line in enumerate(on.show(plan, command)))
     words = shlex.join(["xdit-launch", "run", "--dry-run", "--json", *command])
     yield row("by hand", f"{words} > plan.json; torchrun --nproc-per-node {plan.world} -m xdit_core.worker plan.json")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MISMATCH = 4  # exit code
 
-Start = Callable[[Plan, Path, Mapping[str, str]], int]
+Start = Callable[[Plan, Path], int]
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Verify:
         outputs.make_folder(folder, "runs", plan.run.runs)
         (folder / "record").touch()
         click.echo(f"{name}: {describe(plan.axes)}{' with ' + ', '.join(plan.plugins) if plan.plugins else ''}", err=True)
-        return self.start(plan, folder, {})
+        return self.start(plan, folder)
 
     def compare(self) -> Finding:
         """What the runs wrote."""

@@ -1,0 +1,228 @@
+"""One machine's part of a run: ``python -m xdit_launcher.agent [VARIABLE]``.
+
+It takes requests as lines of JSON on stdin and answers on stdout; the end of stdin means stop, so nothing outlives whoever
+started it, and so does silence: the launcher says something every two seconds. With VARIABLE, its value is the number of this machine
+and requests to other numbers are not for it (``srun`` gives every task the same stdin).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import selectors
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from xdit_core.errors import XditError
+from xdit_core.outputs import atomically, check_writable, make_folder, targets
+from xdit_launcher import facts, processes, speed
+from xdit_launcher.local import listening
+from xdit_launcher.processes import Here, Share, Workers
+from xdit_launcher.supervise import signals_interrupt
+
+SILENCE = 10.0  # seconds without a word after which the other side counts as gone
+OFTEN = 2.0  # seconds between signs of life
+MARK = "@xdit "  # before every line of ours: shells print greetings
+
+Send = Callable[[Mapping[str, Any]], None]
+
+
+class Agent:
+    """What a machine does for a run; each method that takes a request returns the answer as JSON.
+
+    Args:
+        send: takes answers and news to the launcher.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.workers, self.done = send, Workers(), False
+        self._server: socket.socket | None = None
+        self._screens: dict[int, int] = {}  # file descriptor of a pipe from rank 0 to 1 or 2
+        self._here: Here | None = None
+        self._told: dict[int, Any] = {}
+        self._spoke = 0.0
+
+    def handle(self, request: Mapping[str, Any]) -> None:
+        """Do what is asked and answer."""
+        name = request["do"]
+        arguments = {k: v for k, v in request.items() if k not in ("do", "to")}
+        if name == "ping":
+            return
+        try:
+            self.send({"did": name, "result": getattr(self, f"do_{name}")(**arguments)})
+        except XditError as error:
+            self.send({"did": name, "failed": str(error), "code": error.exit_code})
+        except Exception as error:
+            self.send({"did": name, "failed": f"{type(error).__name__}: {error}", "code": 1})
+
+    def do_hello(self, distributions: Sequence[str], modules: Sequence[str], model: str, folder: str) -> dict[str, Any]:
+        """Facts about this machine; and work in the same folder as the launcher, if there is one."""
+        with suppress(OSError):
+            os.chdir(folder)
+        return facts.about(distributions, modules, model)
+
+    def do_serve(self, port: int) -> int:
+        """Listen for the other ranks; 0: on any free port, which is the answer."""
+        self._server = listening("", port, backlog=1024)
+        return int(self._server.getsockname()[1])
+
+    def do_reach(self, addresses: Sequence[str], port: int) -> dict[str, float]:
+        """Which addresses of another machine answer, with the seconds that it took."""
+        found: dict[str, float] = {}
+
+        def attempt(address: str) -> None:
+            start = time.perf_counter()
+            with suppress(OSError), socket.create_connection((address, port), timeout=3):
+                found[address] = time.perf_counter() - start
+
+        threads = [Thread(target=attempt, args=(a,), daemon=True) for a in addresses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(4)
+        return dict(found)
+
+    def do_go(
+        self,
+        plan: str,
+        folder: str,
+        ranks: Sequence[int],
+        address: str,
+        port: int,
+        host: str,
+        env: Mapping[str, str],
+        devices: Sequence[int],
+        sharing: int,
+        marks: Sequence[str],
+    ) -> str:
+        """Start the ranks of this machine; the answer is the run folder."""
+        from xdit_core.plan import Plan
+
+        found = Plan.from_json(plan)
+        place = Path(folder)
+        make_folder(place, "runs", folder)
+        with atomically(place / "plan.json") as temporary:
+            temporary.write_text(plan, encoding="utf-8")
+        for name in marks:
+            (place / name).touch()
+        check_writable(found.run, targets(found.run, found.facts.video))
+        share = Share(place, range(*ranks), found.world, address, port, found.run.threads, host, env, tuple(devices), sharing)
+        share.check(found.run.device)
+        screen: list[int] = []
+        if 0 in share.ranks:
+            for number in (1, 2):
+                read, write = os.pipe()
+                os.set_blocking(read, False)
+                self._screens[read] = number
+                screen.append(write)
+        try:
+            processes.spawn(share, self.workers, self._server, screen)
+        finally:
+            for fd in screen:
+                os.close(fd)
+            if self._server:
+                self._server.close()
+        self._here = Here(place, self.workers, host)
+        return str(place)
+
+    def do_stacks(self) -> None:
+        """Every rank writes into its log where it is."""
+        processes.ask_for_stacks(self.workers)
+
+    def do_bring(self, rank: int) -> str:
+        """The end of the log of a rank."""
+        if self._here is None:
+            return ""
+        with suppress(OSError):
+            return processes.log_path(self._here.folder, rank).read_text(encoding="utf-8", errors="replace")[-65536:]
+        return ""
+
+    def do_echo(self, seconds: float) -> int:
+        """Let others measure the way to this machine for a while; the answer is a port."""
+        return speed.serve(seconds)
+
+    def do_measure(self, addresses: Sequence[str], port: int, seconds: float) -> dict[str, Any]:
+        """Latency and bandwidth to a machine that does `do_echo`."""
+        return speed.measure(addresses, port, seconds)
+
+    def do_stop(self) -> None:
+        """End everything."""
+        processes.stop(self.workers)
+        self.turn()
+        self.done = True
+
+    def turn(self) -> None:
+        """Tell what is new, or at least that there is still somebody here."""
+        for fd in list(self._screens):
+            self._show(fd)
+        news = {}
+        for rank, seen in self._here.look().items() if self._here else ():
+            pulse = [seen.pulse.count, seen.pulse.doing] if seen.pulse else None
+            now = {"code": seen.code, "pulse": pulse, "error": seen.error, "log": seen.log}
+            if self._told.get(rank) != now:
+                news[rank] = self._told[rank] = now
+        if news or time.monotonic() - self._spoke > OFTEN:
+            self._spoke = time.monotonic()
+            self.send({"seen": news, "wall": time.time()})
+
+    def _show(self, fd: int) -> None:
+        """Pass on what rank 0 prints."""
+        with suppress(BlockingIOError):
+            while data := os.read(fd, 65536):
+                self.send({"screen": self._screens[fd], "data": base64.b64encode(data).decode()})
+            os.close(fd)
+            del self._screens[fd]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until the end of stdin, an end of the work, or silence."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    number = int(os.environ[words[0]]) if words else None
+    out = os.dup(1)
+    os.dup2(2, 1)  # whatever prints must not come between the answers
+
+    def send(message: Mapping[str, Any]) -> None:
+        text = MARK + json.dumps(message if number is None else {**message, "from": number}) + "\n"
+        data = memoryview(text.encode())
+        while data:
+            data = data[os.write(out, data) :]
+
+    agent = Agent(send)
+    try:
+        with signals_interrupt():
+            serve(agent, number)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass
+    finally:
+        processes.stop(agent.workers)
+
+
+def serve(agent: Agent, number: int | None) -> None:
+    """Requests from stdin, news in between."""
+    os.set_blocking(0, False)
+    buffer, heard = b"", time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        selector.register(0, selectors.EVENT_READ)
+        while not agent.done and time.monotonic() - heard < SILENCE:
+            if selector.select(0.1):
+                data = os.read(0, 65536)
+                if not data:
+                    return
+                heard = time.monotonic()
+                *lines, buffer = (buffer + data).split(b"\n")
+                for request in map(json.loads, lines):
+                    if number is None or request.get("to", number) == number:
+                        agent.handle(request)
+                        heard = time.monotonic()  # it was busy, not left alone
+            agent.turn()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What a machine has and runs, and how it differs from another: quick, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from xdit_core import machine
+from xdit_core.registry import MODELS, STRATEGIES
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+PACKAGES = ("xdit", "torch", "diffusers", "transformers")
+CODE = ("xdit_core", "xdit_launcher")
+
+
+def origins(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Distributions and top-level packages of what a plan uses."""
+    names = {STRATEGIES: set(plan.plugins), MODELS: {plan.model}}
+    modules = [e.module for group, wanted in names.items() for e in metadata.entry_points(group=group) if e.name in wanted]
+    distributions = {origin[0] for origin in (*plan.plugins.values(), plan.model_origin)}
+    return tuple(sorted({*PACKAGES, *distributions})), tuple(sorted({*CODE, *(m.split(".")[0] for m in modules)}))
+
+
+def about(distributions: Iterable[str], modules: Iterable[str], model: str) -> dict[str, Any]:
+    """Facts about this machine, as JSON.
+
+    Args:
+        distributions: whose versions matter.
+        modules: whose code must be the same everywhere.
+        model: a checkpoint folder, "" if there is none yet.
+    """
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in distributions},
+        "code": {name: code_digest(name) for name in modules},
+        "gpus": gpus(),
+        "cores": machine.cores(),
+        "free memory": psutil.virtual_memory().available,
+        "model": checkpoint(Path(model)) if model else None,
+        "folder": os.getcwd(),
+        "wall": time.time(),
+        "addresses": addresses(),
+    }
+
+
+def version(distribution: str) -> str:
+    """Its version, "" if it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def code_digest(package: str) -> str:
+    """Of the Python files of a package, "" if there is none: two working copies can have the same version."""
+    try:
+        spec = util.find_spec(package)
+    except (ImportError, ValueError):
+        return ""
+    if spec is None or not spec.submodule_search_locations:
+        return "" if spec is None or not spec.origin else digest([Path(spec.origin)])
+    root = Path(next(iter(spec.submodule_search_locations)))
+    return digest(sorted(root.rglob("*.py")), root)
+
+
+def digest(files: Iterable[Path], root: Path | None = None) -> str:
+    """Of names and contents."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(str(path.relative_to(root) if root else path.name).encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def checkpoint(folder: Path) -> str | None:
+    """A fingerprint of names and sizes of the files of a checkpoint, None if the folder is not there."""
+    if not folder.is_dir():
+        return None
+    sizes = sorted(
+        (str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts
+    )
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, free and total memory in bytes of each GPU; without ``nvidia-smi`` only how many there are."""
+    count = machine.cuda_devices()
+    if not count or not shutil.which("nvidia-smi"):
+        return [{}] * count
+    query = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return [{}] * count
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()]
+    return [{"name": name, "free": int(free) << 20, "total": int(total) << 20} for name, free, total in rows]
+
+
+def addresses() -> list[str]:
+    """IPv4 addresses by which others may reach this machine; its own loopback comes last."""
+    up = {name for name, s in psutil.net_if_stats().items() if s.isup}
+    found = [
+        a.address for name, all_ in psutil.net_if_addrs().items() if name in up for a in all_ if a.family == socket.AF_INET
+    ]
+    return sorted(found, key=lambda a: a.startswith("127."))
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -> Iterator[str]:
+    """Sentences about what must be the same on all machines and is not.
+
+    Args:
+        theirs, ours: as `about` tells; ``ours`` is of the machine where the launcher runs.
+        host: their name.
+    """
+    for name, here in ours["versions"].items():
+        there = theirs["versions"].get(name, "")
+        if there != here:
+            what = f"{host} has {name} {there}" if there else f"{host} has no {name}"
+            yield f"{what}, and this machine {here}; run pip install {name}=={here} there."
+    if theirs["python"].split(".")[:2] != ours["python"].split(".")[:2]:
+        yield f"{host} runs Python {theirs['python']}, and this machine {ours['python']}; use the same minor version on both."
+    for name, here in ours["code"].items():
+        there = theirs["code"].get(name)
+        if there != here and theirs["versions"] == ours["versions"]:
+            yield f"the code of {name} on {host} is not that of this machine though the versions are equal; install the same copy there."
+
+
+def model_problem(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str, folder: str) -> str:
+    """A sentence about a checkpoint that is missing or another, "" if it is the same."""
+    if not ours["model"] or theirs["model"] == ours["model"]:
+        return ""
+    if theirs["model"] is None:
+        return f"{host} has no folder {folder}; copy the model there, or keep it on a disk that all hosts share."
+    return f"{folder} on {host} holds other files than on this machine; copy the model there again."

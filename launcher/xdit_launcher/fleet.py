@@ -1,0 +1,367 @@
+"""One run over agents on several machines, however they were started: check, start, watch, report, end."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from xdit_core import machine
+from xdit_core.beat import Pulse
+from xdit_core.errors import UsageError, XditError
+from xdit_core.records import listed
+from xdit_launcher import facts, layout, report
+from xdit_launcher.agent import OFTEN, SILENCE
+from xdit_launcher.processes import log_path
+from xdit_launcher.report import Seen
+from xdit_launcher.supervise import CAUSE, INTERRUPTED, say, signals_interrupt, undisturbed, watch
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+PATIENCE = 60.0  # seconds for an agent to start and answer
+FAREWELL = 5.0  # seconds for an agent to end its processes
+
+Deliver = Callable[[int, Mapping[str, Any]], None]
+
+
+class Link(Protocol):
+    """The way to one agent. What the agent says, and ``{"gone": why}`` when it ends, goes to the `Deliver` it was made with."""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Pass a request on; errors of a broken way are swallowed, since its end is delivered."""
+
+    def close(self) -> None:
+        """End the way; the agent then stops by itself."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine of a run.
+
+    Args:
+        name: as the user calls it.
+        slots: most ranks on it; None: as many as it has GPUs, or cores.
+        devices: numbers of the GPUs to use; none: all.
+        python: the interpreter there, "" for that of the launcher.
+        env: variables for its ranks alone.
+        sharing: how many of these are one machine.
+    """
+
+    name: str
+    slots: int | None = None
+    devices: tuple[int, ...] = ()
+    python: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    sharing: int = 1
+
+
+class Fleet:
+    """Agents on several hosts.
+
+    Args:
+        hosts: the machines.
+        connect: makes the link to host ``i``, given where to deliver what it says.
+    """
+
+    def __init__(self, hosts: Sequence[Host], connect: Callable[[int, Deliver], Link]) -> None:
+        self.hosts, self.links = list(hosts), []
+        self.inbox: queue.Queue[tuple[int, Mapping[str, Any]]] = queue.Queue()
+        self.heard = dict.fromkeys(range(len(hosts)), time.monotonic())
+        self.offset = dict.fromkeys(range(len(hosts)), 0.0)  # seconds that a host's clock is behind ours
+        self.gone: dict[int, str] = {}
+        self.seen: dict[int, Seen] = {}
+        self.places: list[range] = []
+        self._over = threading.Event()
+        try:
+            for i in range(len(hosts)):
+                self.links.append(connect(i, lambda j, message: self.inbox.put((j, message))))
+        except BaseException:
+            self.close()
+            raise
+        threading.Thread(target=self._ping, daemon=True).start()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ping(self) -> None:
+        while not self._over.wait(OFTEN):
+            for link in self.links:
+                link.send({"do": "ping"})
+
+    def ask(
+        self, do: str, each: Mapping[int, Mapping[str, Any]] | None = None, patience: float = PATIENCE, **same: Any
+    ) -> tuple[dict[int, Any], list[str]]:
+        """Ask agents and wait for their answers.
+
+        Args:
+            each: the hosts to ask, with arguments of their own; by default all.
+            same: arguments for all of them.
+
+        Returns:
+            Answers by host, and a sentence for each host that had none.
+        """
+        each = {i: {} for i in range(len(self.hosts))} if each is None else each
+        for i, own in each.items():
+            self.links[i].send({"do": do, **same, **own})
+        answers: dict[int, Any] = {}
+        failed = {i: self.gone[i] for i in each if i in self.gone}
+        end = time.monotonic() + patience
+        while (open_ := set(each) - set(answers) - set(failed)) and time.monotonic() < end:
+            for i, message in self.news(0.2):
+                if i in open_ and message.get("did") == do:
+                    if "failed" in message:
+                        failed[i] = message["failed"]
+                    else:
+                        answers[i] = message["result"]
+                elif i in open_ and "gone" in message:
+                    failed[i] = message["gone"]
+        failed |= dict.fromkeys(
+            set(each) - set(answers) - set(failed), f"no answer within {patience:g} s; see whether it is up and reachable"
+        )
+        return answers, [f"{self.hosts[i].name}: {failed[i]}" for i in sorted(failed)]
+
+    def must(self, do: str, each: Mapping[int, Mapping[str, Any]] | None = None, **same: Any) -> dict[int, Any]:
+        """`ask`, where every host must answer.
+
+        Raises:
+            UsageError: all that went wrong, a line for each host.
+        """
+        answers, problems = self.ask(do, each, **same)
+        if problems:
+            raise UsageError("\n".join(problems))
+        return answers
+
+    def news(self, seconds: float) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """What came in, after waiting for the first for so long; keeps account of who is there."""
+        with contextlib.suppress(queue.Empty):
+            item = self.inbox.get(timeout=seconds)
+            while True:
+                i, message = item
+                self.heard[i] = time.monotonic()
+                if "gone" in message:
+                    self.gone.setdefault(i, str(message["gone"]))
+                if "wall" in message:
+                    self.offset[i] = time.time() - message["wall"]
+                if "screen" in message:
+                    show(message["screen"], base64.b64decode(message["data"]))
+                self._note(i, message.get("seen", {}))
+                yield item
+                item = self.inbox.get_nowait()
+
+    def _note(self, i: int, news: Mapping[str, Any]) -> None:
+        """What an agent tells of its ranks."""
+        for key, now in news.items():
+            error, name = now["error"], self.hosts[i].name
+            if error:
+                error = {**error, "host": name, "wall": error["wall"] + self.offset[i], "rank": int(key)}
+            pulse = Pulse(now["pulse"][0], 0.0, now["pulse"][1]) if now["pulse"] else None
+            self.seen[int(key)] = Seen(name, now["code"], pulse, error, log=f"{name}:{now['log']}")
+
+    def look(self) -> Mapping[int, Seen]:
+        """What is known of all ranks; a host that says nothing counts as lost."""
+        for _ in self.news(0.1):
+            pass
+        for i, ranks in enumerate(self.places):
+            silent = time.monotonic() - self.heard[i]
+            why = self.gone.get(i, "")
+            if not why and silent > SILENCE:
+                why = f"no word from it for {silent:.0f} s; see whether it is up, and its network"
+            for rank in ranks:
+                if why and self.seen[rank].code is None:
+                    self.seen[rank] = replace(self.seen[rank], lost=why)
+        return self.seen
+
+    def start(self, plan: Plan, folder: Path, env: Mapping[str, str], rdzv: str | None, facts_: Mapping[int, Any]) -> None:
+        """Find an address at which all reach the first host, and start the ranks.
+
+        Args:
+            env: variables for the ranks of every host.
+            rdzv: ``[HOST:]PORT`` at which to meet, None: any.
+            facts_: what the hosts said of themselves.
+
+        Raises:
+            UsageError: the hosts are too few, differ, or do not reach each other.
+        """
+        self.places = layout.spread(plan.world, [slots(h, facts_[i]) for i, h in enumerate(self.hosts)])
+        used = [i for i, ranks in enumerate(self.places) if ranks]
+        for line in layout.warnings(plan, self.places):
+            say(line)
+        if idle := [h.name for i, h in enumerate(self.hosts) if i not in used]:
+            say(f"{listed(idle)} {'has' if len(idle) == 1 else 'have'} nothing to do in a plan of {plan.world} processes.")
+        address, port = self.meet(used, rdzv, facts_)
+        self.seen = {rank: Seen(self.hosts[i].name) for i in used for rank in self.places[i]}
+        each = {
+            i: {
+                "ranks": [self.places[i].start, self.places[i].stop],
+                "host": self.hosts[i].name,
+                "env": {**env, **self.hosts[i].env},
+                "devices": self.hosts[i].devices,
+                "sharing": self.hosts[i].sharing,
+            }
+            for i in used
+        }
+        marks = [path.name for path in folder.iterdir() if path.is_file() and not path.stat().st_size]
+        self.must("go", each, plan=plan.to_json(), folder=str(folder), address=address, port=port, marks=marks)
+
+    def meet(self, used: Sequence[int], rdzv: str | None, facts_: Mapping[int, Any]) -> tuple[str, int]:
+        """Where the first host listens and all others reach it."""
+        given, _, wanted = (rdzv or "").rpartition(":")
+        if wanted and not (wanted.isdecimal() and int(wanted) < 65536):
+            raise UsageError(f"--rdzv {rdzv} is not PORT or HOST:PORT; write for example 29500.")
+        first, others = used[0], used[1:]
+        port = self.must("serve", {first: {"port": int(wanted or 0)}})[first]
+        if not others:
+            return given or "127.0.0.1", port
+        name = self.hosts[first].name.rpartition("@")[2]
+        choices = [given] if given else [name, facts_[first]["host"], *facts_[first]["addresses"]]
+        found = self.must("reach", {i: {"addresses": choices, "port": port} for i in used})
+        loopback = {a for a in choices if numeric(a).startswith("127.")}
+        common = [a for a in choices if all(a in found[i] for i in used) and (given or a not in loopback)]
+        if not common:
+            worst = min(others, key=lambda i: len(found[i]))
+            raise UsageError(
+                f"{self.hosts[worst].name} does not reach {self.hosts[first].name} at port {port} of any of {', '.join(dict.fromkeys(choices))}; open the "
+                "port in the firewall, or name an address and a port that are open with --rdzv HOST:PORT."
+            )
+        return common[0], port
+
+    def end(self) -> None:
+        """Every process of the run is ended."""
+        with undisturbed():
+            alive = {i: {} for i in range(len(self.links)) if i not in self.gone and time.monotonic() - self.heard[i] < SILENCE}
+            self.ask("stop", alive, patience=FAREWELL)
+
+    def close(self) -> None:
+        """Let go of all hosts; agents that still run stop by themselves."""
+        self._over.set()
+        with undisturbed():
+            for link in self.links:
+                link.close()
+
+
+def numeric(host: str) -> str:
+    """The address of a name, "" if it has none here."""
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(host)
+    return ""
+
+
+def slots(host: Host, about: Mapping[str, Any]) -> int:
+    """Most ranks on a host."""
+    return host.slots or len(host.devices) or len(about["gpus"]) or about["cores"]
+
+
+def show(screen: int, data: bytes) -> None:
+    """What rank 0 prints, on this terminal."""
+    stream = sys.stdout if screen == 1 else sys.stderr
+    with contextlib.suppress(OSError):
+        stream.write(data.decode("utf-8", "replace"))
+        stream.flush()
+
+
+def chosen(patterns: Sequence[str]) -> dict[str, str]:
+    """Variables of this environment by name, ``NCCL_*`` for all that begin so.
+
+    Raises:
+        UsageError: one that is named is not set here.
+    """
+    for name in patterns:
+        if "*" not in name and name not in os.environ:
+            raise UsageError(f"the variable {name} is to be passed on but is not set here; set it, or leave it out of env=.")
+    return {k: v for k, v in os.environ.items() if any(fnmatch(k, p) for p in patterns)}
+
+
+def check(fleet: Fleet, plan: Plan) -> tuple[dict[int, Any], list[str]]:
+    """The quick half of ``doctor``: what the hosts are, and sentences about what cannot work."""
+    distributions, modules = facts.origins(plan)
+    ours = facts.about(distributions, modules, plan.folder)
+    found, problems = fleet.ask("hello", distributions=distributions, modules=modules, model=plan.folder, folder=os.getcwd())
+    for i, theirs in sorted(found.items()):
+        host = fleet.hosts[i]
+        problems += facts.differences(theirs, ours, host.name)
+        problems += [line for line in [facts.model_problem(theirs, ours, host.name, plan.folder)] if line]
+        gpus = len(theirs["gpus"])
+        if plan.run.device == "cuda" and not gpus:
+            problems.append(f"{host.name} has no GPU that its driver shows; leave it out, or use device=cpu.")
+        elif gpus and plan.run.device != "cpu" and (host.slots or 0) > gpus:
+            problems.append(f"{host.name} has {gpus} GPUs and {host.slots} slots; lower its slots.")
+    return found, problems
+
+
+def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: str | None = None) -> int:
+    """A run over a fleet.
+
+    Args:
+        folder: the run folder here; the hosts make one of the same name.
+        env: names of variables to pass on.
+        rdzv: ``[HOST:]PORT`` at which the ranks meet.
+
+    Returns:
+        0, the exit code of the rank to blame, or 130 after Ctrl-C and SIGTERM.
+
+    Raises:
+        UsageError: something would not work; says what, before any rank starts.
+    """
+    passed = chosen(env)
+    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    try:
+        with signals_interrupt():
+            found, problems = check(fleet, plan)
+            if problems:
+                raise UsageError("\n".join(problems))
+            fleet.start(plan, folder, passed, rdzv, found)
+            cause = CAUSE if len(fleet.hosts) == 1 else SILENCE + CAUSE  # so long a silent host may go unnoticed
+            blamed = watch(fleet.look, plan.run.timeout, cause, lambda: stacks(fleet))
+    except KeyboardInterrupt:
+        fleet.end()
+        say("interrupted; every process has ended.")
+        return INTERRUPTED
+    except XditError:
+        fleet.end()
+        raise
+    if blamed is not None:
+        blamed = replace(blamed, log=bring(fleet, blamed.rank, folder) or blamed.log)
+    fleet.end()
+    for _ in fleet.news(0.0):  # the last words of rank 0
+        pass
+    if blamed is None:
+        return 0
+    say("\n".join(report.lines(blamed, plan.world)))
+    return blamed.code
+
+
+def stacks(fleet: Fleet) -> None:
+    """Every rank writes into its log where it is."""
+    fleet.ask("stacks", patience=3.0)
+
+
+def bring(fleet: Fleet, rank: int, folder: Path) -> str:
+    """Copy the end of a log here, unless the disk is shared; says where it is now."""
+    path = log_path(folder, rank)
+    if path.exists():
+        return str(path)
+    host = next(i for i, ranks in enumerate(fleet.places) if rank in ranks)
+    answers, _ = fleet.ask("bring", {host: {"rank": rank}}, patience=3.0)
+    if not answers.get(host):
+        return ""
+    path.write_text(answers[host], encoding="utf-8")
+    return str(path)
+
+
+def devices(hosts: Sequence[Host]) -> int:
+    """Processes that suit the hosts; of one whose slots are not given, as many as suit this machine."""
+    return sum(h.slots or len(h.devices) or machine.cuda_devices() or machine.cores() for h in hosts)

@@ -1,0 +1,198 @@
+"""The backend ``ray``: a placement group over a Ray cluster, with one actor a device, each with the agent of one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdit_core.errors import UsageError
+from xdit_launcher import fleet
+from xdit_launcher.agent import Agent
+from xdit_launcher.fleet import Deliver, Fleet, Host
+from xdit_launcher.words import names_in
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which cluster, and what of it."""
+
+    address: str = field(default="auto", metadata={"help": "of the cluster: HOST:PORT, or auto for the one that runs here"})
+    strategy: str = field(
+        default="PACK", metadata={"help": "placement of the actors: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD"}
+    )
+    cpus: float = field(default=1.0, metadata={"help": "CPUs that each actor reserves"})
+    rdzv: str = field(default="", metadata={"help": "[HOST:]PORT at which the ranks meet; any free port of the first"})
+    env: str = field(default="NCCL_*,GLOO_*", metadata={"help": "variables to pass on, by name"})
+    wait: float = field(default=30.0, metadata={"help": "seconds to wait for resources that others use now"})
+
+
+class Rank(Agent):
+    """The agent in an actor: what it says is fetched instead of sent."""
+
+    def __init__(self) -> None:
+        self.said: list[Mapping[str, Any]] = []
+        super().__init__(self.said.append)
+
+    def where(self) -> str:
+        """The id of the node of this actor, and its address."""
+        import ray
+
+        return f"{ray.get_runtime_context().get_node_id()} {ray.util.get_node_ip_address()}"
+
+    def news(self) -> list[Mapping[str, Any]]:
+        """What was said since the last time."""
+        self.turn()
+        said, self.said[:] = list(self.said), []
+        return said
+
+
+class Actor:
+    """The link to an actor."""
+
+    def __init__(self, actor: Any, number: int, deliver: Deliver) -> None:
+        self.actor, self.number, self.deliver = actor, number, deliver
+        self._over = threading.Event()
+        threading.Thread(target=self._fetch, daemon=True).start()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """A request, in order with the others."""
+        if message["do"] != "ping":  # Ray itself notices when either side is gone
+            self.actor.handle.remote(dict(message))
+
+    def close(self) -> None:
+        """No more news."""
+        self._over.set()
+
+    def _fetch(self) -> None:
+        import ray
+
+        while not self._over.wait(0.1):
+            try:
+                for message in ray.get(self.actor.news.remote()):
+                    self.deliver(self.number, message)
+            except Exception as error:  # Ray's errors have no common class but this
+                text = " ".join(str(error).split())
+                self.deliver(self.number, {"gone": f"its Ray actor is gone ({text[:200]}); see ray status and ray logs"})
+                return
+
+
+def connected(settings: Settings) -> Any:
+    """The module, connected to the cluster.
+
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError("the backend ray needs the package ray; run pip install 'xdit[ray]'.") from error
+    if settings.strategy not in STRATEGIES:
+        raise UsageError(
+            f"ray.strategy={settings.strategy} is none of Ray's; use {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}."
+        )
+    try:
+        with contextlib.redirect_stderr(None):
+            ray.init(
+                address=settings.address, namespace="xdit", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(
+            f"no Ray cluster answers at ray.address={settings.address} ({first}); start one with ray start --head, or give HOST:PORT."
+        ) from error
+    return ray
+
+
+def bundle(plan: Plan, settings: Settings, total: Mapping[str, float]) -> dict[str, float]:
+    """What an actor reserves."""
+    gpu = (plan.run.device != "cpu" and total.get("GPU", 0) > 0) or plan.run.device == "cuda"
+    return {"CPU": settings.cpus, **({"GPU": 1.0} if gpu else {})}
+
+
+def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
+    """A placement group that is there.
+
+    Raises:
+        UsageError: the cluster does not have what is needed, or not now.
+    """
+    each = bundle(plan, settings, ray.cluster_resources())
+    total, nodes = ray.cluster_resources(), sum(1 for node in ray.nodes() if node["Alive"])
+    for name, amount in each.items():
+        if amount * plan.world > total.get(name, 0):
+            raise UsageError(
+                f"{plan.world} processes need {amount * plan.world:g} {name}s and the Ray cluster has {total.get(name, 0):g} on {nodes} nodes; "
+                f"lower the degrees{', lower ray.cpus=' if name == 'CPU' else ''}, or add nodes with ray start --address."
+            )
+    group = ray.util.placement_group([each] * plan.world, strategy=settings.strategy)
+    try:
+        ray.get(group.ready(), timeout=settings.wait)
+    except ray.exceptions.GetTimeoutError as error:
+        free = ray.available_resources()
+        ray.util.remove_placement_group(group)
+        have = ", ".join(f"{free.get(name, 0):g} {name}s free" for name in each)
+        raise UsageError(
+            f"Ray found no place for {plan.world} actors with {settings.strategy} within {settings.wait:g} s ({have} on {nodes} nodes); "
+            "wait for other work to end, choose another ray.strategy=, or give a larger ray.wait=."
+        ) from error
+    return group
+
+
+def start(plan: Plan, folder: Path, settings: Settings) -> int:
+    """Run a plan on the cluster; see `fleet.run`."""
+    ray = connected(settings)
+    group = None
+    try:
+        group = reserve(ray, plan, settings)
+        actors, names = place(ray, group, plan.world)
+        count = Counter(names)
+        hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
+        with Fleet(hosts, lambda i, deliver: Actor(actors[i], i, deliver)) as found:
+            return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+    finally:
+        if group is not None:
+            with contextlib.suppress(Exception):
+                ray.util.remove_placement_group(group)
+        ray.shutdown()
+
+
+def place(ray: Any, group: Any, world: int) -> tuple[list[Any], list[str]]:
+    """Actors in the bundles of a group, and the addresses of their nodes: those of one node are neighbours."""
+    cls = ray.remote(max_restarts=0)(Rank)
+    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+    bundles = group.bundle_specs
+    actors = [
+        cls.options(
+            num_cpus=bundles[i]["CPU"],
+            num_gpus=bundles[i].get("GPU", 0),
+            scheduling_strategy=strategy(group, placement_group_bundle_index=i),
+        ).remote()
+        for i in range(world)
+    ]
+    found = ray.get([actor.where.remote() for actor in actors])
+    order = sorted(range(world), key=lambda i: (found.index(found[i]), i))
+    return [actors[i] for i in order], [found[i].split()[1] for i in order]
+
+
+def devices(settings: Settings) -> int | None:
+    """GPUs of the cluster, or its CPUs."""
+    ray = connected(settings)
+    total = ray.cluster_resources()
+    return int(total.get("GPU", 0) or total.get("CPU", 0) // max(settings.cpus, 1)) or None
+
+
+def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
+    """Lines for a dry run."""
+    each = bundle(plan, settings, connected(settings).cluster_resources())
+    return [
+        f"{plan.world} actors with {', '.join(f'{n:g} {name}' for name, n in each.items())} each, placed with {settings.strategy}"
+    ]

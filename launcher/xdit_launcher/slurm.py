@@ -1,0 +1,205 @@
+"""The backend ``slurm``: inside an allocation (``salloc``, ``sbatch``) one agent a node through ``srun``; outside, a batch job that does it.
+
+A batch job runs ``python -m xdit_launcher.slurm FOLDER`` with the plan that was made when it was submitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xdit_core.errors import UsageError, XditError
+from xdit_core.outputs import atomically
+from xdit_core.settings import build
+from xdit_launcher import fleet
+from xdit_launcher.fleet import Deliver, Fleet, Host, Link
+from xdit_launcher.pipe import Pipe
+from xdit_launcher.supervise import say
+from xdit_launcher.words import names_in
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+SETTINGS = "slurm.json"  # in the run folder of a batch job
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to ask Slurm for; inside an allocation all of its nodes are used unless ``nnodes`` is less."""
+
+    nnodes: int | None = field(default=None, metadata={"help": "nodes of the run"})
+    options: str = field(default="", metadata={"help": "further options of sbatch, such as --partition=gpu --gpus-per-node=8"})
+    rdzv: str = field(default="", metadata={"help": "[HOST:]PORT at which the ranks meet; any free port of the first node"})
+    env: str = field(default="", metadata={"help": "variables to pass on, by name; Slurm itself passes the environment"})
+    wait: bool = field(
+        default=False, metadata={"help": "outside an allocation: return when the job is done, with its exit code"}
+    )
+
+
+def devices(settings: Settings) -> int | None:
+    """How many processes suit the nodes; outside an allocation, as many on each as suit this machine."""
+    nodes = node_count(settings)
+    known = [os.environ.get(name, "") for name in ("SLURM_GPUS_ON_NODE", "SLURM_CPUS_ON_NODE")]
+    each = next((int(text) for text in known if text.isdecimal()), 0)
+    return nodes * each if each else fleet.devices([Host("")] * nodes)
+
+
+def node_count(settings: Settings) -> int:
+    """Nodes of the run.
+
+    Raises:
+        UsageError: more than the allocation has.
+    """
+    there = int(os.environ.get("SLURM_JOB_NUM_NODES", "0"))
+    if settings.nnodes is not None and (settings.nnodes < 1 or (there and settings.nnodes > there)):
+        raise UsageError(
+            f"--nnodes {settings.nnodes} but the allocation has {there or 'no'} nodes; give 1 to {there or 'as many as you need'}."
+        )
+    return settings.nnodes or there or 1
+
+
+def node_names(environ: Mapping[str, str], count: int) -> list[str]:
+    """The first nodes of the allocation.
+
+    Raises:
+        UsageError: Slurm does not tell.
+    """
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, KeyError, subprocess.SubprocessError) as error:
+        raise UsageError(
+            f"the nodes of job {environ.get('SLURM_JOB_ID')} are not to be had from scontrol ({error})."
+        ) from error
+    return shown.stdout.split()[:count]
+
+
+def srun(nodes: Sequence[str]) -> list[str]:
+    """The command that starts one agent on each node; every task gets the same stdin."""
+    n = len(nodes)
+    step = [
+        "srun",
+        f"--nodes={n}",
+        f"--ntasks={n}",
+        "--ntasks-per-node=1",
+        f"--nodelist={','.join(nodes)}",
+        "--kill-on-bad-exit=1",
+    ]
+    return [*step, "--cpu-bind=none", "--unbuffered", sys.executable, "-P", "-m", "xdit_launcher.agent", "SLURM_NODEID"]
+
+
+def script(folder: str, settings: Settings) -> list[str]:
+    """The batch job, as lines."""
+    log = f"{folder}/slurm.out"
+    asked = [
+        f"--nodes={settings.nnodes or 1}",
+        "--ntasks-per-node=1",
+        "--job-name=xdit",
+        f"--output={log}",
+        *shlex.split(settings.options),
+    ]
+    command = [sys.executable, "-P", "-m", "xdit_launcher.slurm", folder]
+    return ["#!/bin/bash", *(f"#SBATCH {word}" for word in asked), f"exec {shlex.join(command)}"]
+
+
+def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
+    """Lines for a dry run."""
+    if "SLURM_JOB_ID" in os.environ:
+        return [shlex.join(srun(node_names(os.environ, node_count(settings))))]
+    return ["sbatch with this script:", *script(f"{Path(plan.run.runs).absolute()}/FOLDER", settings)]
+
+
+class Node:
+    """One of the agents behind a shared ``srun``."""
+
+    def __init__(self, pipe: Pipe, number: int) -> None:
+        self.pipe, self.number = pipe, number
+
+    def send(self, message: Mapping[str, object]) -> None:
+        """To this node alone."""
+        self.pipe.send({**message, "to": self.number})
+
+    def close(self) -> None:
+        """Ends all of them, which is when one is closed anyway."""
+        self.pipe.close()
+
+
+def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
+    """A sentence about a step that ended."""
+    last = next((line for line in said if "error" in line), said[-1] if said else f"exit code {code}").rstrip(".")
+    return (
+        f"its agent ended ({last}); see whether the node is up: sinfo -N"
+        if met
+        else f"{last}; see the state of the nodes with sinfo -N"
+    )
+
+
+def start(plan: Plan, folder: Path, settings: Settings) -> int:
+    """Run a plan on the nodes of this allocation, or submit it as a batch job."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return submit(plan, folder, settings)
+    names = node_names(os.environ, node_count(settings))
+    pipes: list[Pipe] = []
+
+    def connect(i: int, deliver: Deliver) -> Link:
+        if not pipes:
+            pipes.append(Pipe(srun(names), dict(enumerate(names)), deliver, why))
+        return Node(pipes[0], i)
+
+    with Fleet([Host(name) for name in names], connect) as found:
+        return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+
+
+def submit(plan: Plan, folder: Path, settings: Settings) -> int:
+    """As a batch job; says where its output goes.
+
+    Raises:
+        UsageError: there is no Slurm here, or it refuses the job.
+    """
+    for name, text in (("plan.json", plan.to_json()), (SETTINGS, json.dumps(dataclasses.asdict(settings)))):
+        with atomically(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *(["--wait"] if settings.wait else [])],
+            input="\n".join(script(str(folder), settings)) + "\n",
+            capture_output=True,
+            text=True,
+        )
+    except OSError as error:
+        raise UsageError(f"sbatch cannot be started ({error.strerror}); run this on a machine of the cluster.") from error
+    number = done.stdout.strip().split(";")[0]
+    if not number:
+        raise UsageError(f"Slurm refuses the job: {' '.join(done.stderr.split()).removeprefix('sbatch: error: ')}")
+    say(f"batch job {number}; its output: {folder / 'slurm.out'}; to end it: scancel {number}")
+    return done.returncode
+
+
+def main(folder: Path) -> int:
+    """What a batch job does."""
+    from xdit_core.plan import Plan
+
+    plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    try:
+        return start(plan, folder, build(Settings, "", settings))
+    except XditError as error:
+        say(str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

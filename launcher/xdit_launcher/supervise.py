@@ -1,0 +1,96 @@
+"""Watch the ranks of a run, wherever they are, until they are done or one is to blame."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+
+import click
+
+from xdit_launcher.report import Blame, Seen, blame, decided
+
+CAUSE = 2.0  # seconds in which the cause of a lost connection should show itself
+INTERRUPTED = 130
+
+Look = Callable[[], Mapping[int, Seen]]
+
+
+def watch(
+    look: Look, timeout: float, cause: float = CAUSE, ask_for_stacks: Callable[[], None] | None = None, elsewhere: bool = False
+) -> Blame | None:
+    """Wait until all ranks are done, one has failed, or none moves any more.
+
+    Args:
+        look: what is known of each rank; returns after some milliseconds.
+        timeout: seconds without a beat of any rank after which the run counts as stuck.
+        cause: seconds to wait for a cause when only ranks that lost their peers were seen.
+        ask_for_stacks: makes the ranks write into their logs where they are.
+        elsewhere: there are ranks that ``look`` cannot see.
+
+    Returns:
+        Whom to blame, None if all went well.
+    """
+    counts: list[int] = []
+    moved = time.monotonic()
+    while True:
+        seen = look()
+        if any(s.failed for s in seen.values()):
+            end = time.monotonic() + cause
+            while time.monotonic() < end and not decided(seen):
+                seen = look()
+            return blame(seen, elsewhere=elsewhere)
+        if all(s.code == 0 for s in seen.values()):
+            return None
+        fresh = [s.pulse.count if s.pulse else 0 for s in seen.values()]
+        if fresh != counts:
+            counts, moved = fresh, time.monotonic()
+        elif time.monotonic() - moved > timeout:
+            if ask_for_stacks:
+                ask_for_stacks()
+            return blame(seen, stuck_for=timeout, elsewhere=elsewhere)
+
+
+def say(text: str) -> None:
+    """On stderr, in place of a progress line that may stand there; a terminal that has gone must not stop the work."""
+    with contextlib.suppress(OSError):
+        click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
+
+
+ENDING = tuple(s for name in ("SIGTERM", "SIGHUP") if (s := getattr(signal, name, None)) is not None)
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, act as Ctrl-C; under ``nohup`` SIGHUP stays ignored."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No Ctrl-C in between: tearing down takes seconds, and whoever presses twice would leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():  # where signals do not come
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDING)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
