@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -63,6 +64,9 @@ def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
             f"out of memory ({message.splitlines()[0][:160]}); lower height, width or images, use dtype=bfloat16, "
             "or divide the model over more processes with --plugins pipefusion."
         )
+    if full := next((e for e in chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None):
+        where = full.filename or "a file"
+        message, known = f"{where} cannot be written: {full.strerror}; make room, or choose another disk with out=.", True
     return {
         "rank": rank,
         "host": os.environ.get(HOST) or socket.gethostname(),

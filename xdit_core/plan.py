@@ -324,7 +324,7 @@ def check_run(run: RunSettings) -> list[Problem]:
         found.append(Problem(f"dtype={run.dtype} is unknown", f"use one of {', '.join(DTYPES)}"))
     if run.device is not None and run.device not in ("cpu", "cuda"):
         found.append(Problem(f"device={run.device} is unknown", "use cpu or cuda"))
-    if run.timeout <= 0:
+    if run.patience <= 0:
         found.append(Problem(f"timeout={run.timeout} is too small", "give the seconds to wait, such as 600"))
     if not -(2**63) <= run.seed < 2**64:
         found.append(Problem(f"seed={run.seed} does not fit into 64 bits", "give a number from 0 to 2**64 - 1"))

@@ -47,8 +47,18 @@ class RunSettings:
     lora: tuple[str, ...] = field(default=(), metadata={"help": "PATH[:scale] of a LoRA to add to the weights; repeat"})
     scheduler: str | None = field(default=None, metadata={"help": "a diffusers scheduler class instead of the model's"})
     max_sequence_length: int | None = field(default=None, metadata={"help": "most text tokens of the T5 encoder"})
-    timeout: float = field(default=600.0, metadata={"help": "seconds without progress after which the run is ended"})
+    timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "seconds without progress that end a run; default: 600, between steps ten times the longest pause, at least 20"
+        },
+    )
     runs: str = field(default="runs", metadata={"help": "folder for logs; each run makes a folder in it"})
+
+    @property
+    def patience(self) -> float:
+        """Seconds without progress after which anything counts as stuck."""
+        return 600.0 if self.timeout is None else self.timeout
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
         same_plan(plan)
         if place.world > 1:
             beat.doing("waiting for the other ranks to start")
-            connect(place, plan.digest(), device_type(plan), plan.run.timeout)
+            connect(place, plan.digest(), device_type(plan), plan.run.patience)
         beat.doing("importing diffusers")
         import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
 

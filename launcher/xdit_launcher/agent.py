@@ -144,6 +144,18 @@ class Agent:
             return processes.log_path(self._here.folder, rank).read_text(encoding="utf-8", errors="replace")[-65536:]
         return ""
 
+    def do_resolve(self, names: Sequence[str]) -> dict[str, str]:
+        """Addresses of host names, as this machine knows them."""
+        return facts.resolved(names)
+
+    def do_import(self, seconds: float) -> dict[str, Any]:
+        """Whether torch works here."""
+        return facts.imported(seconds)
+
+    def do_clock(self) -> float:
+        """The time of day here, in seconds."""
+        return time.time()
+
     def do_echo(self, seconds: float) -> int:
         """Let others measure the way to this machine for a while; the answer is a port."""
         return speed.serve(seconds)

@@ -7,6 +7,7 @@ A backend is a module or another object with
   `OPTIONS` has it; every field has a default. Without it ``settings`` is None;
 - ``devices(settings) -> int | None`` (optional): how many processes suit the machines; None: those of this one;
 - ``show(plan, settings, words) -> list[str]`` (optional): what a dry run shows of it; ``words`` are those of the command line;
+- ``connect(settings) -> Fleet`` (optional): agents on the machines, for ``doctor``, see `xdit_launcher.fleet`;
 - ``document(plan, settings, words) -> str`` (optional): what a dry run prints instead of everything else.
 """
 
@@ -25,6 +26,7 @@ from xdit_core.settings import build, check_class, check_keys, did_you_mean, fie
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
+    from xdit_launcher.fleet import Fleet
 
 LAUNCHERS = "xdit.launchers"
 USUAL = "local"
@@ -68,6 +70,18 @@ class Backend:
         """Run a plan; the exit code."""
         code: int = self.module.start(plan, folder, self.settings)
         return code
+
+    def connect(self) -> Fleet:
+        """Agents on the machines.
+
+        Raises:
+            UsageError: the backend has none.
+        """
+        found = getattr(self.module, "connect", None)
+        if found is None:
+            raise UsageError(f"the backend {self.name} has no agents that could look at the machines; use --on ssh.")
+        fleet: Fleet = found(self.settings)
+        return fleet
 
     def show(self, plan: Plan, words: Sequence[str]) -> list[str]:
         """What a dry run shows."""

@@ -180,6 +180,35 @@ def verify(
     ctx.exit(command.verify(chosen, values, on.start, run_folder))
 
 
+@cli.command()
+@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods of the run that is to follow.")
+@click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
+@backends.options
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@click.pass_context
+def doctor(
+    ctx: click.Context,
+    plugins: tuple[str, ...],
+    config: str | None,
+    backend: str | None,
+    words: tuple[str, ...],
+    **options: str | None,
+) -> None:
+    """Look at all machines before a run: versions, devices, model, network.
+
+    With --plugins and settings such as model=sd3 it also checks what that run needs. The exit code is 1 if something must be mended.
+    """
+    from xdit_core.plan import make_plan
+    from xdit_launcher import doctor as command
+    from xdit_launcher.words import names_in, values_of
+
+    values, named = values_of(words, config)
+    chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
+    on, values = choose(backend, options, values)
+    plan = make_plan(chosen, values, devices=on.devices()) if values or chosen else None
+    ctx.exit(command.doctor(on, plan))
+
+
 def tell(plan: Plan, prompted: bool) -> None:
     """Say what was decided for the user."""
     if not prompted:

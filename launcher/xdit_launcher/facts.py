@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata, util
@@ -26,11 +28,13 @@ PACKAGES = ("xdit", "torch", "diffusers", "transformers")
 CODE = ("xdit_core", "xdit_launcher")
 
 
-def origins(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Distributions and top-level packages of what a plan uses."""
-    names = {STRATEGIES: set(plan.plugins), MODELS: {plan.model}}
-    modules = [e.module for group, wanted in names.items() for e in metadata.entry_points(group=group) if e.name in wanted]
-    distributions = {origin[0] for origin in (*plan.plugins.values(), plan.model_origin)}
+def origins(plan: Plan | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Distributions and top-level packages of what a plan uses, or of all that is installed."""
+    entries = [e for group in (STRATEGIES, MODELS) for e in metadata.entry_points(group=group)]
+    if plan is not None:
+        entries = [e for e in entries if (e.name in plan.plugins if e.group == STRATEGIES else e.name == plan.model)]
+    modules = [e.module for e in entries]
+    distributions = {e.dist.name for e in entries if e.dist is not None}
     return tuple(sorted({*PACKAGES, *distributions})), tuple(sorted({*CODE, *(m.split(".")[0] for m in modules)}))
 
 
@@ -52,6 +56,7 @@ def about(distributions: Iterable[str], modules: Iterable[str], model: str) -> d
         "free memory": psutil.virtual_memory().available,
         "model": checkpoint(Path(model)) if model else None,
         "folder": os.getcwd(),
+        "free disk": shutil.disk_usage(os.getcwd()).free,
         "wall": time.time(),
         "addresses": addresses(),
     }
@@ -117,6 +122,41 @@ def addresses() -> list[str]:
         a.address for name, all_ in psutil.net_if_addrs().items() if name in up for a in all_ if a.family == socket.AF_INET
     ]
     return sorted(found, key=lambda a: a.startswith("127."))
+
+
+def resolved(names: Iterable[str]) -> dict[str, str]:
+    """The address of each host name, "" if it has none here."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = socket.gethostbyname(name)
+        except OSError:
+            found[name] = ""
+    return found
+
+
+PROBE = """
+import json, torch, diffusers
+cuda = torch.cuda.is_available()
+print(json.dumps({"cuda": torch.version.cuda, "devices": torch.cuda.device_count() if cuda else 0}))
+"""
+
+
+def imported(seconds: float) -> dict[str, Any]:
+    """Whether torch and diffusers can be imported: ``devices`` that torch sees, or ``error``."""
+    try:
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=seconds)
+        found: dict[str, Any] = (
+            json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": last_line(done.stderr)}
+        )
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        found = {"error": str(error)}
+    return found
+
+
+def last_line(text: str) -> str:
+    """Of a traceback: what is wrong."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it ended without a word")
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -> Iterator[str]:

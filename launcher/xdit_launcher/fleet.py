@@ -198,7 +198,10 @@ class Fleet:
         """
         self.places = layout.spread(plan.world, [slots(h, facts_[i]) for i, h in enumerate(self.hosts)])
         used = [i for i, ranks in enumerate(self.places) if ranks]
-        for line in layout.warnings(plan, self.places):
+        machines: dict[str, list[int]] = {}
+        for host, ranks in zip(self.hosts, self.places, strict=True):
+            machines.setdefault(host.name, []).extend(ranks)
+        for line in layout.warnings(plan, list(machines.values())):
             say(line)
         if idle := [h.name for i, h in enumerate(self.hosts) if i not in used]:
             say(f"{listed(idle)} {'has' if len(idle) == 1 else 'have'} nothing to do in a plan of {plan.world} processes.")
@@ -239,11 +242,19 @@ class Fleet:
             )
         return common[0], port
 
-    def end(self) -> None:
-        """Every process of the run is ended."""
+    def end(self) -> str:
+        """End every process of the run.
+
+        Returns:
+            Words about it: a host that does not answer ends its processes by itself, which nobody sees from here.
+        """
         with undisturbed():
             alive = {i: {} for i in range(len(self.links)) if i not in self.gone and time.monotonic() - self.heard[i] < SILENCE}
-            self.ask("stop", alive, patience=FAREWELL)
+            answers, _ = self.ask("stop", alive, patience=FAREWELL)
+        silent = [host.name for i, host in enumerate(self.hosts) if i not in answers]
+        if not silent:
+            return "every process has ended"
+        return f"{listed(silent)} did not answer, where processes end by themselves within {SILENCE:.0f} s"
 
     def close(self) -> None:
         """Let go of all hosts; agents that still run stop by themselves."""
@@ -285,19 +296,20 @@ def chosen(patterns: Sequence[str]) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if any(fnmatch(k, p) for p in patterns)}
 
 
-def check(fleet: Fleet, plan: Plan) -> tuple[dict[int, Any], list[str]]:
-    """The quick half of ``doctor``: what the hosts are, and sentences about what cannot work."""
+def check(fleet: Fleet, plan: Plan | None) -> tuple[dict[int, Any], list[str]]:
+    """The quick half of ``doctor``: what the hosts are, and sentences about what cannot work, with a plan also for it."""
     distributions, modules = facts.origins(plan)
-    ours = facts.about(distributions, modules, plan.folder)
-    found, problems = fleet.ask("hello", distributions=distributions, modules=modules, model=plan.folder, folder=os.getcwd())
+    model, device = (plan.folder, plan.run.device) if plan else ("", None)
+    ours = facts.about(distributions, modules, model)
+    found, problems = fleet.ask("hello", distributions=distributions, modules=modules, model=model, folder=os.getcwd())
     for i, theirs in sorted(found.items()):
         host = fleet.hosts[i]
         problems += facts.differences(theirs, ours, host.name)
-        problems += [line for line in [facts.model_problem(theirs, ours, host.name, plan.folder)] if line]
+        problems += [line for line in [facts.model_problem(theirs, ours, host.name, model)] if line]
         gpus = len(theirs["gpus"])
-        if plan.run.device == "cuda" and not gpus:
+        if device == "cuda" and not gpus:
             problems.append(f"{host.name} has no GPU that its driver shows; leave it out, or use device=cpu.")
-        elif gpus and plan.run.device != "cpu" and (host.slots or 0) > gpus:
+        elif gpus and device != "cpu" and (host.slots or 0) > gpus:
             problems.append(f"{host.name} has {gpus} GPUs and {host.slots} slots; lower its slots.")
     return found, problems
 
@@ -327,8 +339,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
             cause = CAUSE if len(fleet.hosts) == 1 else SILENCE + CAUSE  # so long a silent host may go unnoticed
             blamed = watch(fleet.look, plan.run.timeout, cause, lambda: stacks(fleet))
     except KeyboardInterrupt:
-        fleet.end()
-        say("interrupted; every process has ended.")
+        say(f"interrupted; {fleet.end()}.")
         return INTERRUPTED
     except XditError:
         fleet.end()

@@ -32,7 +32,7 @@ def spread(world: int, slots: Sequence[int]) -> list[range]:
     return [range(s, s + n) for s, n in zip(starts, counts, strict=True)]
 
 
-def spans(plan: Plan, axis: Axis, places: Sequence[range]) -> bool:
+def spans(plan: Plan, axis: Axis, places: Sequence[Sequence[int]]) -> bool:
     """Some ranks that differ along the axis only are on different machines."""
     inside = product(a.degree or 1 for a in plan.axes[plan.axes.index(axis) + 1 :])
     degree = axis.degree or 1
@@ -41,7 +41,7 @@ def spans(plan: Plan, axis: Axis, places: Sequence[range]) -> bool:
     return any(len({host[rank] for rank in line}) > 1 for line in lines)
 
 
-def warnings(plan: Plan, places: Sequence[range]) -> Iterator[str]:
+def warnings(plan: Plan, places: Sequence[Sequence[int]]) -> Iterator[str]:
     """A sentence for each axis whose ranks talk at every layer and sit on several machines, with a better layout.
 
     Args:

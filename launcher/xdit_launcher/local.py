@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, watch
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
+    from xdit_launcher.fleet import Fleet
 
 HOST = "127.0.0.1"
 EXAMPLE = "--nnodes 2 --node-rank 0 --rdzv 10.0.0.1:29500"
@@ -85,6 +87,19 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     processes.stop(workers)
     say("\n".join(report.lines(found, plan.world)))
     return found.code
+
+
+def connect(settings: Settings) -> Fleet:
+    """An agent on this machine."""
+    from xdit_launcher.fleet import Fleet, Host
+    from xdit_launcher.pipe import Pipe
+
+    name = socket.gethostname()
+    command = [sys.executable, "-P", "-m", "xdit_launcher.agent"]
+    return Fleet(
+        [Host(name)],
+        lambda i, deliver: Pipe(command, {i: name}, deliver, lambda code, said, *_: " ".join(said) or f"exit code {code}"),
+    )
 
 
 @contextlib.contextmanager
@@ -179,4 +194,4 @@ def listening(address: str, port: int, backlog: int) -> socket.socket:
     try:
         return socket.create_server((address, port), backlog=backlog)
     except OSError as error:
-        raise UsageError(f"port {port} cannot be had here ({error.strerror}); choose another with --rdzv HOST:PORT.") from error
+        raise UsageError(f"port {port} cannot be had here ({os.strerror(error.errno or 0)}); choose another with --rdzv HOST:PORT.") from error

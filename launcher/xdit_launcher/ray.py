@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -101,16 +103,27 @@ def connected(settings: Settings) -> Any:
             f"ray.strategy={settings.strategy} is none of Ray's; use {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}."
         )
     try:
-        with contextlib.redirect_stderr(None):
-            ray.init(
-                address=settings.address, namespace="xdit", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        knock(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
+        ray.init(
+            address=settings.address, namespace="xdit", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
         first = str(error).split("\n")[0].rstrip(".")
         raise UsageError(
             f"no Ray cluster answers at ray.address={settings.address} ({first}); start one with ray start --head, or give HOST:PORT."
         ) from error
     return ray
+
+
+def knock(address: str) -> None:
+    """Ray tries for minutes where nobody answers; find out at once.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, sign, port = address.removeprefix("ray://").rpartition(":")
+    if sign and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def bundle(plan: Plan, settings: Settings, total: Mapping[str, float]) -> dict[str, float]:
@@ -130,7 +143,8 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
     for name, amount in each.items():
         if amount * plan.world > total.get(name, 0):
             raise UsageError(
-                f"{plan.world} processes need {amount * plan.world:g} {name}s and the Ray cluster has {total.get(name, 0):g} on {nodes} nodes; "
+                f"{plan.world} processes need {amount * plan.world:g} {name}s and the Ray cluster has {total.get(name, 0):g} on "
+                f"{nodes} node{'s' if nodes > 1 else ''}; "
                 f"lower the degrees{', lower ray.cpus=' if name == 'CPU' else ''}, or add nodes with ray start --address."
             )
     group = ray.util.placement_group([each] * plan.world, strategy=settings.strategy)
@@ -141,7 +155,7 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
         ray.util.remove_placement_group(group)
         have = ", ".join(f"{free.get(name, 0):g} {name}s free" for name in each)
         raise UsageError(
-            f"Ray found no place for {plan.world} actors with {settings.strategy} within {settings.wait:g} s ({have} on {nodes} nodes); "
+            f"Ray found no place for {plan.world} actors with {settings.strategy} within {settings.wait:g} s ({have}); "
             "wait for other work to end, choose another ray.strategy=, or give a larger ray.wait=."
         ) from error
     return group

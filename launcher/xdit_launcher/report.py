@@ -128,7 +128,7 @@ def blame(seen: Mapping[int, Seen], stuck_for: float | None = None, elsewhere: b
     last = min(running, key=progress)
     if stuck_for is not None:
         hint = "its stack is in the log; give a larger timeout= if it only is slow"
-        return silent(last, f"no rank made progress for {stuck_for:g} s and this one is behind; {hint}", 1)
+        return silent(last, f"no rank made progress for {stuck_for:.0f} s and this one is behind; {hint}", 1)
     error = seen[last].error
     if error:
         found = told(error, seen[last].log)

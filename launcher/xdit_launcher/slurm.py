@@ -151,16 +151,27 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     """Run a plan on the nodes of this allocation, or submit it as a batch job."""
     if "SLURM_JOB_ID" not in os.environ:
         return submit(plan, folder, settings)
+    with connect(settings) as found:
+        return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+
+
+def connect(settings: Settings) -> Fleet:
+    """Agents on the nodes of this allocation.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UsageError("this is no Slurm allocation; get one first: salloc --nodes=2.")
     names = node_names(os.environ, node_count(settings))
     pipes: list[Pipe] = []
 
-    def connect(i: int, deliver: Deliver) -> Link:
+    def link(i: int, deliver: Deliver) -> Link:
         if not pipes:
             pipes.append(Pipe(srun(names), dict(enumerate(names)), deliver, why))
         return Node(pipes[0], i)
 
-    with Fleet([Host(name) for name in names], connect) as found:
-        return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+    return Fleet([Host(name) for name in names], link)
 
 
 def submit(plan: Plan, folder: Path, settings: Settings) -> int:

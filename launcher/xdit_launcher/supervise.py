@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import FrameType
 
 import click
@@ -20,14 +22,50 @@ INTERRUPTED = 130
 Look = Callable[[], Mapping[int, Seen]]
 
 
+STUCK = 600.0  # seconds without a beat of any rank
+QUICK = 20.0  # the least of those seconds between two steps
+SETTLED = 3  # the step from which on the pauses of a run are known
+STEP = re.compile(r"(?:^|\()step (\d+) of ")
+
+
+@dataclass
+class Pace:
+    """How long a run may stand still.
+
+    Args:
+        timeout: seconds given by the user, None: found from the run itself.
+    """
+
+    timeout: float | None
+    longest: float = 0.0
+    settled: bool = False
+
+    def moved(self, pause: float, seen: Mapping[int, Seen]) -> None:
+        """A rank moved after so many seconds."""
+        steps = [int(found[1]) if s.pulse and (found := STEP.search(s.pulse.doing)) else 0 for s in seen.values()]
+        self.longest = max(self.longest, pause) if all(steps) else 0.0
+        self.settled = min(steps, default=0) >= SETTLED
+
+    @property
+    def limit(self) -> float:
+        """Seconds; once every rank makes steps, ten times the longest pause so far."""
+        if self.timeout is not None:
+            return self.timeout
+        return min(STUCK, max(QUICK, 10 * self.longest)) if self.settled else STUCK
+
+
 def watch(
-    look: Look, timeout: float, cause: float = CAUSE, ask_for_stacks: Callable[[], None] | None = None, elsewhere: bool = False
+    look: Look,
+    timeout: float | None,
+    cause: float = CAUSE,
+    ask_for_stacks: Callable[[], None] | None = None,
+    elsewhere: bool = False,
 ) -> Blame | None:
     """Wait until all ranks are done, one has failed, or none moves any more.
 
     Args:
         look: what is known of each rank; returns after some milliseconds.
-        timeout: seconds without a beat of any rank after which the run counts as stuck.
+        timeout: seconds without a beat of any rank after which the run counts as stuck, None: see `Pace`.
         cause: seconds to wait for a cause when only ranks that lost their peers were seen.
         ask_for_stacks: makes the ranks write into their logs where they are.
         elsewhere: there are ranks that ``look`` cannot see.
@@ -36,7 +74,7 @@ def watch(
         Whom to blame, None if all went well.
     """
     counts: list[int] = []
-    moved = time.monotonic()
+    moved, pace = time.monotonic(), Pace(timeout)
     while True:
         seen = look()
         if any(s.failed for s in seen.values()):
@@ -48,11 +86,12 @@ def watch(
             return None
         fresh = [s.pulse.count if s.pulse else 0 for s in seen.values()]
         if fresh != counts:
+            pace.moved(time.monotonic() - moved, seen)
             counts, moved = fresh, time.monotonic()
-        elif time.monotonic() - moved > timeout:
+        elif time.monotonic() - moved > pace.limit:
             if ask_for_stacks:
                 ask_for_stacks()
-            return blame(seen, stuck_for=timeout, elsewhere=elsewhere)
+            return blame(seen, stuck_for=pace.limit, elsewhere=elsewhere)
 
 
 def say(text: str) -> None:

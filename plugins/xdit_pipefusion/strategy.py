@@ -86,7 +86,7 @@ class StageWorld(PatchWorld):
         Raises:
             LazyError: the others did not come within half of the run's ``timeout``.
         """
-        patience = timedelta(seconds=self.rank.plan.run.timeout / 2)
+        patience = timedelta(seconds=self.rank.plan.run.patience / 2)
         try:
             work.wait(patience)
         except RuntimeError as error:

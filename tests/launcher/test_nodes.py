@@ -7,16 +7,15 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 
-from xdit_core import Registry, make_plan
 from xdit_core.beat import read_beat
 from xdit_core.errors import UsageError
-from xdit_launcher.local import Node, interface_to, spanning
+from xdit_launcher.local import Node, Settings
+from xdit_launcher.processes import interface_to
 
 Launch = Callable[..., Any]
 
@@ -80,7 +79,7 @@ def test_refusals(say: Callable[..., Result], tiny: tuple[str, ...]) -> None:
     assert "--nnodes, --node-rank and --rdzv go together" in told("--nnodes", "2")
     where = ("--rdzv", "127.0.0.1:29500")
     assert "--node-rank counts from 0 to nnodes - 1" in told("--nnodes", "2", "--node-rank", "2", *where)
-    assert "--rdzv is HOST:PORT" in told("--nnodes", "2", "--node-rank", "0", "--rdzv", "somewhere")
+    assert "--rdzv somewhere is not HOST:PORT" in told("--nnodes", "2", "--node-rank", "0", "--rdzv", "somewhere")
     odd = told("--nnodes", "2", "--node-rank", "0", *where, "--plugins", "pipefusion", "pipefusion.stages=3")
     assert "3 processes cannot be shared evenly by 2 nodes; change the degrees, or set nproc to a multiple of 2." in odd
     with socket.create_server(("", 0)) as server:
@@ -90,19 +89,10 @@ def test_refusals(say: Callable[..., Result], tiny: tuple[str, ...]) -> None:
 
 
 def test_places() -> None:
-    node = Node.of({"nnodes": "2", "node_rank": "1", "rdzv": "10.0.0.1:29500"})
+    node = Node.of(Settings(2, 1, "10.0.0.1:29500"))
     assert (node.address, node.port, node.ranks(8)) == ("10.0.0.1", 29500, range(4, 8))
-    assert Node.of({}).ranks(3) == range(3)
-    with pytest.raises(UsageError, match="no option hosts"):
-        Node.of({"hosts": "a"})
+    assert Node.of(Settings()).ranks(3) == range(3)
+    for place in ("somewhere", "a:99999", ":1"):
+        with pytest.raises(UsageError, match="is not HOST:PORT"):
+            Node.of(Settings(2, 0, place))
     assert interface_to("127.0.0.1", 1) == "lo"
-
-
-def test_chatty_axes_across_nodes(tiny: tuple[str, ...], tmp_path: Path) -> None:
-    values: dict[str, Any] = dict(word.split("=", 1) for word in tiny)
-    wide = make_plan(["usp"], {**values, "usp.ulysses": 4, "usp.ring": 1}, Registry())
-    (line,) = spanning(wide, 2)
-    assert line.startswith("warning: ulysses 4 spans nodes of 2 processes")
-    assert not list(spanning(wide, 4))
-    hybrid = make_plan(["usp", "pipefusion"], {**values, "usp.ulysses": 2, "usp.ring": 1, "pipefusion.stages": 2}, Registry())
-    assert not list(spanning(hybrid, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import time
@@ -17,7 +18,8 @@ from xdit_core.outputs import atomically, check_writable, slug, targets
 from xdit_core.place import Place, compare
 from xdit_core.screen import Progress, Tee
 from xdit_core.settings import RunSettings
-from xdit_launcher.report import Blame, blame, lines
+from xdit_launcher import report
+from xdit_launcher.report import Blame, Seen, lines
 from xdit_launcher.words import is_setting, values_of
 
 
@@ -94,6 +96,15 @@ def fail(folder: Path, rank: int, error: BaseException, doing: str = "step 1 of 
         error_path(folder, rank).write_text(json.dumps(failure(e, rank, doing)))
 
 
+def blame(folder: Path, codes: list[int | None], stuck_for: float | None = None) -> Blame:
+    """As of ranks whose files are in a folder."""
+    seen = {
+        rank: Seen("here", code, read_beat(beat_path(folder, rank)), report.read_error(folder, rank), log="x.log")
+        for rank, code in enumerate(codes)
+    }
+    return report.blame(seen, stuck_for)
+
+
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
 
 
@@ -113,9 +124,14 @@ def test_signals_before_lost_peers(tmp_path: Path) -> None:
 
 def test_an_exit_without_a_word(tmp_path: Path) -> None:
     fail(tmp_path, 0, LOST)
-    assert blame(tmp_path, [1, 7]) == Blame(
-        1, blame(tmp_path, [1, 7]).host, "starting", "it ended with exit code 7 and left no error", 7
-    )
+    assert blame(tmp_path, [1, 7]) == Blame(1, "here", "starting", "it ended with exit code 7 and left no error", 7, "x.log")
+
+
+def test_a_lost_host() -> None:
+    seen = {rank: Seen("ab"[rank // 2], lost="no word from it." if rank > 1 else "") for rank in range(4)}
+    found = report.blame(seen)
+    assert (found.rank, found.host, found.code) == (2, "b", 1)
+    assert found.sentence == "ranks 2 to 3 were lost with their host: no word from it."
 
 
 def test_only_lost_peers(tmp_path: Path) -> None:
@@ -143,6 +159,11 @@ def test_a_hang_of_all(tmp_path: Path) -> None:
         (SystemExit(0), 1, "the process left with exit code 0 before its work was done"),
         (MemoryError(), 137, "out of memory (MemoryError); lower height, width or images"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 137, "out of memory ("),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/x.png"),
+            1,
+            "a/x.png cannot be written: No space left on device; make",
+        ),
         (KeyError("x"), 1, "KeyError: 'x'"),
         (RuntimeError("line\nand more\nException raised from here\n#0"), 1, "RuntimeError: line and more"),
     ],
@@ -151,7 +172,7 @@ def test_codes_and_sentences(tmp_path: Path, error: BaseException, code: int, se
     fail(tmp_path, 1, error)
     found = blame(tmp_path, [None, 1])
     assert found.code == code and found.sentence.startswith(sentence)
-    assert len(lines(found, 2, tmp_path)) <= 5
+    assert len(lines(found, 2)) <= 5
 
 
 def test_ranks_with_another_plan_are_named() -> None:

@@ -7,7 +7,10 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from xdit_core import Built, Declaration, Facts, Rank, UnsupportedCall, Wrap, hookimpl
 
@@ -16,7 +19,9 @@ from xdit_core import Built, Declaration, Facts, Rank, UnsupportedCall, Wrap, ho
 class Settings:
     """Settings of ``faulty``."""
 
-    how: str = field(default="raise", metadata={"help": "raise, known, exit, kill, hang, memory or allocator"})
+    how: str = field(
+        default="raise", metadata={"help": "raise, known, exit, kill, hang, collective, memory, limit or allocator"}
+    )
     rank: int = 1
     step: int = 2
 
@@ -49,7 +54,8 @@ def xdit_build(settings: Settings, rank: Rank) -> Built:
 
 
 def fail(how: str) -> None:
-    """Fail."""
+    """Fail, and leave a note of when."""
+    Path("fault-time").write_text(str(time.time()))
     if how == "raise":
         raise ValueError("a number that is no number")
     if how == "known":
@@ -60,6 +66,18 @@ def fail(how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "hang":
         time.sleep(600)
+    if how == "collective":
+        import torch.distributed as dist
+
+        dist.barrier()  # in which no other rank takes part
+    if how == "limit":
+        import resource
+
+        import torch
+
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), resource.RLIM_INFINITY))
+        torch.ones(1 << 28)
     if how == "memory":
         raise MemoryError
     if how == "allocator":

@@ -1,0 +1,265 @@
+"""Real clusters: hosts over ssh, Slurm and Ray on this machine; manifests; and a backend of somebody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_cluster
+import yaml
+from click.testing import Result
+from cluster import Cluster, cluster, missing
+from PIL import Image
+from slurm_cluster import slurm
+
+FAULTY = Path(__file__).with_name("faulty")
+USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
+SMALL = ("model=emoji", "steps=3", "red heart")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if missing():
+        pytest.skip(missing())
+    with cluster(tmp_path_factory.mktemp("hosts"), [FAULTY]) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def slurm_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if slurm_cluster.missing():
+        pytest.skip(slurm_cluster.missing())
+    with slurm(tmp_path_factory.mktemp("slurm")) as env:
+        yield env
+
+
+def xdit(folder: Path, *words: str, before: tuple[str, ...] = (), env: dict[str, str] | None = None, **more: str) -> Any:
+    """The command as a user types it."""
+    command = [*before, sys.executable, "-P", "-m", "xdit_launcher.cli", *words]
+    return subprocess.run(command, cwd=folder, env={**(env or os.environ), **more}, capture_output=True, text=True, timeout=120)
+
+
+def pixels(path: Path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_picture_of_one(hosts: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
+    words = ("--plugins", "pipefusion,usp", "pipefusion.stages=2", "usp.ulysses=2", "usp.ring=1", "pipefusion.warmup=3", *SMALL)
+    command = f"ssh.command={hosts.ssh}"
+    done = xdit(tmp_path, "--hostfile", "hosts", command, "ssh.env=MADE_UP", *words, "out=two.png", MADE_UP="a 'b' $c")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("two.png  ") and "step 3/3" in done.stderr and "warning" not in done.stderr
+    assert xdit(tmp_path, *words, "out=one.png").returncode == 0
+    assert pixels(tmp_path / "two.png") == pixels(tmp_path / "one.png")
+    assert not hosts.left()
+    plain = xdit(tmp_path, "--hosts", "alpha:4,beta:4", "--include", "beta", command, *USP, *SMALL)
+    assert plain.returncode == 0 and "spans" not in plain.stderr
+    few = xdit(tmp_path, "--hosts", "alpha:1", command, *USP, *SMALL)
+    assert (few.returncode, few.stdout) == (2, "") and "2 processes but 1 slots on all hosts together" in few.stderr
+    unset = xdit(tmp_path, "--hosts", "alpha,beta", command, "ssh.env=NOT_HERE", *USP, *SMALL)
+    assert unset.returncode == 2 and "the variable NOT_HERE" in unset.stderr
+
+
+@pytest.mark.slow
+def test_verify_and_two_jobs_at_once_on_the_same_hosts(hosts: Cluster, tmp_path: Path) -> None:
+    words = ["--hosts", "alpha:1,beta:1", f"ssh.command={hosts.ssh}", *USP, *SMALL]
+    command = [sys.executable, "-P", "-m", "xdit_launcher.cli", *words]
+    other = subprocess.Popen([*command, "out=other.png"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    done = xdit(tmp_path, "verify", *words)
+    assert (done.returncode, other.wait(60)) == (0, 0), done.stderr
+    assert "equal: latents differ from those of the serial run" in done.stdout or "bit for bit" in done.stdout
+    assert (tmp_path / "other.png").exists() and not hosts.left()
+
+
+@pytest.mark.slow
+def test_doctor(hosts: Cluster, tmp_path: Path) -> None:
+    command = f"ssh.command={hosts.ssh}"
+    done = xdit(tmp_path, "doctor", "--hosts", "alpha,beta", command, "--plugins", "usp", "model=emoji")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert (
+        lines[0].split()[:3] == ["host", "python", "diffusers"] and lines[1].startswith("alpha") and lines[2].startswith("beta")
+    )
+    speeds = [line for line in lines if "bit/s" in line]
+    assert len(speeds) == 2 and all(line.count("ms") == 1 for line in speeds)
+    assert "beta is not known by that name on alpha" in done.stdout and lines[-1] == "nothing that would stop a run."
+    hosts.link("beta", "down")
+    try:
+        bad = xdit(tmp_path, "doctor", "--hosts", "alpha,beta,nowhere.invalid", f"{command} -o ConnectTimeout=3")
+    finally:
+        hosts.link("beta", "up")
+    assert bad.returncode == 1
+    problems = [line for line in bad.stdout.splitlines() if line.startswith("problem: ")]
+    assert (
+        len(problems) == 2
+        and problems[0].startswith("problem: beta: ")
+        and problems[1].startswith("problem: nowhere.invalid: ")
+    )
+    alone = xdit(tmp_path, "doctor")
+    assert alone.returncode == 0 and alone.stdout.endswith("all is well.\n")
+
+
+@pytest.mark.slow
+def test_slurm(slurm_env: dict[str, str], tmp_path: Path) -> None:
+    words = ("--on", "slurm", *USP, *SMALL)
+    inside = xdit(tmp_path, *words, "out=a.png", before=("salloc", "--quiet", "--nodes=2"), env=slurm_env)
+    assert inside.returncode == 0 and inside.stdout.startswith("a.png  "), inside.stderr
+    assert "usp.ulysses=2 spans 2 machines" in inside.stderr
+    outside = xdit(tmp_path, *words, "--nnodes", "2", "slurm.wait=yes", "out=b.png", env=slurm_env)
+    assert outside.returncode == 0 and "batch job" in outside.stderr, outside.stderr
+    (log,) = tmp_path.glob("runs/*/slurm.out")
+    assert "b.png  " in log.read_text()
+    assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
+    shown = xdit(tmp_path, *words, "--nnodes", "2", "--dry-run", "slurm.options=--partition=all --time=5", env=slurm_env).stdout
+    for part in ("#SBATCH --nodes=2", "#SBATCH --partition=all", "#SBATCH --time=5", "-m xdit_launcher.slurm "):
+        assert part in shown
+    refused = xdit(tmp_path, *words, "slurm.options=--partition=none", env=slurm_env)
+    assert refused.returncode == 2 and "Slurm refuses the job" in refused.stderr and "partition" in refused.stderr
+    many = xdit(tmp_path, *words, "--nnodes", "3", before=("salloc", "--quiet", "--nodes=2"), env=slurm_env)
+    assert many.returncode == 2 and "--nnodes 3 but the allocation has 2 nodes" in many.stderr
+
+
+@pytest.mark.slow
+def test_slurm_failures(slurm_env: dict[str, str], tmp_path: Path) -> None:
+    path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    words = ("--on", "slurm", "--plugins", "usp,faulty", "usp.ulysses=2", "faulty.how=kill", "faulty.rank=1", *SMALL)
+    done = xdit(tmp_path, *words, before=("salloc", "--quiet", "--nodes=2"), env=slurm_env, PYTHONPATH=path)
+    assert done.returncode == 137 and "rank 1 of 2 on n2 failed at: step 2 of 3" in done.stderr, done.stderr
+    batch = xdit(tmp_path, *words, "--nnodes", "2", env=slurm_env, PYTHONPATH=path)
+    number = batch.stderr.partition("batch job ")[2].partition(";")[0]
+    folder = max(tmp_path.glob("runs/*"))
+
+    def state() -> str:
+        shown = subprocess.run(["scontrol", "show", "job", number], env=slurm_env, capture_output=True, text=True)
+        return shown.stdout.partition("JobState=")[2].partition(" ")[0]
+
+    end = time.monotonic() + 60
+    while state() not in ("FAILED", "COMPLETED", "CANCELLED") and time.monotonic() < end:
+        time.sleep(0.5)
+    assert state() == "FAILED"
+    assert "rank 1 of 2 on n2 failed at: step 2 of 3" in (folder / "slurm.out").read_text()
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = shutil.which("ray", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert ray
+    path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", path)
+    folder = tmp_path_factory.mktemp("r", numbered=True)
+    start = [ray, "start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--object-store-memory=100000000"]
+    subprocess.run(start, check=True, capture_output=True, cwd=folder)
+    yield
+    subprocess.run([ray, "stop", "--force"], capture_output=True)
+
+
+@pytest.mark.slow
+def test_ray(ray_cluster: None, tmp_path: Path) -> None:
+    done = xdit(tmp_path, "--on", "ray", *USP, *SMALL)
+    assert done.returncode == 0 and done.stdout.startswith("out.png  "), done.stderr
+    assert "warning" not in done.stderr  # both actors are on one machine
+    words = ("--on", "ray", "--plugins", "usp,faulty", "usp.ulysses=2", "faulty.rank=1", *SMALL)
+    failed = xdit(tmp_path, *words, "faulty.how=kill")
+    assert failed.returncode == 137 and "rank 1 of 2 on " in failed.stderr and "killed by signal 9" in failed.stderr
+    many = xdit(tmp_path, "--on", "ray", "--plugins", "usp", "usp.ulysses=4", "usp.ring=1", *SMALL)
+    assert (
+        many.returncode == 2 and "4 processes need 4 CPUs and the Ray cluster has 2 on 1 node; lower the degrees" in many.stderr
+    )
+    spread = xdit(tmp_path, "--on", "ray", "ray.strategy=STRICT_SPREAD", "ray.wait=3", *USP, *SMALL)
+    assert spread.returncode == 2 and "Ray found no place for 2 actors with STRICT_SPREAD within 3 s" in spread.stderr
+    shown = xdit(tmp_path, "--on", "ray", "--dry-run", *USP, *SMALL)
+    assert "2 actors with 1 CPU each, placed with PACK" in shown.stdout
+
+
+def test_no_ray_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done = xdit(tmp_path, "--on", "ray", "ray.address=127.0.0.1:1", *USP, *SMALL)
+    assert done.returncode == 2 and "no Ray cluster answers at ray.address=127.0.0.1:1" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["PyTorchJob", "JobSet"])
+def test_manifests(say: Callable[..., Result], kind: str) -> None:
+    words = (
+        "--on",
+        "k8s",
+        "--nnodes",
+        "2",
+        "k8s.image=r/x:1",
+        f"k8s.kind={kind}",
+        "k8s.claim=models",
+        "--plugins",
+        "usp",
+        "usp.ulysses=4",
+    )
+    done = say(*words, "--dry-run", "model=emoji", "device=cuda", "a $(fox)")
+    assert done.exit_code == 0, done.stderr
+    found = yaml.safe_load(done.stdout)
+    assert found["kind"] == kind and "&id" not in done.stdout
+    if kind == "JobSet":
+        (job,) = found["spec"]["replicatedJobs"]
+        spec = job["template"]["spec"]
+        assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (2, 2, "Indexed")
+        pods = [spec["template"]["spec"]]
+        where = ["--node-rank", "$(JOB_COMPLETION_INDEX)", "--rdzv", "xdit-workers-0-0.xdit:29500"]
+    else:
+        groups = found["spec"]["pytorchReplicaSpecs"]
+        assert {name: group["replicas"] for name, group in groups.items()} == {"Master": 1, "Worker": 1}
+        pods = [group["template"]["spec"] for group in groups.values()]
+        where = ["--node-rank", "$(RANK)", "--rdzv", "$(MASTER_ADDR):29500"]
+    for pod in pods:
+        (container,) = pod["containers"]
+        own = ["--plugins", "usp", "usp.ulysses=4", "model=emoji", "device=cuda", "a $$(fox)"]
+        assert container["command"] == ["xdit-launch", "--nnodes", "2", *where, *own]
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
+        assert {v["name"] for v in pod["volumes"]} == {v["name"] for v in container["volumeMounts"]} == {"shm", "data"}
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--dry-run",), "the pods need an image with xdit in it"),
+        (("--dry-run", "k8s.image=a", "k8s.kind=Job"), "k8s.kind=Job is not known; use PyTorchJob or JobSet."),
+        (("--dry-run", "k8s.image=a", "k8s.name=My_Job"), "is no name for Kubernetes"),
+        (("--dry-run", "k8s.image=a", "--nnodes", "2"), "1 processes cannot be shared evenly by 2 nodes"),
+        (("k8s.image=a",), "prints a manifest and starts nothing; add --dry-run"),
+    ],
+)
+def test_manifests_that_cannot_be(say: Callable[..., Result], words: tuple[str, ...], part: str) -> None:
+    done = say("--on", "k8s", *words, "model=emoji", "a")
+    assert done.exit_code == 2 and part in done.stderr
+
+
+def test_a_backend_of_another_distribution(say: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What `xdit_launcher.backends` says is all that one needs."""
+    info = tmp_path / "site" / "xdit_paper-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-paper\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[xdit.launchers]\npaper = xdit_paper\n")
+    (tmp_path / "site" / "xdit_paper.py").write_text(
+        "import json\nfrom dataclasses import asdict, dataclass\n"
+        "@dataclass(frozen=True)\nclass Settings:\n    colour: str = 'white'\n    hosts: str = ''\n"
+        "def devices(settings):\n    return 3\n"
+        "def show(plan, settings, words):\n    return ['a sheet of ' + settings.colour]\n"
+        "def start(plan, folder, settings):\n"
+        "    (folder / 'told.json').write_text(json.dumps([plan.world, asdict(settings)]))\n    return 7\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    words = ("--on", "paper", "paper.colour=blue", "--hosts", "a", "--plugins", "dp", "model=emoji", "images=3", "a fox")
+    shown = say(*words, "--dry-run")
+    assert "on paper      a sheet of blue" in shown.stdout, shown.stderr
+    done = say(*words)
+    assert done.exit_code == 7, done.stderr
+    (told,) = tmp_path.glob("runs/*/told.json")
+    assert json.loads(told.read_text())[1] == {"colour": "blue", "hosts": "a"}

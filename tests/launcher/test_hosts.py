@@ -1,0 +1,214 @@
+"""Hosts as users write them, ranks on them, and the backend that an option means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xdit_core import Registry, make_plan
+from xdit_core.errors import UsageError
+from xdit_launcher import facts, fleet, layout, ssh
+from xdit_launcher.backends import choose
+from xdit_launcher.fleet import Host
+from xdit_launcher.hosts import filtered, parse_hosts, read_hostfile
+from xdit_launcher.supervise import QUICK, STUCK, Pace
+
+
+def test_hosts() -> None:
+    assert parse_hosts("a:8,user@b.example:4, c") == [Host("a", 8), Host("user@b.example", 4), Host("c")]
+    assert parse_hosts("[fe80::1]:2") == [Host("fe80::1", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a:8,,b", "an empty word is no host name"),
+        ("-oProxyCommand=x", "-oProxyCommand=x is no host name"),
+        ("a;reboot", "a;reboot is no host name"),
+        ("a:0", "0 is no number of slots"),
+        ("a:8,a:8", "names a twice"),
+    ],
+)
+def test_hosts_that_are_none(text: str, part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        parse_hosts(text)
+
+
+def test_a_hostfile(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("# two\na slots=8\n\nb slots=4 python=/opt/x/bin/python  # the old one\n")
+    assert read_hostfile(file) == [Host("a", 8), Host("b", 4, python="/opt/x/bin/python")]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "names no host; write lines such as host slots=8."),
+        ("a slots=x", "line 1: x is no number of slots"),
+        ("a gpus=8", "line 1 has gpus; a line is host slots=8"),
+        ("a\na", "names a twice"),
+        ("a:8", None),
+    ],
+)
+def test_hostfiles_that_are_none(tmp_path: Path, text: str, part: str | None) -> None:
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    if part is None:
+        assert read_hostfile(file) == [Host("a:8")]  # no such form: ssh will say that it does not resolve
+        return
+    with pytest.raises(UsageError, match=part):
+        read_hostfile(file)
+
+
+def test_no_hostfile(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: No such file or directory; write one with lines"):
+        read_hostfile(tmp_path / "nothing")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is no text"):
+        read_hostfile(tmp_path / "binary")
+
+
+def test_filters() -> None:
+    hosts = [Host("a", 4), Host("b", 4), Host("c")]
+    assert filtered(hosts, "a@b:0,2", "") == [Host("a", 4), Host("b", 2, (0, 2))]
+    assert filtered(hosts, "", "a@b:0,2") == [Host("b", 2, (1, 3)), Host("c")]
+    assert filtered(hosts, "", "b:0,1,2,3") == [Host("a", 4), Host("c")]
+    for include, exclude, part in (
+        ("a", "b", "cannot go together"),
+        ("d", "", "d is not among the hosts"),
+        ("a:x", "", "devices are numbers from 0"),
+        ("", "a@b@c", "leaves no host"),
+        ("", "c:0", "needs the slots of c"),
+    ):
+        with pytest.raises(UsageError, match=part):
+            filtered(hosts, include, exclude)
+
+
+def test_spread() -> None:
+    assert layout.spread(4, [8, 8]) == [range(0, 2), range(2, 4)]
+    assert layout.spread(12, [8, 4]) == [range(0, 8), range(8, 12)]
+    assert layout.spread(5, [8, 8, 1]) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert layout.spread(1, [8, 8]) == [range(0, 1), range(1, 1)]
+    with pytest.raises(UsageError, match="9 processes but 8 slots on all hosts together"):
+        layout.spread(9, [4, 4])
+
+
+def test_a_better_layout(tiny: tuple[str, ...]) -> None:
+    values: dict[str, Any] = dict(word.split("=", 1) for word in tiny)
+
+    def told(plugins: list[str], **degrees: int) -> list[str]:
+        plan = make_plan(plugins, {**values, **{k.replace("_", "."): v for k, v in degrees.items()}}, Registry())
+        return list(layout.warnings(plan, [range(0, plan.world // 2), range(plan.world // 2, plan.world)]))
+
+    (line,) = told(["usp"], usp_ulysses=4, usp_ring=1)
+    assert line.startswith("warning: usp.ulysses=4 spans 2 machines") and line.endswith("better is usp.ulysses=2 usp.ring=2.")
+    (line,) = told(["tp"], tp_degree=4)
+    assert "tp.degree=4 spans 2 machines" in line
+    assert "better is tp.degree=2 with one of cfg, dp, pipefusion across the machines." in line
+    assert not told(["usp", "pipefusion"], usp_ulysses=2, usp_ring=1, pipefusion_stages=2)
+    (line,) = told(["usp", "pipefusion"], usp_ulysses=4, usp_ring=1, pipefusion_stages=1)
+    assert line.endswith("better is usp.ulysses=2 pipefusion.stages=2.")
+
+
+def test_the_backend_that_takes_an_option() -> None:
+    on, rest = choose(None, {"hosts": "a:1", "rdzv": None}, {"model": "x", "ssh.python": "/p"})
+    assert (on.name, on.settings.hosts, on.settings.python, rest) == ("ssh", "a:1", "/p", {"model": "x"})
+    assert choose(None, {}, {})[0].name == "local"
+    assert choose(None, {"nnodes": "2", "node_rank": "0", "rdzv": "a:1"}, {})[0].name == "local"
+    assert choose("slurm", {"nnodes": "2"}, {})[0].settings.nnodes == 2
+    for name, options, values, part in (
+        ("nothing", {}, {}, "unknown backend 'nothing' in --on"),
+        ("local", {"hosts": "a"}, {}, "--hosts is nothing for the backend local; add --on ssh"),
+        (None, {}, {"ssh.hosts": "a"}, "ssh.hosts belongs to the backend ssh; add --on ssh"),
+        ("ssh", {"hosts": "a"}, {"ssh.hosts": "b"}, "say the same"),
+        ("ssh", {}, {"ssh.host": "b"}, "unknown setting ssh.host; did you mean ssh.hosts?"),
+        ("local", {"nnodes": "two"}, {}, "local.nnodes=two is not a whole number"),
+    ):
+        with pytest.raises(UsageError, match=part):
+            choose(name, options, values)
+
+
+def test_ssh_commands() -> None:
+    settings = ssh.Settings(hosts="a:1,b:2", command="ssh -p 2222", python="/opt/my python")
+    first = ssh.command_to(ssh.hosts_of(settings)[0], settings)
+    assert first[:3] == ["ssh", "-p", "2222"] and first[-3:] == ["--", "a", "'/opt/my python' -P -m xdit_launcher.agent"]
+    assert ssh.devices(settings) == 3
+    with pytest.raises(UsageError, match="give the hosts with one of"):
+        ssh.hosts_of(ssh.Settings())
+    with pytest.raises(UsageError, match="cannot be read"):
+        ssh.command_to(Host("a"), ssh.Settings(command="ssh '"))
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "part"),
+    [
+        (255, ["ssh: connect to host b port 22: Connection refused"], "Connection refused; start sshd there"),
+        (255, ["root@b: Permission denied (publickey)."], "make a key that this user may log in with"),
+        (1, ["/usr/bin/python3: No module named xdit_launcher"], "install xdit for the interpreter there"),
+        (127, ["bash: /opt/p: No such file or directory"], "name the interpreter there"),
+        (2, [], "exit code 2; try by hand: ssh b"),
+    ],
+)
+def test_what_ssh_says(code: int, said: list[str], part: str) -> None:
+    assert part in ssh.why(code, said, "b", met=False)
+
+
+def test_variables_are_passed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("SECRET", "x")
+    assert fleet.chosen(["NCCL_*"]) == {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
+    assert fleet.chosen(["SECRET"]) == {"SECRET": "x"}
+    with pytest.raises(UsageError, match="the variable NOT_HERE is to be passed on but is not set here"):
+        fleet.chosen(["NOT_HERE"])
+
+
+def test_differences() -> None:
+    ours = {"versions": {"torch": "2.13.0", "x": "1"}, "python": "3.11.2", "code": {"xdit_core": "aa"}, "model": "m"}
+    assert not list(facts.differences(ours, ours, "b"))
+    other = {**ours, "versions": {"torch": "2.12.0", "x": ""}, "python": "3.12.1", "model": None}
+    assert list(facts.differences(other, ours, "b")) == [
+        "b has torch 2.12.0, and this machine 2.13.0; run pip install torch==2.13.0 there.",
+        "b has no x, and this machine 1; run pip install x==1 there.",
+        "b runs Python 3.12.1, and this machine 3.11.2; use the same minor version on both.",
+    ]
+    (line,) = facts.differences({**ours, "code": {"xdit_core": "bb"}}, ours, "b")
+    assert "the code of xdit_core on b is not that of this machine" in line
+    assert facts.model_problem(other, ours, "b", "/m").startswith("b has no folder /m; copy the model there")
+    assert "holds other files" in facts.model_problem({**ours, "model": "n"}, ours, "b", "/m")
+
+
+def test_the_code_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "xdit_made_up"
+    package.mkdir()
+    (package / "__init__.py").write_text("a = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = facts.code_digest("xdit_made_up")
+    (package / "__init__.py").write_text("a = 2\n")
+    assert before and facts.code_digest("xdit_made_up") not in ("", before)
+    assert facts.code_digest("xdit_not_there") == ""
+
+
+def test_how_long_a_run_may_stand_still() -> None:
+    from xdit_core.beat import Pulse
+    from xdit_launcher.report import Seen
+
+    def at(*doing: str) -> dict[int, Seen]:
+        return {i: Seen("a", pulse=Pulse(1, 0.0, words)) for i, words in enumerate(doing)}
+
+    pace = Pace(None)
+    assert pace.limit == STUCK
+    pace.moved(30.0, at("step 1 of 9", "loading the model"))
+    pace.moved(4.0, at("step 2 of 9", "waiting for the ring (step 2 of 9)"))
+    assert pace.limit == STUCK  # the second step may still compile something
+    pace.moved(3.0, at("step 3 of 9", "waiting for the ring (step 3 of 9)"))
+    assert pace.limit == 40.0
+    pace.moved(0.1, at("decoding", "done"))
+    assert pace.limit == STUCK
+    quick = Pace(None)
+    for step in (1, 2, 3):
+        quick.moved(0.1, at(f"step {step} of 9"))
+    assert quick.limit == QUICK
+    assert Pace(7.0).limit == 7.0
