@@ -263,3 +263,34 @@ def test_a_backend_of_another_distribution(say: Callable[..., Result], monkeypat
     assert done.exit_code == 7, done.stderr
     (told,) = tmp_path.glob("runs/*/told.json")
     assert json.loads(told.read_text())[1] == {"colour": "blue", "hosts": "a"}
+
+
+CRDS = os.environ.get("XDIT_CRDS", "")
+
+
+@pytest.mark.skipif(not CRDS, reason="XDIT_CRDS names no folder with the CRDs of JobSet and PyTorchJob (YAML)")
+@pytest.mark.parametrize("kind", ["PyTorchJob", "JobSet"])
+def test_manifests_against_the_published_schema(say: Callable[..., Result], kind: str) -> None:
+    """Types as the schema says, and no field that it does not know (a cluster would drop it)."""
+    jsonschema = pytest.importorskip("jsonschema")
+    known = [yaml.safe_load(path.read_text()) for path in Path(CRDS).glob("*.yaml")]
+    (crd,) = [found for found in known if found["spec"]["names"]["kind"] == kind]
+    words = ("--on", "k8s", "--nnodes", "2", "k8s.image=r/x:1", f"k8s.kind={kind}", "k8s.claim=m", "k8s.namespace=n", "k8s.gpus=8")
+    made = yaml.safe_load(say(*words, "--dry-run", "--plugins", "usp", "usp.ulysses=4", "model=emoji", "a").stdout)
+    (version,) = [v for v in crd["spec"]["versions"] if f"{crd['spec']['group']}/{v['name']}" == made["apiVersion"]]
+    schema = version["schema"]["openAPIV3Schema"]
+
+    def strict(part: Any) -> None:
+        if isinstance(part, dict):
+            if "properties" in part and isinstance(part["properties"], dict) and part.get("type") == "object":
+                part.setdefault("additionalProperties", bool(part.get("x-kubernetes-preserve-unknown-fields")))
+            for value in part.values():
+                strict(value)
+        elif isinstance(part, list):
+            for value in part:
+                strict(value)
+
+    strict(schema["properties"]["spec"])
+    jsonschema.validate(made, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**made, "spec": {**made["spec"], "unknown": 1}}, schema)
