@@ -13,10 +13,10 @@ import click
 
 from xdit_core.errors import UsageError, XditError
 from xdit_launcher import backends
-from xdit_launcher.backends import choose
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
+    from xdit_launcher.backends import Backend
 
 INTERRUPTED = 130
 
@@ -103,35 +103,55 @@ def cli() -> None:
     """
 
 
+def shared(command: Any) -> Any:
+    """The options and words that say what to run and where."""
+    for option in (
+        click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]..."),
+        backends.options,
+        click.option("--config", metavar="FILE", help="YAML with settings; the command line wins."),
+        click.option(
+            "--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order; none: one serial process."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def asked(
+    words: tuple[str, ...], plugins: tuple[str, ...], config: str | None, backend: str | None, options: dict[str, str | None]
+) -> tuple[list[str], dict[str, Any], Backend]:
+    """Names of plugins, settings, and the backend."""
+    from xdit_launcher.words import names_in, values_of
+
+    values, named = values_of(words, config)
+    on, values = backends.choose(backend, options, values)
+    return [name for item in plugins for name in names_in(item)] if plugins else list(named), values, on
+
+
 @cli.command(cls=RunCommand)
-@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order; none: one serial process.")
-@click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
+@shared
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, as a worker reads it.")
-@backends.options
-@click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
 @click.pass_context
 def run(
     ctx: click.Context,
+    /,
+    words: tuple[str, ...],
     plugins: tuple[str, ...],
     config: str | None,
+    backend: str | None,
     dry_run: bool,
     as_json: bool,
-    backend: str | None,
-    words: tuple[str, ...],
     **options: str | None,
 ) -> None:
     """Draw the prompts (the default command)."""
     from xdit_core import outputs
     from xdit_core.plan import make_plan
     from xdit_launcher import show
-    from xdit_launcher.words import names_in, values_of
 
     if as_json and not dry_run:
         raise UsageError("--json shows a plan; add --dry-run.")
-    values, named = values_of(words, config)
-    chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
-    on, values = choose(backend, options, values)
+    chosen, values, on = asked(words, plugins, config, backend, options)
     plan = make_plan(chosen, values, devices=on.devices())
     targets = outputs.targets(plan.run, plan.facts.video)
     files = [path for row in targets for path in row]
@@ -139,12 +159,8 @@ def run(
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
         command = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else []), *words]
-        text = (
-            plan.to_json()
-            if as_json
-            else on.document(plan, command).rstrip() or "\n".join(show.plan_lines(plan, files, command, on))
-        )
-        click.echo(text)
+        document = plan.to_json() if as_json else on.document(plan, command).rstrip()
+        click.echo(document or "\n".join(show.plan_lines(plan, files, command, on)))
         return
     outputs.check_writable(plan.run, targets)
     folder = run_folder(plan)
@@ -153,17 +169,15 @@ def run(
 
 
 @cli.command(cls=RunCommand)
-@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order.")
-@click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
-@backends.options
-@click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...")
+@shared
 @click.pass_context
 def verify(
     ctx: click.Context,
+    /,
+    words: tuple[str, ...],
     plugins: tuple[str, ...],
     config: str | None,
     backend: str | None,
-    words: tuple[str, ...],
     **options: str | None,
 ) -> None:
     """Run a plan and a serial process, and compare.
@@ -172,26 +186,21 @@ def verify(
     its schedule gives in one process. It is 4 if not; then the first block and step that differ are named.
     """
     from xdit_launcher import verify as command
-    from xdit_launcher.words import names_in, values_of
 
-    values, named = values_of(words, config)
-    chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
-    on, values = choose(backend, options, values)
+    chosen, values, on = asked(words, plugins, config, backend, options)
     ctx.exit(command.verify(chosen, values, on.start, run_folder))
 
 
 @cli.command()
-@click.option("--plugins", multiple=True, metavar="A,B", help="Parallel methods of the run that is to follow.")
-@click.option("--config", metavar="FILE", help="YAML with settings; the command line wins.")
-@backends.options
-@click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
+@shared
 @click.pass_context
 def doctor(
     ctx: click.Context,
+    /,
+    words: tuple[str, ...],
     plugins: tuple[str, ...],
     config: str | None,
     backend: str | None,
-    words: tuple[str, ...],
     **options: str | None,
 ) -> None:
     """Look at all machines before a run: versions, devices, model, network.
@@ -200,13 +209,9 @@ def doctor(
     """
     from xdit_core.plan import make_plan
     from xdit_launcher import doctor as command
-    from xdit_launcher.words import names_in, values_of
 
-    values, named = values_of(words, config)
-    chosen = [name for item in plugins for name in names_in(item)] if plugins else list(named)
-    on, values = choose(backend, options, values)
-    plan = make_plan(chosen, values, devices=on.devices()) if values or chosen else None
-    ctx.exit(command.doctor(on, plan))
+    chosen, values, on = asked(words, plugins, config, backend, options)
+    ctx.exit(command.doctor(on, make_plan(chosen, values, devices=on.devices()) if values or chosen else None))
 
 
 def tell(plan: Plan, prompted: bool) -> None:

@@ -16,7 +16,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from xdit_core import machine
 from xdit_core.registry import MODELS, STRATEGIES

@@ -249,7 +249,9 @@ class Fleet:
             Words about it: a host that does not answer ends its processes by itself, which nobody sees from here.
         """
         with undisturbed():
-            alive = {i: {} for i in range(len(self.links)) if i not in self.gone and time.monotonic() - self.heard[i] < SILENCE}
+            alive: dict[int, dict[str, Any]] = {
+                i: {} for i in range(len(self.links)) if i not in self.gone and time.monotonic() - self.heard[i] < SILENCE
+            }
             answers, _ = self.ask("stop", alive, patience=FAREWELL)
         silent = [host.name for i, host in enumerate(self.hosts) if i not in answers]
         if not silent:

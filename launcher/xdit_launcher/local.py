@@ -194,4 +194,6 @@ def listening(address: str, port: int, backlog: int) -> socket.socket:
     try:
         return socket.create_server((address, port), backlog=backlog)
     except OSError as error:
-        raise UsageError(f"port {port} cannot be had here ({os.strerror(error.errno or 0)}); choose another with --rdzv HOST:PORT.") from error
+        raise UsageError(
+            f"port {port} cannot be had here ({os.strerror(error.errno or 0)}); choose another with --rdzv HOST:PORT."
+        ) from error

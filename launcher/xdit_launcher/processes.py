@@ -107,7 +107,8 @@ def spawn(share: Share, workers: Workers, server: socket.socket | None, screen: 
         screen: file descriptors for what rank 0 shows.
     """
     for rank in share.ranks:
-        env, kept = share.environment(rank), ()
+        env = share.environment(rank)
+        kept: tuple[int, ...] = ()
         if rank == 0 and server is not None:
             kept = (server.fileno(), *screen)
             env |= {"XDIT_LISTEN": str(server.fileno()), "XDIT_SCREEN": ",".join(map(str, screen))}
@@ -130,7 +131,7 @@ def log_path(folder: Path, rank: int) -> Path:
 
 def interface_to(address: str, port: int) -> str:
     """The network interface that leads to an address, "" if none is known."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port or 9))  # sends nothing

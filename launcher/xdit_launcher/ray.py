@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -49,7 +50,8 @@ class Rank(Agent):
         """The id of the node of this actor, and its address."""
         import ray
 
-        return f"{ray.get_runtime_context().get_node_id()} {ray.util.get_node_ip_address()}"
+        util: Any = ray.util
+        return f"{ray.get_runtime_context().get_node_id()} {util.get_node_ip_address()}"
 
     def news(self) -> list[Mapping[str, Any]]:
         """What was said since the last time."""
@@ -105,7 +107,11 @@ def connected(settings: Settings) -> Any:
     try:
         knock(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
         ray.init(
-            address=settings.address, namespace="xdit", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True
+            address=settings.address,
+            namespace="xdit",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
         first = str(error).split("\n")[0].rstrip(".")
