@@ -30,6 +30,7 @@ from xdit_core.rank import Rank, ignore
 from xdit_core.records import PHASES, Built, ModelSpec
 from xdit_core.registry import Registry
 from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, did_you_mean, parse_loras
+from xdit_core.trace import Trace
 from xdit_core.trunk import Trunk, replace_blocks
 
 # What may differ from request to request; everything else is decided by the plan.
@@ -81,7 +82,10 @@ class Engine:
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         mesh = Mesh(plan.axes, device.type)
-        self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing)
+        trace = Trace() if plan.run.trace or plan.run.profile else None
+        self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing, trace=trace)
+        if trace:
+            trace.look_at(self.rank)
         self.rank.now.shard = shard_index(plan, mesh)
         self.owner = all(mesh.index(a.name) == 0 for a in plan.axes if not a.own_outputs)
         self._built = self._build(registry)
@@ -146,16 +150,22 @@ class Engine:
                 if wrap is None:
                     raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
                 chains.setdefault("kernel" if level == "kernel" else point, []).append(wrap)
+        woven = bool(spec.blocks) and bool(plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys())
+        trace = self.rank.trace
+        self._decoders = len(chains.get("decode", []))
+        if trace:
+            chains = trace.chains(plan, chains, woven)
         now, branches = self.rank.now, Branches()
         self.once, self.trunks, self.forwards, self.branches = [], [], [], branches
-        woven = bool(spec.blocks) and bool(plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys())
         for name, denoiser in denoisers_of(self.pipe, spec).items():
             self.once += remembering(denoiser, self.rank)
             if woven:
                 attention = AttentionPoint(now, chains.get("attention", []), chains.get("kernel", []))
                 self.trunks += replace_blocks(denoiser, spec, now, attention, chains.get("trunk", []))
             self.forwards.append(ForwardPoint(self.rank, name, denoiser, chains.get("forward", []), branches, woven))
-        self._decoders = len(chains.get("decode", []))
+        if trace:
+            for trunk in self.trunks:
+                trunk.traced(trace)
         self.decode: Callable[..., Any] | None = None
         if getattr(self.pipe, "vae", None) is not None:
             self.decode = nest(chains.get("decode", []), self.pipe.vae.decode)
@@ -255,6 +265,8 @@ class Engine:
                 (output.latents,) = found.args
         for end in self._each("end"):
             end()
+        if self.rank.trace:
+            self.rank.trace.phases(self._marks)
         output.seconds = self._seconds()
         return output
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SUFFIX = MappingProxyType({"image": ".png", "video": ".mp4", "latent": ".safetensors"})
 PACKAGES = ("xdit", "torch", "diffusers", "transformers")
+UNTOLD = ("prompt", "prompts", "out", "runs", "trace", "profile")  # settings that do not make the picture
 FPS = 16  # of a model that names no other
 
 
@@ -171,7 +172,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "blocks per stage": list(plan.split),
         "patches": plan.patches,
         "displaced": list(plan.displaced),
-        "settings": {k: v for k, v in plan.values.items() if k not in ("prompt", "prompts", "out", "runs")},
+        "settings": {k: v for k, v in plan.values.items() if k not in UNTOLD},
         "steps": run.steps,
         "guidance": run.guidance,
         "height": run.height,

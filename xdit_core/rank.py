@@ -17,6 +17,7 @@ from xdit_core.tokens import TokenLayout
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
+    from xdit_core.trace import Trace
 
 
 def ignore(doing: str) -> None:
@@ -75,6 +76,7 @@ class Rank:
         seconds: wall time of a request that is to be shown apart from encoding, denoising and decoding, by name.
         doing: told in a few words what the rank is at.
         pipe: the diffusers pipeline, once it is loaded.
+        trace: what remembers when things happened, if that is wanted.
     """
 
     plan: Plan
@@ -88,10 +90,19 @@ class Rank:
     seconds: dict[str, float] = field(default_factory=dict)
     doing: Callable[[str], None] = ignore
     pipe: Any = None
+    trace: Trace | None = None
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait."""
+    def waiting(
+        self, what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None
+    ) -> Iterator[None]:
+        """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait.
+
+        Args:
+            what: in words.
+            axis, group: of a collective; for traces, as is the next.
+            message: channel, source and number of a message.
+        """
         self.doing(f"waiting for {what}")
         yield
         self.doing("")  # back to what it was at

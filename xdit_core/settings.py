@@ -53,6 +53,8 @@ class RunSettings:
             "help": "seconds without progress that end a run; default: 600, between steps ten times the longest pause, at least 20"
         },
     )
+    trace: bool = field(default=False, metadata={"help": "write what every rank did and when into the run folder"})
+    profile: bool = field(default=False, metadata={"help": "trace, with torch's profiler on every rank"})
     runs: str = field(default="runs", metadata={"help": "folder for logs; each run makes a folder in it"})
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from xdit_core.errors import ModelError, UnsupportedCall
 from xdit_core.rank import Now
 from xdit_core.records import ModelSpec, Stream
 from xdit_core.tokens import Span, length
+
+if TYPE_CHECKING:
+    from xdit_core.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict({str(i): block for i, block in blocks.items()})
+        self._order: tuple[tuple[int, Callable[..., Any], tuple[str, ...]], ...]
         self._order = tuple((i, block, spec.attention(block)) for i, block in blocks.items())
         self.stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
         self._now, self._point = now, point
@@ -128,6 +132,10 @@ class Trunk(nn.Module):
         self._redirect = Redirect(point)
         self._names, self._later = names, later
         self._run: Run = nest(chain, self.run_blocks)
+
+    def traced(self, trace: Trace) -> None:
+        """See every block."""
+        self._order = tuple((i, trace.call(f"block {i}", "block", block), pattern) for i, block, pattern in self._order)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""

@@ -90,12 +90,13 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
         import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
 
         from xdit_core.engine import Engine
+        from xdit_core.trace import tracing
         from xdit_core.verify import recording
 
         progress.status(f"loading {plan.model}")
         engine = Engine(plan, progress=progress, doing=beat.doing)
         write = Writer(plan, engine, progress, beat)
-        with recording(engine, folder, write.title, write) as (started, done):
+        with recording(engine, folder, write.title, write) as (started, done), tracing(engine, folder):
             for output in engine.generate_all(plan.run.prompt, done, started):
                 write.rest(output)
         engine.close()

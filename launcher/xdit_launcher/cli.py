@@ -132,6 +132,8 @@ def asked(
 @shared
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, as a worker reads it.")
+@click.option("--trace", is_flag=True, help="Write what every rank did and when, with a summary and a picture.")
+@click.option("--profile", is_flag=True, help="The same, with torch's profiler on every rank.")
 @click.pass_context
 def run(
     ctx: click.Context,
@@ -142,6 +144,8 @@ def run(
     backend: str | None,
     dry_run: bool,
     as_json: bool,
+    trace: bool,
+    profile: bool,
     **options: str | None,
 ) -> None:
     """Draw the prompts (the default command)."""
@@ -152,6 +156,7 @@ def run(
     if as_json and not dry_run:
         raise UsageError("--json shows a plan; add --dry-run.")
     chosen, values, on = asked(words, plugins, config, backend, options)
+    values |= {name: "yes" for name, wanted in (("trace", trace), ("profile", profile)) if wanted}
     plan = make_plan(chosen, values, devices=on.devices())
     targets = outputs.targets(plan.run, plan.facts.video)
     files = [path for row in targets for path in row]

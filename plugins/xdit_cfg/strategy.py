@@ -114,7 +114,7 @@ class Guidance:
             return torch.cat((mine, mine))
         mine = mine.contiguous()
         halves = [torch.empty_like(mine), torch.empty_like(mine)]
-        with self.rank.waiting("the other half of guidance"):
+        with self.rank.waiting("the other half of guidance", "cfg", self.group):
             dist.all_gather(halves, mine, group=self.group)
         self.rank.sent["cfg"] += mine.nbytes
         return torch.cat(halves)

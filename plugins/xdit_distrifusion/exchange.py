@@ -99,14 +99,14 @@ class Exchange:
     def arrived(self, kept: Kept) -> None:
         """What was sent in the step before is here."""
         if kept.pending is not None:
-            with self.rank.waiting("what the patches share, of the step before"):
+            with self.rank.waiting("what the patches share, of the step before", "distrifusion", self.group):
                 kept.pending[0].wait()
             kept.old, kept.fresh, kept.pending = kept.fresh, {}, None
 
     def gather(self, mine: torch.Tensor, sizes: Sequence[int], dim: int, name: str) -> list[torch.Tensor]:
         """The parts of all ranks, now; ``sizes`` along ``dim`` of each."""
         padded, parts = self.buffers(mine, sizes, dim)
-        with self.rank.waiting("the patches of the other ranks"):
+        with self.rank.waiting("the patches of the other ranks", "distrifusion", self.group):
             dist.all_gather(parts, padded, group=self.group)
         self.rank.sent[name] += mine.nbytes * (self.degree - 1)
         return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]

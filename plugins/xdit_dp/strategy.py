@@ -25,6 +25,6 @@ class Divide:
         mine = inner(request.but(jobs=share(request.jobs, bounds[self.index], bounds[self.index + 1])))
         everyone: list[list[Output] | None] = [None] * self.degree
         packed = [dataclasses.replace(o, latents=None if o.latents is None else o.latents.cpu()) for o in mine]
-        with self.rank.waiting("the pictures of the other ranks"):
+        with self.rank.waiting("the pictures of the other ranks", "dp", self.group):
             dist.all_gather_object(everyone, packed, group=self.group)
         return joined(output for part in everyone if part is not None for output in part)

@@ -160,14 +160,16 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, rank: Rank, group: dist.ProcessGroup | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rank, self.others = rank, dist.get_world_size(group) - 1
+        self.rank, self.group, self.others = rank, group, dist.get_world_size(group) - 1
         self._wait = ExitStack()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._wait.close()
         if func.namespace == "c10d":
             self.rank.sent["vae"] += self.bytes_of(func, args)
-            self._wait.enter_context(self.rank.waiting("the other ranks to decode"))  # until the next operation
+            self._wait.enter_context(
+                self.rank.waiting("the other ranks to decode", "vae", self.group)
+            )  # until the next operation
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *details: Any) -> None:

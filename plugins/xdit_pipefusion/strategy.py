@@ -71,7 +71,7 @@ class StageWorld(PatchWorld):
         else:
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if self.group is not None:
-            with self.rank.waiting("all stages to bring the latents together"):
+            with self.rank.waiting("all stages to bring the latents together", "stages", self.group):
                 self.together(dist.broadcast(whole, self.ranks[0], group=self.group, async_op=True))
         return whole
 
@@ -115,7 +115,7 @@ class PipeFusion:
         links = [rank.group("stages"), rank.mesh.second_group("stages")]
         self.source = Channel(rank, links[(self.stage - 1) % 2], "stages")
         self.target = Channel(rank, links[self.stage % 2], "stages")
-        self.back = Channel(rank, rank.mesh.second_group("stages"), "latents")
+        self.back = Channel(rank, rank.mesh.second_group("stages"), "latents", "stages")
         self.wanted, self.given, skips = self.long_skips()
         self.channels = (self.source, self.target, self.back, *skips)
         self.world = StageWorld(rank)
@@ -259,7 +259,7 @@ class PipeFusion:
             return [], [], []
         group = self.rank.mesh.second_group("stages")
         stage_of = [stage for stage, count in enumerate(split) for _ in range(count)]
-        links = [Channel(self.rank, group, "skips") for _ in split]
+        links = [Channel(self.rank, group, "skips", "stages") for _ in split]
         wanted, given = [], []
         for taker, giver in sorted(spec.long_skips(sum(split)).items()):
             if taker in mine and giver not in mine:

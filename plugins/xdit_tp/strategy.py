@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import all_reduce
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -147,3 +147,13 @@ class Divide:
                 self.rank.sent[name] += times * out.nbytes * (self.degree - 1) // self.degree
 
         module.register_forward_hook(add)
+        if self.rank.trace is not None:
+            module.register_forward_hook(self.seen)
+
+    def seen(self, _: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        """The module's collective, waited for at once, so that a trace shows it."""
+        if torch.compiler.is_compiling() or not isinstance(out, AsyncCollectiveTensor):
+            return out
+        with self.rank.waiting("the parts of the other ranks", "tp", self.rank.group("tp")):
+            whole: torch.Tensor = out.wait()
+        return whole

@@ -53,10 +53,10 @@ class Ulysses:
         if self.group is None:
             return inner(call.but(shards=shards))
         rows = [length(spans_of(self.now, call.kind, self.now.patch, s)) for s in shards]
-        with self.rank.waiting("the Ulysses exchange"):
+        with self.rank.waiting("the Ulysses exchange", "ulysses", self.group):
             q, k, v = self.scatter_heads(torch.stack((call.q, call.k, call.v)), rows)
         out = inner(call.but(q=q, k=k, v=v, shards=shards))
-        with self.rank.waiting("the Ulysses exchange"):
+        with self.rank.waiting("the Ulysses exchange", "ulysses", self.group):
             return self.gather_heads(out, rows)
 
     def scatter_heads(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -129,7 +129,7 @@ class Ring:
             part, part_lse = inner(call.but(k=kv[0], v=kv[1], with_lse=True, key_shards=shards))
             out, lse = update_out_and_lse(out, lse, part.transpose(1, 2), part_lse)
             if hop + 1 < self.degree and pending is not None:
-                with self.rank.waiting("the ring"):
+                with self.rank.waiting("the ring", "ring", self.group):
                     ring.wait()
                 kv = pending
         if out is None:  # a ring of no hops cannot be built
@@ -164,7 +164,7 @@ class Gather:
         if x.shape[1] < most:  # all_gather wants equal shapes; at most one row is added
             x = torch.cat((x, x.new_zeros(x.shape[0], most - x.shape[1], x.shape[2])), dim=1)
         parts = [torch.empty_like(x) for _ in counts]
-        with self.rank.waiting("the rows of the other ranks"):
+        with self.rank.waiting("the rows of the other ranks", "gather", self.group):
             dist.all_gather(parts, x, group=self.group)
         self.rank.sent["gather"] += x.nbytes * (self.shards - 1)
         whole = self.in_order([p[:, :n] for p, n in zip(parts, counts, strict=True)])

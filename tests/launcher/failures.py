@@ -169,6 +169,15 @@ def unknown_host(made: Cluster, folder: Path) -> Iterator[tuple[str, ...]]:
     yield ("--hosts", "alpha,nowhere.invalid")
 
 
+@contextlib.contextmanager
+def second_job(made: Cluster, folder: Path) -> Iterator[tuple[str, ...]]:
+    other = folder / "other"
+    other.mkdir()
+    job = start(made, other, ("steps=3",))
+    yield ()
+    assert job.process.wait(60) == 0, (other / "err").read_text()
+
+
 CASES = (
     Case("a worker raises an error", faulty("raise"), parts=("ValueError: a number that is no number",), how="raise"),
     Case("a worker leaves with exit code 3", faulty("exit"), code=3, parts=("left with exit code 3",), how="exit"),
@@ -214,6 +223,7 @@ CASES = (
         ("cannot be written: No space left on device; make room",),
         full_disk,
     ),
+    Case("a second run on the same hosts", ("steps=3",), code=0, who="", setup=second_job),
     Case(
         "a host has no address", code=2, who="", parts=("nowhere.invalid: ", "Could not resolve hostname"), setup=unknown_host
     ),
@@ -347,7 +357,9 @@ def beside(made: Cluster, tool: str, how: str, folder: Path) -> str:
 
 def row(case: Case, outcome: Outcome, others: Sequence[str]) -> str:
     """A line of the table."""
-    said = " ".join(" ".join(outcome.lines[:2]).split()) or "(killed: it cannot say anything)"
+    said = " ".join(" ".join(outcome.lines[:2]).split()) or (
+        "(nothing: both runs draw their picture)" if outcome.code == 0 else "(nothing: nobody can see it)"
+    )
     said = re.sub(r"/\S*/(?=[^/\s]+)", "", said)
     cells = [case.name, f"{outcome.seconds:.1f} s", str(outcome.code), said.replace("|", "\\|")[:260], *others]
     return f"| {' | '.join(cells)} |"

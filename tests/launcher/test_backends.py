@@ -275,7 +275,17 @@ def test_manifests_against_the_published_schema(say: Callable[..., Result], kind
     jsonschema = pytest.importorskip("jsonschema")
     known = [yaml.safe_load(path.read_text()) for path in Path(CRDS).glob("*.yaml")]
     (crd,) = [found for found in known if found["spec"]["names"]["kind"] == kind]
-    words = ("--on", "k8s", "--nnodes", "2", "k8s.image=r/x:1", f"k8s.kind={kind}", "k8s.claim=m", "k8s.namespace=n", "k8s.gpus=8")
+    words = (
+        "--on",
+        "k8s",
+        "--nnodes",
+        "2",
+        "k8s.image=r/x:1",
+        f"k8s.kind={kind}",
+        "k8s.claim=m",
+        "k8s.namespace=n",
+        "k8s.gpus=8",
+    )
     made = yaml.safe_load(say(*words, "--dry-run", "--plugins", "usp", "usp.ulysses=4", "model=emoji", "a").stdout)
     (version,) = [v for v in crd["spec"]["versions"] if f"{crd['spec']['group']}/{v['name']}" == made["apiVersion"]]
     schema = version["schema"]["openAPIV3Schema"]
