@@ -126,7 +126,11 @@ def cluster(folder: Path, path: Sequence[Path]) -> Iterator[Cluster]:
             run(*inside, "ip", "address", "add", f"{made.address(name)}/24", "dev", "eth0")
             run(*inside, "ip", "link", "set", "eth0", "up")
             run(*inside, "ip", "link", "set", "lo", "up")
-            text = SSHD.format(address=made.address(name), folder=folder, path=os.pathsep.join(map(str, path)))
+            text = SSHD.format(
+                address=made.address(name),
+                folder=folder,
+                path=os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            )
             (folder / f"sshd-{name}").write_text(text)
             daemons.append(subprocess.Popen([*inside, "/usr/sbin/sshd", "-D", "-e", "-f", str(folder / f"sshd-{name}")],
                                             stdin=subprocess.DEVNULL, stderr=(folder / f"sshd-{name}.log").open("w")))  # fmt: skip
