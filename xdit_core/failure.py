@@ -13,6 +13,7 @@ from typing import Any
 
 from xdit_core.errors import XditError
 
+WRITING = "writing "  # what a rank says before a path
 HOST = "XDIT_HOST"  # variable with the name by which the user knows this machine
 OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "application timeout")
@@ -65,7 +66,7 @@ def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
             "or divide the model over more processes with --plugins pipefusion."
         )
     if full := next((e for e in chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None):
-        where = full.filename or "a file"
+        where = full.filename or (doing.removeprefix(WRITING) if doing.startswith(WRITING) else "a file")
         message, known = f"{where} cannot be written: {full.strerror}; make room, or choose another disk with out=.", True
     return {
         "rank": rank,

@@ -19,8 +19,11 @@ def looks_like_folder(path: str) -> bool:
     return path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or os.path.isdir(path)
 
 
-def locate(spec: ModelSpec, settings: ModelSettings) -> Path:
+def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True) -> Path:
     """The local folder of the checkpoint, fetched from the hub when it is not there.
+
+    Args:
+        fetch: ask the hub; otherwise only its local cache.
 
     Raises:
         ModelError: the folder does not exist, or the hub is out of reach; says what was tried.
@@ -39,7 +42,7 @@ def locate(spec: ModelSpec, settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most runs do not need it
 
     try:
-        where = {"revision": settings.revision, "cache_dir": settings.download_dir}
+        where = {"revision": settings.revision, "cache_dir": settings.download_dir, "local_files_only": not fetch}
         folder = Path(snapshot_download(source, allow_patterns=["model_index.json"], **where))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         wanted = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]

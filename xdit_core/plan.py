@@ -102,6 +102,18 @@ class Plan:
             d[key] = tuple(d[key])
         return Plan(**d)
 
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """A rank's place on every axis; the last axis runs fastest."""
+        found: dict[str, int] = {}
+        for axis in reversed(self.axes):
+            rank, found[axis.name] = divmod(rank, axis.degree or 1)
+        return {a.name: found[a.name] for a in self.axes}
+
+    def owns(self, rank: int) -> bool:
+        """The rank writes results."""
+        place = self.coordinates(rank)
+        return all(place[a.name] == 0 for a in self.axes if not a.own_outputs)
+
     def digest(self) -> str:
         """Equal digests compute the same thing (where the files lie on each machine does not enter)."""
         data = json.loads(self.to_json())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from xdit_core import machine, outputs
 from xdit_core.beat import Beat, beat_path
 from xdit_core.errors import UsageError, XditError
-from xdit_core.failure import error_path, failure
+from xdit_core.failure import WRITING, error_path, failure
 from xdit_core.place import Place, connect, die_with
 from xdit_core.plan import Plan, same_plan
 from xdit_core.screen import Progress, Tee
@@ -133,7 +133,7 @@ class Writer:
         if output.latents is None:
             paths = paths[output.numbers.start : output.numbers.stop]
         self._written |= set(paths)
-        self.beat.doing(f"writing {paths[0]}")
+        self.beat.doing(f"{WRITING}{paths[0]}")
         seconds = {"load": self.engine.load_seconds, **output.seconds}
         outputs.write(output, paths, self.plan, seconds, peak_bytes=self.progress.peak())
         shown = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())

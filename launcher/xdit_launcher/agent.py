@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import XditError
 from xdit_core.outputs import atomically, check_writable, make_folder, targets
@@ -26,6 +27,9 @@ from xdit_launcher import facts, processes, speed
 from xdit_launcher.local import listening
 from xdit_launcher.processes import Here, Share, Workers
 from xdit_launcher.supervise import signals_interrupt
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
 
 SILENCE = 10.0  # seconds without a word after which the other side counts as gone
 OFTEN = 2.0  # seconds between signs of life
@@ -62,11 +66,11 @@ class Agent:
         except Exception as error:
             self.send({"did": name, "failed": f"{type(error).__name__}: {error}", "code": 1})
 
-    def do_hello(self, distributions: Sequence[str], modules: Sequence[str], model: str, folder: str) -> dict[str, Any]:
+    def do_hello(self, distributions: Sequence[str], modules: Sequence[str], plan: str, folder: str) -> dict[str, Any]:
         """Facts about this machine; and work in the same folder as the launcher, if there is one."""
         with suppress(OSError):
             os.chdir(folder)
-        return facts.about(distributions, modules, model)
+        return facts.about(distributions, modules, located(plan).folder if plan else "")
 
     def do_serve(self, port: int) -> int:
         """Listen for the other ranks; 0: on any free port, which is the answer."""
@@ -103,16 +107,14 @@ class Agent:
         marks: Sequence[str],
     ) -> str:
         """Start the ranks of this machine; the answer is the run folder."""
-        from xdit_core.plan import Plan
-
-        found = Plan.from_json(plan)
-        place = Path(folder)
+        found, place = located(plan), Path(folder)
         make_folder(place, "runs", folder)
         with atomically(place / "plan.json") as temporary:
-            temporary.write_text(plan, encoding="utf-8")
+            temporary.write_text(found.to_json(), encoding="utf-8")
         for name in marks:
             (place / name).touch()
-        check_writable(found.run, targets(found.run, found.facts.video))
+        if any(found.owns(rank) for rank in range(*ranks)):
+            check_writable(found.run, targets(found.run, found.facts.video))
         share = Share(place, range(*ranks), found.world, address, port, found.run.threads, host, env, tuple(devices), sharing)
         share.check(found.run.device)
         screen: list[int] = []
@@ -191,6 +193,23 @@ class Agent:
                 self.send({"screen": self._screens[fd], "data": base64.b64encode(data).decode()})
             os.close(fd)
             del self._screens[fd]
+
+
+def located(text: str) -> Plan:
+    """A plan with the folder that its model has here: the same as at the launcher, or where this machine keeps it."""
+    from xdit_core import hub
+    from xdit_core.plan import Plan
+    from xdit_core.registry import Registry
+    from xdit_core.settings import ModelSettings, build
+
+    plan = Plan.from_json(text)
+    if Path(plan.folder).is_dir():
+        return plan
+    try:
+        folder = hub.locate(Registry().model(plan.model)[0], build(ModelSettings, "model.", plan.values), fetch=False)
+    except XditError:  # the launcher will say that the folder is missing
+        return plan
+    return replace(plan, folder=str(folder))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from xdit_launcher import facts, layout, report
 from xdit_launcher.agent import OFTEN, SILENCE
 from xdit_launcher.processes import log_path
 from xdit_launcher.report import Seen
-from xdit_launcher.supervise import CAUSE, INTERRUPTED, say, signals_interrupt, undisturbed, watch
+from xdit_launcher.supervise import CAUSE, INTERRUPTED, say, signals_interrupt, stay_deaf, undisturbed, watch
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -303,7 +303,9 @@ def check(fleet: Fleet, plan: Plan | None) -> tuple[dict[int, Any], list[str]]:
     distributions, modules = facts.origins(plan)
     model, device = (plan.folder, plan.run.device) if plan else ("", None)
     ours = facts.about(distributions, modules, model)
-    found, problems = fleet.ask("hello", distributions=distributions, modules=modules, model=model, folder=os.getcwd())
+    found, problems = fleet.ask(
+        "hello", distributions=distributions, modules=modules, plan=plan.to_json() if plan else "", folder=os.getcwd()
+    )
     for i, theirs in sorted(found.items()):
         host = fleet.hosts[i]
         problems += facts.differences(theirs, ours, host.name)
@@ -341,6 +343,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
             cause = CAUSE if len(fleet.hosts) == 1 else SILENCE + CAUSE  # so long a silent host may go unnoticed
             blamed = watch(fleet.look, plan.run.timeout, cause, lambda: stacks(fleet))
     except KeyboardInterrupt:
+        stay_deaf()
         say(f"interrupted; {fleet.end()}.")
         return INTERRUPTED
     except XditError:

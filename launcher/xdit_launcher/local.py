@@ -15,7 +15,7 @@ from xdit_core import machine
 from xdit_core.errors import UsageError
 from xdit_launcher import layout, processes, report
 from xdit_launcher.processes import Here, Share, Workers
-from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, watch
+from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, stay_deaf, watch
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -76,6 +76,7 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
                 elsewhere=node.count > 1,
             )
     except KeyboardInterrupt:
+        stay_deaf()
         processes.stop(workers)
         say("interrupted; every process has ended.")
         return INTERRUPTED

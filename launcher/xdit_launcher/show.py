@@ -64,14 +64,6 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return "yes" if value is True else "no" if value is False else "auto" if value == () else str(value)
 
 
-def coordinates(plan: Plan, rank: int) -> dict[str, int]:
-    """A rank's place on every axis; the last axis runs fastest."""
-    found: dict[str, int] = {}
-    for axis in reversed(plan.axes):
-        rank, found[axis.name] = divmod(rank, axis.degree or 1)
-    return {a.name: found[a.name] for a in plan.axes}
-
-
 def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str], on: Backend) -> Iterator[str]:
     """A plan for a person.
 
@@ -93,10 +85,10 @@ def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str], on: Ba
     yield row("mesh", f"{plan.world} process{'es' if plan.world > 1 else ''}: {describe(plan.axes)}")
     starts = [sum(plan.split[:i]) for i in range(len(plan.split) + 1)]
     for rank in range(plan.world):
-        place = coordinates(plan, rank)
+        place = plan.coordinates(rank)
         stage = place.get(plan.stages, 0)
         where = ", ".join(f"{name} {i}" for name, i in place.items() if plan.degree(name) > 1) or "alone"
-        owns = all(place[a.name] == 0 for a in plan.axes if not a.own_outputs)
+        owns = plan.owns(rank)
         owner = "; writes its results" if owns and rank else "; writes the results" if owns else ""
         yield row("", f"rank {rank}: {where}; blocks {starts[stage]} to {starts[stage + 1] - 1}{owner}")
     if plan.patches > 1:

@@ -121,6 +121,13 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def stay_deaf() -> None:
+    """No more interruptions until the process ends: whoever presses Ctrl-C once more while it tears down would hide how it ended."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, *ENDING):
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """No Ctrl-C in between: tearing down takes seconds, and whoever presses twice would leave processes behind."""

@@ -93,11 +93,11 @@ def test_doctor(hosts: Cluster, tmp_path: Path) -> None:
     speeds = [line for line in lines if "bit/s" in line]
     assert len(speeds) == 2 and all(line.count("ms") == 1 for line in speeds)
     assert "beta is not known by that name on alpha" in done.stdout and lines[-1] == "nothing that would stop a run."
-    hosts.link("beta", "down")
+    hosts.hosts.link("beta", "down")
     try:
         bad = xdit(tmp_path, "doctor", "--hosts", "alpha,beta,nowhere.invalid", f"{command} -o ConnectTimeout=3")
     finally:
-        hosts.link("beta", "up")
+        hosts.hosts.link("beta", "up")
     assert bad.returncode == 1
     problems = [line for line in bad.stdout.splitlines() if line.startswith("problem: ")]
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from xdit_core import Registry, make_plan
 from xdit_core.errors import UsageError
 from xdit_launcher import facts, fleet, layout, ssh
+from xdit_launcher.agent import located
 from xdit_launcher.backends import choose
 from xdit_launcher.fleet import Host
 from xdit_launcher.hosts import filtered, parse_hosts, read_hostfile
@@ -212,3 +214,11 @@ def test_how_long_a_run_may_stand_still() -> None:
         quick.moved(0.1, at(f"step {step} of 9"))
     assert quick.limit == QUICK
     assert Pace(7.0).limit == 7.0
+
+
+def test_every_machine_looks_for_the_model_where_it_keeps_it() -> None:
+    plan = make_plan([], {"model": "emoji", "prompt": ["a"]}, Registry())
+    elsewhere = dataclasses.replace(plan, folder="/opt/of/the/launcher/xdit_emoji/pipeline")
+    assert located(elsewhere.to_json()).folder == plan.folder and elsewhere.digest() == plan.digest()
+    unknown = dataclasses.replace(plan, folder="/no/such", model="sd3", values={"model": "sd3"})
+    assert located(unknown.to_json()).folder == "/no/such"
