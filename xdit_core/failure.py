@@ -14,7 +14,7 @@ from typing import Any
 from xdit_core.errors import XditError
 
 WRITING = "writing "  # what a rank says before a path
-HOST = "XDIT_HOST"  # variable with the name by which the user knows this machine
+HOST_VARIABLE = "XDIT_HOST"  # variable with the name by which the user knows this machine
 OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "application timeout")
 NO_MEMORY = ("defaultcpuallocator", "out of memory", "can't allocate memory", "cannot allocate memory")
@@ -70,7 +70,7 @@ def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
         message, known = f"{where} cannot be written: {full.strerror}; make room, or choose another disk with out=.", True
     return {
         "rank": rank,
-        "host": os.environ.get(HOST) or socket.gethostname(),
+        "host": os.environ.get(HOST_VARIABLE) or socket.gethostname(),
         "doing": doing,
         "type": type(error).__name__,
         "message": message,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xdit_core.jobs import Output
     from xdit_core.plan import Plan
 
+RECORD = "record"  # a file of this name in the run folder asks the ranks to remember what `verify` compares
 SUFFIX = MappingProxyType({"image": ".png", "video": ".mp4", "latent": ".safetensors"})
 PACKAGES = ("xdit", "torch", "diffusers", "transformers")
 UNTOLD = ("prompt", "prompts", "out", "runs", "trace", "profile")  # settings that do not make the picture

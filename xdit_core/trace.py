@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from xdit_core.failure import HOST
+from xdit_core.failure import HOST_VARIABLE
 from xdit_core.outputs import atomically
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Record:
 
 def name_of_host() -> str:
     """As the user calls it."""
-    return os.environ.get(HOST) or socket.gethostname()
+    return os.environ.get(HOST_VARIABLE) or socket.gethostname()
 
 
 def offset(rank: int, world: int, group: Any) -> tuple[int, int]:

@@ -19,11 +19,10 @@ import torch
 from xdit_core.engine import Engine, denoisers_of
 from xdit_core.jobs import Done, Job, Output, Started
 from xdit_core.lazy import materialized
-from xdit_core.outputs import atomically
+from xdit_core.outputs import RECORD, atomically
 from xdit_core.records import Stream
 from xdit_core.tokens import length
 
-MARK = "record"
 NOT_HELD = -1.0  # no mean of absolute values; a NaN stays one
 
 
@@ -43,7 +42,7 @@ def recording(engine: Engine, folder: Path, started: Started, done: Done) -> Ite
     Yields:
         ``started`` and ``done`` for the request.
     """
-    if not (folder / MARK).exists():
+    if not (folder / RECORD).exists():
         yield started, done
         return
     recorder = Recorder(engine)

@@ -1,8 +1,7 @@
-"""One machine's part of a run: ``python -m xdit_launcher.agent [VARIABLE]``.
+"""One machine's part of a run: ``python -m xdit_launcher.agent``.
 
 It takes requests as lines of JSON on stdin and answers on stdout; the end of stdin means stop, so nothing outlives whoever
-started it, and so does silence: the launcher says something every two seconds. With VARIABLE, its value is the number of this machine
-and requests to other numbers are not for it (``srun`` gives every task the same stdin).
+started it, and so does silence: the launcher says something every two seconds.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import json
 import os
 import selectors
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import XditError
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
 SILENCE = 10.0  # seconds without a word after which the other side counts as gone
-OFTEN = 2.0  # seconds between signs of life
+ALIVE = 2.0  # seconds between signs of life
 MARK = "@xdit "  # before every line of ours: shells print greetings
 
 Send = Callable[[Mapping[str, Any]], None]
@@ -56,42 +53,34 @@ class Agent:
     def handle(self, request: Mapping[str, Any]) -> None:
         """Do what is asked and answer."""
         name = request["do"]
-        arguments = {k: v for k, v in request.items() if k not in ("do", "to")}
+        arguments = {k: v for k, v in request.items() if k not in ("do", "id")}
         if name == "ping":
             return
         try:
-            self.send({"did": name, "result": getattr(self, f"do_{name}")(**arguments)})
+            answer: dict[str, Any] = {"result": getattr(self, f"do_{name}")(**arguments)}
         except XditError as error:
-            self.send({"did": name, "failed": str(error), "code": error.exit_code})
+            answer = {"failed": str(error)}
         except Exception as error:
-            self.send({"did": name, "failed": f"{type(error).__name__}: {error}", "code": 1})
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        self.send({"did": request["id"], **answer})
 
     def do_hello(self, distributions: Sequence[str], modules: Sequence[str], plan: str, folder: str) -> dict[str, Any]:
         """Facts about this machine; and work in the same folder as the launcher, if there is one."""
         with suppress(OSError):
             os.chdir(folder)
-        return facts.about(distributions, modules, located(plan).folder if plan else "")
+        model = ""
+        with suppress(Exception):  # another version may not read the plan; that the versions differ is what must be said
+            model = located(plan).folder if plan else ""
+        return facts.about(distributions, modules, model)
 
     def do_serve(self, port: int) -> int:
         """Listen for the other ranks; 0: on any free port, which is the answer."""
         self._server = listening("", port, backlog=1024)
         return int(self._server.getsockname()[1])
 
-    def do_reach(self, addresses: Sequence[str], port: int) -> dict[str, float]:
-        """Which addresses of another machine answer, with the seconds that it took."""
-        found: dict[str, float] = {}
-
-        def attempt(address: str) -> None:
-            start = time.perf_counter()
-            with suppress(OSError), socket.create_connection((address, port), timeout=3):
-                found[address] = time.perf_counter() - start
-
-        threads = [Thread(target=attempt, args=(a,), daemon=True) for a in addresses]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(4)
-        return dict(found)
+    def do_reach(self, addresses: Sequence[str], port: int) -> dict[str, str]:
+        """Which names and addresses of another machine answer, with the address that it was; names may lead elsewhere on each machine."""
+        return speed.answering(addresses, port)
 
     def do_go(
         self,
@@ -182,7 +171,7 @@ class Agent:
             now = {"code": seen.code, "pulse": pulse, "error": seen.error, "log": seen.log}
             if self._told.get(rank) != now:
                 news[rank] = self._told[rank] = now
-        if news or time.monotonic() - self._spoke > OFTEN:
+        if news or time.monotonic() - self._spoke > ALIVE:
             self._spoke = time.monotonic()
             self.send({"seen": news, "wall": time.time()})
 
@@ -212,30 +201,27 @@ def located(text: str) -> Plan:
     return replace(plan, folder=str(folder))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Serve until the end of stdin, an end of the work, or silence."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    number = int(os.environ[words[0]]) if words else None
     out = os.dup(1)
     os.dup2(2, 1)  # whatever prints must not come between the answers
 
     def send(message: Mapping[str, Any]) -> None:
-        text = MARK + json.dumps(message if number is None else {**message, "from": number}) + "\n"
-        data = memoryview(text.encode())
+        data = memoryview(f"{MARK}{json.dumps(message)}\n".encode())
         while data:
             data = data[os.write(out, data) :]
 
     agent = Agent(send)
     try:
         with signals_interrupt():
-            serve(agent, number)
+            serve(agent)
     except (KeyboardInterrupt, BrokenPipeError):
         pass
     finally:
         processes.stop(agent.workers)
 
 
-def serve(agent: Agent, number: int | None) -> None:
+def serve(agent: Agent) -> None:
     """Requests from stdin, news in between."""
     os.set_blocking(0, False)
     buffer, heard = b"", time.monotonic()
@@ -249,9 +235,8 @@ def serve(agent: Agent, number: int | None) -> None:
                 heard = time.monotonic()
                 *lines, buffer = (buffer + data).split(b"\n")
                 for request in map(json.loads, lines):
-                    if number is None or request.get("to", number) == number:
-                        agent.handle(request)
-                        heard = time.monotonic()  # it was busy, not left alone
+                    agent.handle(request)
+                    heard = time.monotonic()  # it was busy, not left alone
             agent.turn()
 
 

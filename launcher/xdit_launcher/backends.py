@@ -5,6 +5,7 @@ A backend is a module or another object with
 - ``start(plan, folder, settings) -> int``: run a plan, with the existing folder for logs; the exit code of the run;
 - ``Settings`` (optional): a dataclass as plugins have; its fields are set with ``NAME.field=value``, or with the option ``--field`` if
   `OPTIONS` has it; every field has a default. Without it ``settings`` is None;
+- ``check(plan, settings)`` (optional): raises a `UsageError` for what can be said before anything is written or started;
 - ``devices(settings) -> int | None`` (optional): how many processes suit the machines; None: those of this one;
 - ``show(plan, settings, words) -> list[str]`` (optional): what a dry run shows of it; ``words`` are those of the command line;
 - ``connect(settings) -> Fleet`` (optional): agents on the machines, for ``doctor``, see `xdit_launcher.fleet`;
@@ -66,6 +67,16 @@ class Backend:
         found = getattr(self.module, "devices", None)
         return found(self.settings) if found else None
 
+    def check(self, plan: Plan) -> None:
+        """What can be said before anything is written.
+
+        Raises:
+            UsageError: the plan cannot run there.
+        """
+        found = getattr(self.module, "check", None)
+        if found:
+            found(plan, self.settings)
+
     def start(self, plan: Plan, folder: Path) -> int:
         """Run a plan; the exit code."""
         code: int = self.module.start(plan, folder, self.settings)
@@ -95,8 +106,24 @@ class Backend:
 
 
 def installed() -> dict[str, metadata.EntryPoint]:
-    """Backends by name."""
-    return {entry.name: entry for entry in metadata.entry_points(group=LAUNCHERS)}
+    """Backends by name, ours first.
+
+    Raises:
+        PluginError: two distributions have one of the same name.
+    """
+    found: dict[str, metadata.EntryPoint] = {}
+    for entry in sorted(metadata.entry_points(group=LAUNCHERS), key=lambda e: (origin(e) != "xdit", e.name)):
+        if entry.name in found and found[entry.name].value != entry.value:
+            raise PluginError(
+                f"{origin(found[entry.name])} and {origin(entry)} both have a backend {entry.name}; uninstall one of them."
+            )
+        found[entry.name] = entry
+    return found
+
+
+def origin(entry: metadata.EntryPoint) -> str:
+    """The distribution of an entry point."""
+    return entry.dist.name if entry.dist else ""
 
 
 def load(name: str) -> Any:
@@ -159,8 +186,8 @@ def choose(name: str | None, given: Mapping[str, str | None], values: Mapping[st
 
 def taker(flags: Mapping[str, str]) -> str:
     """The usual backend if it takes the options, else the first that does."""
-    others = sorted(set(installed()) - {USUAL})
-    return next((name for name in (USUAL, *others) if takes(name, flags)), USUAL) if flags else USUAL
+    names = (USUAL, *(name for name in installed() if name != USUAL))
+    return next((name for name in names if takes(name, flags)), USUAL) if flags else USUAL
 
 
 def takes(name: str, flags: Mapping[str, str] | Sequence[str]) -> bool:

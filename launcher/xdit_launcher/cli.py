@@ -13,12 +13,11 @@ import click
 
 from xdit_core.errors import UsageError, XditError
 from xdit_launcher import backends
+from xdit_launcher.supervise import INTERRUPTED
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_launcher.backends import Backend
-
-INTERRUPTED = 130
 
 
 class Main(click.Group):
@@ -163,11 +162,20 @@ def run(
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
-        command = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else []), *words]
-        document = plan.to_json() if as_json else on.document(plan, command).rstrip()
-        click.echo(document or "\n".join(show.plan_lines(plan, files, command, on)))
+        flags = [f"--{name}" for name, wanted in (("trace", trace), ("profile", profile)) if wanted]
+        own = [word for word in words if not word.startswith(f"{on.name}.")]
+        plain = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else []), *flags, *own]
+        where = [
+            part
+            for name, value in {"on": backend, **options}.items()
+            if value
+            for part in (f"--{name.replace('_', '-')}", value)
+        ]
+        where += [word for word in words if word not in own]
+        document = plan.to_json() if as_json else on.document(plan, plain).rstrip()
+        click.echo(document or "\n".join(show.plan_lines(plan, files, plain, on, where)))
         return
-    outputs.check_writable(plan.run, targets)
+    on.check(plan)
     folder = run_folder(plan)
     tell(plan, bool(values.get("prompt") or values.get("prompts")))
     ctx.exit(on.start(plan, folder))
@@ -193,7 +201,7 @@ def verify(
     from xdit_launcher import verify as command
 
     chosen, values, on = asked(words, plugins, config, backend, options)
-    ctx.exit(command.verify(chosen, values, on.start, run_folder))
+    ctx.exit(command.verify(chosen, values, on, run_folder))
 
 
 @cli.command()

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xdit_launcher import facts
 from xdit_launcher.backends import Backend
-from xdit_launcher.fleet import Fleet, check
+from xdit_launcher.fleet import Fleet, check, rendezvous
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -98,11 +97,9 @@ def imports(fleet: Fleet, found: Mapping[int, Any], names: Mapping[int, str]) ->
 
 def ports(fleet: Fleet, found: Mapping[int, Any], rdzv: str | None) -> list[str]:
     """The port at which the ranks are to meet is taken."""
-    port = (rdzv or "").rpartition(":")[2]
+    _, port = rendezvous(rdzv)
     first = min(found, default=None)
-    if first is None:
-        return []
-    return fleet.ask("serve", {first: {"port": int(port) if port.isdecimal() else 0}})[1]
+    return [] if first is None else fleet.ask("serve", {first: {"port": port}})[1]
 
 
 def clocks(fleet: Fleet, names: Mapping[int, str]) -> list[str]:
@@ -150,38 +147,39 @@ def resolving(fleet: Fleet, found: Mapping[int, Any], names: Mapping[int, str]) 
 
 
 def network(fleet: Fleet, found: Mapping[int, Any], names: Mapping[int, str]) -> tuple[list[str], list[str]]:
-    """Latency and bandwidth from every host to every other, one pair at a time; and which do not reach each other."""
-    shown: dict[tuple[int, int], str] = {}
-    problems = []
-    for j in sorted(found):
-        port, failed = fleet.ask("echo", {j: {"seconds": 60.0}})
+    """Latency and bandwidth from every host to every other, and which do not reach each other.
+
+    In each round every host sends to one and receives from another.
+    """
+    order, shown, problems = sorted(found), dict[tuple[int, int], str](), list[str]()
+    for shift in range(1, len(order)):
+        pairs = {i: order[(k + shift) % len(order)] for k, i in enumerate(order)}
+        ports, failed = fleet.ask("echo", {j: {"seconds": 60.0} for j in order})
         problems += failed
-        for i in sorted(found):
-            if i == j or j not in port:
-                continue
-            addresses = [
-                names[j].rpartition("@")[2],
-                found[j]["host"],
-                *(a for a in found[j]["addresses"] if not a.startswith("127.")),
-            ]
-            own = set(found[i]["addresses"])
-            known = [a for a in addresses if facts.resolved([a])[a] not in own]
-            answers, failed = fleet.ask("measure", {i: {"addresses": known, "port": port[j], "seconds": SECONDS}})
-            problems += failed
-            if answers.get(i):
-                rate, trip = 8 * answers[i]["bandwidth"], answers[i]["latency"]
-                shown[i, j] = (
-                    f"{rate / 1e9:.2f} Gbit/s {trip * 1e3:.2f} ms"
-                    if rate >= 1e9
-                    else f"{rate / 1e6:.0f} Mbit/s {trip * 1e3:.2f} ms"
-                )
-            elif i in answers:
-                shown[i, j] = "no way"
+        ways = {
+            j: [names[j].rpartition("@")[2], *(a for a in found[j]["addresses"] if not a.startswith("127."))] for j in order
+        }
+        each = {i: {"addresses": ways[j], "port": ports[j], "seconds": SECONDS} for i, j in pairs.items() if j in ports}
+        answers, failed = fleet.ask("measure", each)
+        problems += failed
+        for i, answer in sorted(answers.items()):
+            j = pairs[i]
+            shown[i, j] = pace(answer)
+            if not answer:
+                where = ", ".join(dict.fromkeys(ways[j]))
                 problems.append(
-                    f"{names[i]} does not reach {names[j]} at any of {', '.join(dict.fromkeys(known))}; open the ports above 1024 between them."
+                    f"{names[i]} does not reach {names[j]} at any of {where}; open the ports above 1024 between them."
                 )
-    rows = [[names[i], *(shown.get((i, j), "-") for j in sorted(found))] for i in sorted(found)]
-    return list(table(["from / to", *(names[j] for j in sorted(found))], rows)), problems
+    rows = [[names[i], *(shown.get((i, j), "-") for j in order)] for i in order]
+    return list(table(["from / to", *(names[j] for j in order)], rows)), problems
+
+
+def pace(answer: Mapping[str, Any]) -> str:
+    """Bandwidth and latency for a person."""
+    if not answer:
+        return "no way"
+    rate, trip = 8 * answer["bandwidth"], answer["latency"]
+    return f"{rate / 1e9:.2f} Gbit/s {trip * 1e3:.2f} ms" if rate >= 1e9 else f"{rate / 1e6:.0f} Mbit/s {trip * 1e3:.2f} ms"
 
 
 __all__ = ["doctor"]

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata, util
 from pathlib import Path
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("xdit", "torch", "diffusers", "transformers")
 CODE = ("xdit_core", "xdit_launcher")
+KINDS = (".json", ".txt", ".model", ".safetensors", ".py")  # files of a checkpoint that are read
+VARIANTS = frozenset(("fp16", "bf16", "non_ema"))  # parts of the names of those that are not
 
 
 def origins(plan: Plan | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -57,7 +58,6 @@ def about(distributions: Iterable[str], modules: Iterable[str], model: str) -> d
         "model": checkpoint(Path(model)) if model else None,
         "folder": os.getcwd(),
         "free disk": shutil.disk_usage(os.getcwd()).free,
-        "wall": time.time(),
         "addresses": addresses(),
     }
 
@@ -95,9 +95,8 @@ def checkpoint(folder: Path) -> str | None:
     """A fingerprint of names and sizes of the files of a checkpoint, None if the folder is not there."""
     if not folder.is_dir():
         return None
-    sizes = sorted(
-        (str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts
-    )
+    files = (p for p in folder.rglob("*") if p.suffix in KINDS and p.is_file() and not set(p.name.split(".")) & VARIANTS)
+    sizes = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in files)
     return hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
 
 
@@ -112,7 +111,12 @@ def gpus() -> list[dict[str, Any]]:
     except (OSError, subprocess.SubprocessError):
         return [{}] * count
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()]
-    return [{"name": name, "free": int(free) << 20, "total": int(total) << 20} for name, free, total in rows]
+    if len(rows) != count:  # it shows GPUs that are hidden from processes here
+        return [{}] * count
+    try:
+        return [{"name": name, "free": int(free) << 20, "total": int(total) << 20} for name, free, total in rows]
+    except ValueError:  # "[N/A]" where memory is shared with the CPU
+        return [{}] * count
 
 
 def addresses() -> list[str]:
@@ -145,7 +149,7 @@ print(json.dumps({"cuda": torch.version.cuda, "devices": torch.cuda.device_count
 def imported(seconds: float) -> dict[str, Any]:
     """Whether torch and diffusers can be imported: ``devices`` that torch sees, or ``error``."""
     try:
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run([sys.executable, "-P", "-c", PROBE], capture_output=True, text=True, timeout=seconds)
         found: dict[str, Any] = (
             json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": last_line(done.stderr)}
         )
@@ -166,17 +170,40 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -
         theirs, ours: as `about` tells; ``ours`` is of the machine where the launcher runs.
         host: their name.
     """
-    for name, here in ours["versions"].items():
-        there = theirs["versions"].get(name, "")
+    for name in ours["versions"]:
+        here, there = (
+            about["versions"].get(name, "").split("+")[0] for about in (ours, theirs)
+        )  # +cpu and +cu130 are the same code
         if there != here:
-            what = f"{host} has {name} {there}" if there else f"{host} has no {name}"
-            yield f"{what}, and this machine {here}; run pip install {name}=={here} there."
+            what = f"{host} has {f'{name} {there}' if there else f'no {name}'}, and this machine {here or 'none'}"
+            yield f"{what}; run pip install {name}=={here} there." if here else f"{what}; install {name}=={there} here too."
     if theirs["python"].split(".")[:2] != ours["python"].split(".")[:2]:
         yield f"{host} runs Python {theirs['python']}, and this machine {ours['python']}; use the same minor version on both."
+    unlike = [n for n, v in ours["versions"].items() if v.split("+")[0] != theirs["versions"].get(n, "").split("+")[0]]
     for name, here in ours["code"].items():
         there = theirs["code"].get(name)
-        if there != here and theirs["versions"] == ours["versions"]:
+        if there != here and not unlike:
             yield f"the code of {name} on {host} is not that of this machine though the versions are equal; install the same copy there."
+
+
+def same_machine(about: Mapping[int, Any], names: Mapping[int, str]) -> Iterator[str]:
+    """Two names of one machine."""
+    seen: dict[Any, int] = {}
+    for i, found in sorted(about.items()):
+        key = (found["host"], tuple(sorted(a for a in found["addresses"] if not a.startswith("127."))))
+        if names[i] != names[seen.setdefault(key, i)]:
+            yield f"{names[seen[key]]} and {names[i]} are one machine; name it once, with more slots."
+
+
+def device_problem(plan: Plan, gpus: bool, where: str) -> str:
+    """A sentence about a plan for CPUs that nobody asked for: it was made where there is no GPU, "" if all is well.
+
+    Args:
+        gpus: there are some where it is to run.
+    """
+    if plan.run.device != "cpu" or "device" in plan.values or not gpus:
+        return ""
+    return f"this machine has no GPU and {where}; say which are meant with device=cuda or device=cpu."
 
 
 def model_problem(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str, folder: str) -> str:

@@ -6,12 +6,11 @@ import base64
 import contextlib
 import os
 import queue
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from xdit_core import machine
 from xdit_core.beat import Pulse
 from xdit_core.errors import UsageError, XditError
+from xdit_core.outputs import RECORD
 from xdit_core.records import listed
 from xdit_launcher import facts, layout, report
-from xdit_launcher.agent import OFTEN, SILENCE
+from xdit_launcher.agent import ALIVE, SILENCE
 from xdit_launcher.processes import log_path
 from xdit_launcher.report import Seen
 from xdit_launcher.supervise import CAUSE, INTERRUPTED, say, signals_interrupt, stay_deaf, undisturbed, watch
@@ -54,7 +54,6 @@ class Host:
         slots: most ranks on it; None: as many as it has GPUs, or cores.
         devices: numbers of the GPUs to use; none: all.
         python: the interpreter there, "" for that of the launcher.
-        env: variables for its ranks alone.
         sharing: how many of these are one machine.
     """
 
@@ -62,7 +61,6 @@ class Host:
     slots: int | None = None
     devices: tuple[int, ...] = ()
     python: str = ""
-    env: Mapping[str, str] = field(default_factory=dict)
     sharing: int = 1
 
 
@@ -72,16 +70,19 @@ class Fleet:
     Args:
         hosts: the machines.
         connect: makes the link to host ``i``, given where to deliver what it says.
+        typed: somebody typed the names, and may have given one machine two of them.
     """
 
-    def __init__(self, hosts: Sequence[Host], connect: Callable[[int, Deliver], Link]) -> None:
-        self.hosts, self.links = list(hosts), []
+    def __init__(self, hosts: Sequence[Host], connect: Callable[[int, Deliver], Link], typed: bool = False) -> None:
+        self.hosts, self.typed = list(hosts), typed
+        self.links: list[Link] = []
         self.inbox: queue.Queue[tuple[int, Mapping[str, Any]]] = queue.Queue()
         self.heard = dict.fromkeys(range(len(hosts)), time.monotonic())
         self.offset = dict.fromkeys(range(len(hosts)), 0.0)  # seconds that a host's clock is behind ours
         self.gone: dict[int, str] = {}
         self.seen: dict[int, Seen] = {}
         self.places: list[range] = []
+        self._asked = 0
         self._over = threading.Event()
         try:
             for i in range(len(hosts)):
@@ -98,7 +99,7 @@ class Fleet:
         self.close()
 
     def _ping(self) -> None:
-        while not self._over.wait(OFTEN):
+        while not self._over.wait(ALIVE):
             for link in self.links:
                 link.send({"do": "ping"})
 
@@ -115,14 +116,16 @@ class Fleet:
             Answers by host, and a sentence for each host that had none.
         """
         each = {i: {} for i in range(len(self.hosts))} if each is None else each
+        self._asked += 1
+        number = self._asked  # an answer that comes too late is not taken for the next one
         for i, own in each.items():
-            self.links[i].send({"do": do, **same, **own})
+            self.links[i].send({"do": do, "id": number, **same, **own})
         answers: dict[int, Any] = {}
         failed = {i: self.gone[i] for i in each if i in self.gone}
         end = time.monotonic() + patience
         while (open_ := set(each) - set(answers) - set(failed)) and time.monotonic() < end:
             for i, message in self.news(0.2):
-                if i in open_ and message.get("did") == do:
+                if i in open_ and message.get("did") == number:
                     if "failed" in message:
                         failed[i] = message["failed"]
                     else:
@@ -196,7 +199,8 @@ class Fleet:
         Raises:
             UsageError: the hosts are too few, differ, or do not reach each other.
         """
-        self.places = layout.spread(plan.world, [slots(h, facts_[i]) for i, h in enumerate(self.hosts)])
+        room = [slots(h, facts_[i], plan.run.device) for i, h in enumerate(self.hosts)]
+        self.places = layout.spread(plan.world, room, layout.together(plan))
         used = [i for i, ranks in enumerate(self.places) if ranks]
         machines: dict[str, list[int]] = {}
         for host, ranks in zip(self.hosts, self.places, strict=True):
@@ -211,36 +215,35 @@ class Fleet:
             i: {
                 "ranks": [self.places[i].start, self.places[i].stop],
                 "host": self.hosts[i].name,
-                "env": {**env, **self.hosts[i].env},
                 "devices": self.hosts[i].devices,
                 "sharing": self.hosts[i].sharing,
             }
             for i in used
         }
-        marks = [path.name for path in folder.iterdir() if path.is_file() and not path.stat().st_size]
-        self.must("go", each, plan=plan.to_json(), folder=str(folder), address=address, port=port, marks=marks)
+        marks = [RECORD] if (folder / RECORD).exists() else []
+        self.must("go", each, plan=plan.to_json(), folder=str(folder), address=address, port=port, env=env, marks=marks)
 
     def meet(self, used: Sequence[int], rdzv: str | None, facts_: Mapping[int, Any]) -> tuple[str, int]:
         """Where the first host listens and all others reach it."""
-        given, _, wanted = (rdzv or "").rpartition(":")
-        if wanted and not (wanted.isdecimal() and int(wanted) < 65536):
-            raise UsageError(f"--rdzv {rdzv} is not PORT or HOST:PORT; write for example 29500.")
-        first, others = used[0], used[1:]
-        port = self.must("serve", {first: {"port": int(wanted or 0)}})[first]
-        if not others:
+        given, wanted = rendezvous(rdzv)
+        first, name = used[0], self.hosts[used[0]].name
+        port = int(self.must("serve", {first: {"port": wanted}})[first])
+        if all(self.hosts[i].name == name for i in used):
             return given or "127.0.0.1", port
-        name = self.hosts[first].name.rpartition("@")[2]
-        choices = [given] if given else [name, facts_[first]["host"], *facts_[first]["addresses"]]
+        choices = [given] if given else [name.rpartition("@")[2], facts_[first]["host"], *facts_[first]["addresses"]]
         found = self.must("reach", {i: {"addresses": choices, "port": port} for i in used})
-        loopback = {a for a in choices if numeric(a).startswith("127.")}
-        common = [a for a in choices if all(a in found[i] for i in used) and (given or a not in loopback)]
-        if not common:
-            worst = min(others, key=lambda i: len(found[i]))
-            raise UsageError(
-                f"{self.hosts[worst].name} does not reach {self.hosts[first].name} at port {port} of any of {', '.join(dict.fromkeys(choices))}; open the "
-                "port in the firewall, or name an address and a port that are open with --rdzv HOST:PORT."
-            )
-        return common[0], port
+        for choice in choices:
+            ways = [found[i].get(choice, "") for i in used]
+            if all(
+                way and not way.startswith("127.") for way in ways
+            ):  # Debian gives a machine's own name the address 127.0.1.1
+                return ways[0] if len(set(ways)) == 1 else choice, port
+        worst = min(used, key=lambda i: len(found[i]))
+        who = f"{self.hosts[worst].name} does not reach {name}" if worst != first else f"{name} does not answer"
+        raise UsageError(
+            f"{who} at port {port} of any of {', '.join(dict.fromkeys(choices))}; open the port in the firewall, or name an address and a port "
+            "that are open with --rdzv HOST:PORT."
+        )
 
     def end(self) -> str:
         """End every process of the run.
@@ -266,23 +269,33 @@ class Fleet:
                 link.close()
 
 
-def numeric(host: str) -> str:
-    """The address of a name, "" if it has none here."""
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(host)
-    return ""
+def rendezvous(rdzv: str | None) -> tuple[str, int]:
+    """``[HOST:]PORT`` as host and port, "" and 0 for any.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    host, _, port = (rdzv or "").rpartition(":")
+    if rdzv and not (port.isdecimal() and 0 < int(port) < 65536):
+        raise UsageError(f"--rdzv {rdzv} is not PORT or HOST:PORT; write for example 29500.")
+    return host.strip("[]"), int(port or 0)
 
 
-def slots(host: Host, about: Mapping[str, Any]) -> int:
+def slots(host: Host, about: Mapping[str, Any], device: str | None) -> int:
     """Most ranks on a host."""
-    return host.slots or len(host.devices) or len(about["gpus"]) or about["cores"]
+    gpus = 0 if device == "cpu" else len(about["gpus"])
+    return host.slots or len(host.devices) or gpus or int(about["cores"])
 
 
 def show(screen: int, data: bytes) -> None:
     """What rank 0 prints, on this terminal."""
     stream = sys.stdout if screen == 1 else sys.stderr
-    with contextlib.suppress(OSError):
-        stream.write(data.decode("utf-8", "replace"))
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+        if hasattr(stream, "buffer"):  # as it came: it may be cut in the middle of a character
+            stream.buffer.write(data)
+        else:
+            stream.write(data.decode("utf-8", "replace"))
         stream.flush()
 
 
@@ -306,16 +319,18 @@ def check(fleet: Fleet, plan: Plan | None) -> tuple[dict[int, Any], list[str]]:
     found, problems = fleet.ask(
         "hello", distributions=distributions, modules=modules, plan=plan.to_json() if plan else "", folder=os.getcwd()
     )
+    names = {i: fleet.hosts[i].name for i in found}
+    problems += facts.same_machine(found, names) if fleet.typed else ()
     for i, theirs in sorted(found.items()):
-        host = fleet.hosts[i]
+        host, gpus = fleet.hosts[i], len(theirs["gpus"])
         problems += facts.differences(theirs, ours, host.name)
-        problems += [line for line in [facts.model_problem(theirs, ours, host.name, model)] if line]
-        gpus = len(theirs["gpus"])
+        problems.append(facts.model_problem(theirs, ours, host.name, model))
+        problems.append(facts.device_problem(plan, bool(gpus), f"{host.name} has {gpus}") if plan else "")
         if device == "cuda" and not gpus:
             problems.append(f"{host.name} has no GPU that its driver shows; leave it out, or use device=cpu.")
         elif gpus and device != "cpu" and (host.slots or 0) > gpus:
             problems.append(f"{host.name} has {gpus} GPUs and {host.slots} slots; lower its slots.")
-    return found, problems
+    return found, [line for line in problems if line]
 
 
 def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: str | None = None) -> int:
@@ -349,6 +364,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
     except XditError:
         fleet.end()
         raise
+    shared = blamed is None or log_path(folder, blamed.rank).exists()
     if blamed is not None:
         blamed = replace(blamed, log=bring(fleet, blamed.rank, folder) or blamed.log)
     fleet.end()
@@ -356,7 +372,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
         pass
     if blamed is None:
         return 0
-    say("\n".join(report.lines(blamed, plan.world)))
+    say("\n".join(report.lines(blamed, plan.world, together=shared)))
     return blamed.code
 
 
@@ -374,7 +390,10 @@ def bring(fleet: Fleet, rank: int, folder: Path) -> str:
     answers, _ = fleet.ask("bring", {host: {"rank": rank}}, patience=3.0)
     if not answers.get(host):
         return ""
-    path.write_text(answers[host], encoding="utf-8")
+    try:
+        path.write_text(answers[host], encoding="utf-8")
+    except OSError:  # the report must come all the same
+        return ""
     return str(path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,9 @@ def parse_hosts(text: str) -> list[Host]:
     found = []
     for item in text.split(","):
         name, sign, number = item.strip().rpartition(":")
-        if not sign or not number.isdecimal():
+        if (
+            not sign or not number.isdecimal() or (":" in name and not name.endswith("]"))
+        ):  # an IPv6 address has brackets before slots
             name, number = item.strip(), ""
         found.append(Host(checked(name.strip("[]"), f"--hosts {text}"), count(number, f"--hosts {text}") if number else None))
     return unique(found, f"--hosts {text}")
@@ -96,7 +98,7 @@ def filtered(hosts: Sequence[Host], include: str, exclude: str) -> list[Host]:
     if not include and not exclude:
         return list(hosts)
     option = "--include" if include else "--exclude"
-    named = dict(parse_filter(include or exclude, option, {h.name for h in hosts}))
+    named = parse_filter(include or exclude, option, hosts)
     kept = []
     for host in hosts:
         some = named.get(host.name)
@@ -116,13 +118,24 @@ def filtered(hosts: Sequence[Host], include: str, exclude: str) -> list[Host]:
     return kept
 
 
-def parse_filter(text: str, option: str, known: set[str]) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Names with their devices, none for all."""
-    for item in text.split("@"):
+def parse_filter(text: str, option: str, hosts: Sequence[Host]) -> dict[str, tuple[int, ...]]:
+    """Names with their devices, none for all; the user before a name may be left out."""
+    known = {h.name.rpartition("@")[2]: h for h in hosts}
+    found: dict[str, tuple[int, ...]] = {}
+    plain = text
+    for name, host in known.items():
+        plain = plain.replace(host.name, name)  # whose @ is not the one between two hosts
+    for item in plain.split("@"):
         name, _, numbers = item.partition(":")
         if name not in known:
             raise UsageError(f"{option} {text}: {name or 'an empty word'} is not among the hosts; {did_you_mean(name, known)}")
-        parts = [n for n in numbers.split(",") if n]
+        host, parts = known[name], [n for n in numbers.split(",") if n]
         if not all(n.isdecimal() for n in parts):
             raise UsageError(f"{option} {text}: devices are numbers from 0; write for example {name}:0,1.")
-        yield name, tuple(sorted({int(n) for n in parts}))
+        devices = tuple(sorted({int(n) for n in parts}))
+        if host.slots is not None and devices and devices[-1] >= host.slots:
+            raise UsageError(f"{option} {text}: {name} has {host.slots} slots, counted from 0; leave out {devices[-1]}.")
+        if host.name in found:
+            raise UsageError(f"{option} {text}: {name} is named twice; write for example {name}:0,1.")
+        found[host.name] = devices
+    return found

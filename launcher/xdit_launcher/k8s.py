@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
+from xdit_launcher import facts
 from xdit_launcher.local import Node
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def document(plan: Plan, settings: Settings, words: Sequence[str]) -> str:
 
     if "--config" in words:
         raise UsageError("the pods do not have your config file; write its settings on the command line instead of --config.")
-    words = [word for word in words if not word.startswith("k8s.")]
     plain = json.loads(json.dumps(manifest(plan, settings, words)))  # no part twice, so YAML needs no aliases
     text: str = yaml.safe_dump(plain, sort_keys=False, width=120)
     return text
@@ -70,6 +70,8 @@ def manifest(plan: Plan, settings: Settings, words: Sequence[str]) -> dict[str, 
         )
     if settings.nnodes < 1 or not 0 < settings.port < 65536:
         raise UsageError("k8s.nnodes= is 1 or more, and k8s.port= below 65536; correct them.")
+    if problem := facts.device_problem(plan, True, "the pods may have some"):
+        raise UsageError(problem)
     each = len(Node(0, settings.nnodes).ranks(plan.world))
     if settings.gpus is None:
         settings = replace(settings, gpus=0 if plan.run.device == "cpu" else each)
@@ -141,10 +143,16 @@ def jobset(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def start(plan: Plan, folder: Path, settings: Settings) -> int:
+def check(plan: Plan, settings: Settings) -> None:
     """Nothing is started from here.
 
     Raises:
         UsageError: always.
     """
     raise UsageError("the backend k8s prints a manifest and starts nothing; add --dry-run and give it to kubectl apply -f -.")
+
+
+def start(plan: Plan, folder: Path, settings: Settings) -> int:
+    """See `check`."""
+    check(plan, settings)
+    return 1

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
 
-def spread(world: int, slots: Sequence[int]) -> list[range]:
+def together(plan: Plan) -> int:
+    """How many neighbouring ranks talk at every layer and should share a machine."""
+    return product(a.degree or 1 for a in plan.axes if a.traffic >= Traffic.PER_LAYER)
+
+
+def spread(world: int, slots: Sequence[int], unit: int = 1) -> list[range]:
     """Neighbouring ranks for each machine: as even as the slots allow.
+
+    Args:
+        slots: most ranks of each machine.
+        unit: so many neighbours stay on one machine if that is possible and leaves no machine without work.
 
     Raises:
         UsageError: there are fewer slots than ranks.
@@ -24,10 +33,12 @@ def spread(world: int, slots: Sequence[int]) -> list[range]:
         raise UsageError(
             f"{world} processes but {sum(slots)} slots on all hosts together; lower the degrees, or name more hosts."
         )
+    if world % unit or world // unit < len(slots) or sum(n // unit for n in slots) * unit < world:
+        unit = 1
     counts = [0] * len(slots)
-    for _ in range(world):
-        free = [i for i, n in enumerate(counts) if n < slots[i]]
-        counts[min(free, key=lambda i: counts[i])] += 1
+    for _ in range(world // unit):
+        free = [i for i, n in enumerate(counts) if n + unit <= slots[i]]
+        counts[min(free, key=lambda i: counts[i])] += unit
     starts = [sum(counts[:i]) for i in range(len(counts))]
     return [range(s, s + n) for s, n in zip(starts, counts, strict=True)]
 

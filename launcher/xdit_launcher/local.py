@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xdit_core import machine
+from xdit_core import machine, outputs
 from xdit_core.errors import UsageError
 from xdit_launcher import layout, processes, report
 from xdit_launcher.processes import Here, Share, Workers
@@ -40,8 +40,21 @@ def devices(settings: Settings) -> int | None:
     return settings.nnodes * here if settings.nnodes and settings.nnodes > 1 else None
 
 
+def check(plan: Plan, settings: Settings) -> None:
+    """What can be said before anything is written.
+
+    Raises:
+        UsageError: the machine has too few GPUs, the nodes cannot share the ranks, or the results cannot be written here.
+    """
+    node = Node.of(settings)
+    ranks = node.ranks(plan.world)
+    Share(Path(), ranks, plan.world, node.address, node.port).check(plan.run.device)
+    if any(plan.owns(rank) for rank in ranks):
+        outputs.check_writable(plan.run, outputs.targets(plan.run, plan.facts.video))
+
+
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
-    """Run a plan on this machine.
+    """Run a plan on this machine; `check` has let it through.
 
     Args:
         plan: what to run.
@@ -52,11 +65,10 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
         0, the exit code of the rank to blame, or 130 after Ctrl-C and SIGTERM.
 
     Raises:
-        UsageError: the machine has too few GPUs, or the nodes cannot share the ranks.
+        UsageError: the port is taken.
     """
     node = Node.of(settings)
     ranks = node.ranks(plan.world)
-    Share(folder, ranks, plan.world, node.address, node.port).check(plan.run.device)
     for line in layout.warnings(plan, [Node(k, node.count).ranks(plan.world) for k in range(node.count)]):
         say(line)
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
@@ -99,7 +111,7 @@ def connect(settings: Settings) -> Fleet:
     command = [sys.executable, "-P", "-m", "xdit_launcher.agent"]
     return Fleet(
         [Host(name)],
-        lambda i, deliver: Pipe(command, {i: name}, deliver, lambda code, said, *_: " ".join(said) or f"exit code {code}"),
+        lambda i, deliver: Pipe(command, i, name, deliver, lambda code, said, *_: " ".join(said) or f"exit code {code}"),
     )
 
 

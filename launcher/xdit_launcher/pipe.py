@@ -18,11 +18,11 @@ Why = Callable[[int, Sequence[str], str, bool], str]
 
 
 class Pipe:
-    """A process whose stdin and stdout lead to an agent, or to one on each of several hosts that say which they are.
+    """A process whose stdin and stdout lead to an agent.
 
     Args:
         command: what to start.
-        hosts: names by number.
+        number, name: of the host.
         deliver: takes what is said.
         why: a sentence about the end: exit code of the program, its last lines, the host, whether its agent had said something.
 
@@ -30,9 +30,8 @@ class Pipe:
         UsageError: there is no such program.
     """
 
-    def __init__(self, command: Sequence[str], hosts: Mapping[int, str], deliver: Deliver, why: Why) -> None:
-        self.hosts, self.deliver, self.why = hosts, deliver, why
-        self.heard: set[int] = set()
+    def __init__(self, command: Sequence[str], number: int, name: str, deliver: Deliver, why: Why) -> None:
+        self.number, self.name, self.deliver, self.why, self.heard = number, name, deliver, why, False
         self.said: deque[str] = deque(maxlen=20)  # last lines that are not ours
         self._lock = threading.Lock()
         try:
@@ -69,20 +68,27 @@ class Pipe:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             text = line.decode("utf-8", "replace")
-            if MARK not in text:
+            message = read(text.partition(MARK)[2]) if MARK in text else None
+            if message is None:
                 self.said.append(text.strip())
                 continue
-            message = json.loads(text.partition(MARK)[2])
-            number = message.pop("from", next(iter(self.hosts)))
-            self.heard.add(number)
-            self.deliver(number, message)
+            self.heard = True
+            self.deliver(self.number, message)
         code = self.process.wait()
         self._errors.join(1)
-        for number, name in self.hosts.items():
-            self.deliver(number, {"gone": self.why(code, list(self.said), name, number in self.heard)})
+        self.deliver(self.number, {"gone": self.why(code, list(self.said), self.name, self.heard)})
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if text := line.decode("utf-8", "replace").strip():
                 self.said.append(text)
+
+
+def read(text: str) -> dict[str, Any] | None:
+    """A line of JSON, None if it is broken."""
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError:
+        return None
+    return found

@@ -20,13 +20,13 @@ from pathlib import Path
 from xdit_core import machine
 from xdit_core.beat import beat_path, read_beat
 from xdit_core.errors import UsageError
-from xdit_core.failure import HOST
+from xdit_core.failure import HOST_VARIABLE
 from xdit_core.records import listed
 from xdit_launcher.report import Seen, read_error
 from xdit_launcher.supervise import undisturbed
 
 GRACE = 1.0  # seconds that a worker has to end by itself
-OFTEN = 0.25  # seconds between two looks at the beats
+LOOK = 0.25  # seconds between two looks at the beats
 
 Workers = dict[int, "subprocess.Popen[bytes]"]  # by rank
 
@@ -80,11 +80,15 @@ class Share:
         together = len(self.ranks) * self.sharing
         threads = self.threads or max(1, machine.cores() // together)
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")} | dict(self.env)
-        if sys.platform == "linux" and self.address != "localhost" and (name := interface_to(self.address, self.port)):
+        name = interface_to(self.address, self.port) if sys.platform == "linux" else ""
+        if name and not (
+            name == "lo" and self.address == "localhost"
+        ):  # as which a Kubernetes operator may name the first pod to itself
             env.setdefault("GLOO_SOCKET_IFNAME", name)  # the host's name may lead nowhere
         env.setdefault("PYTHONSAFEPATH", "1")  # a random.py in this folder is not the standard library's
         if self.devices:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
+            visible = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[d] if visible else str(d) for d in self.devices)
         return {
             **env,
             "RANK": str(rank),
@@ -95,7 +99,7 @@ class Share:
             "MASTER_PORT": str(self.port),
             "OMP_NUM_THREADS": str(threads),
             "XDIT_PARENT": str(os.getpid()),
-            HOST: self.host,
+            HOST_VARIABLE: self.host,
         }
 
 
@@ -158,7 +162,7 @@ class Here:
         time.sleep(0.03)
         codes = {rank: w.poll() for rank, w in self.workers.items()}
         changed = any(self._seen[rank].code != code for rank, code in codes.items())
-        if changed or any(codes.values()) or time.monotonic() - self._looked > OFTEN:
+        if changed or any(codes.values()) or time.monotonic() - self._looked > LOOK:
             self._looked = time.monotonic()
             self._seen = {
                 rank: Seen(

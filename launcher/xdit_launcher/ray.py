@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
-from xdit_launcher import fleet
+from xdit_launcher import facts, fleet
 from xdit_launcher.agent import Agent
 from xdit_launcher.fleet import Deliver, Fleet, Host
 from xdit_launcher.words import names_in
@@ -39,7 +39,7 @@ class Settings:
     wait: float = field(default=30.0, metadata={"help": "seconds to wait for resources that others use now"})
 
 
-class Rank(Agent):
+class Seat(Agent):
     """The agent in an actor: what it says is fetched instead of sent."""
 
     def __init__(self) -> None:
@@ -66,7 +66,8 @@ class Actor:
     def __init__(self, actor: Any, number: int, deliver: Deliver) -> None:
         self.actor, self.number, self.deliver = actor, number, deliver
         self._over = threading.Event()
-        threading.Thread(target=self._fetch, daemon=True).start()
+        self._thread = threading.Thread(target=self._fetch, daemon=True)
+        self._thread.start()
 
     def send(self, message: Mapping[str, Any]) -> None:
         """A request, in order with the others."""
@@ -74,8 +75,9 @@ class Actor:
             self.actor.handle.remote(dict(message))
 
     def close(self) -> None:
-        """No more news."""
+        """No more news; a question to Ray after its shutdown would start it again."""
         self._over.set()
+        self._thread.join(5)
 
     def _fetch(self) -> None:
         import ray
@@ -153,6 +155,10 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
                 f"{nodes} node{'s' if nodes > 1 else ''}; "
                 f"lower the degrees{', lower ray.cpus=' if name == 'CPU' else ''}, or add nodes with ray start --address."
             )
+    if settings.cpus <= 0:
+        raise UsageError(f"ray.cpus={settings.cpus:g} is too little; give what an actor needs, such as 1.")
+    if problem := facts.device_problem(plan, total.get("GPU", 0) > 0, f"the Ray cluster has {total.get('GPU', 0):g}"):
+        raise UsageError(problem)
     group = ray.util.placement_group([each] * plan.world, strategy=settings.strategy)
     try:
         ray.get(group.ready(), timeout=settings.wait)
@@ -173,7 +179,7 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     group = None
     try:
         group = reserve(ray, plan, settings)
-        actors, names = place(ray, group, plan.world)
+        actors, names = place(ray, group, plan.world, settings.wait)
         count = Counter(names)
         hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
         with Fleet(hosts, lambda i, deliver: Actor(actors[i], i, deliver)) as found:
@@ -185,9 +191,13 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
         ray.shutdown()
 
 
-def place(ray: Any, group: Any, world: int) -> tuple[list[Any], list[str]]:
-    """Actors in the bundles of a group, and the addresses of their nodes: those of one node are neighbours."""
-    cls = ray.remote(max_restarts=0)(Rank)
+def place(ray: Any, group: Any, world: int, seconds: float) -> tuple[list[Any], list[str]]:
+    """Actors in the bundles of a group, and the addresses of their nodes: those of one node are neighbours.
+
+    Raises:
+        UsageError: one does not start.
+    """
+    cls = ray.remote(max_restarts=0)(Seat)
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
     bundles = group.bundle_specs
     actors = [
@@ -198,7 +208,13 @@ def place(ray: Any, group: Any, world: int) -> tuple[list[Any], list[str]]:
         ).remote()
         for i in range(world)
     ]
-    found = ray.get([actor.where.remote() for actor in actors])
+    try:
+        found = ray.get([actor.where.remote() for actor in actors], timeout=seconds + 30)
+    except ray.exceptions.RayError as error:
+        text = " ".join(str(error).split())
+        raise UsageError(
+            f"an actor did not start ({text[:300]}); install xdit on every node of the cluster, and see ray logs."
+        ) from error
     order = sorted(range(world), key=lambda i: (found.index(found[i]), i))
     return [actors[i] for i in order], [found[i].split()[1] for i in order]
 

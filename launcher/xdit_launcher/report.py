@@ -153,10 +153,14 @@ def by_signal(number: int) -> str:
     return f"it was killed by signal {number} ({name}){often}"
 
 
-def lines(found: Blame, world: int) -> list[str]:
-    """The report: who, doing what; why; where the logs are."""
+def lines(found: Blame, world: int, together: bool = True) -> list[str]:
+    """The report: who, doing what; why; where the logs are.
+
+    Args:
+        together: the logs of all ranks lie in one folder.
+    """
     return [
         f"rank {found.rank} of {world} on {found.host} failed at: {found.doing}",
         f"  {found.sentence[:600]}",
-        f"  log: {found.log}" + (" (the others' beside it)" if world > 1 else ""),
+        f"  log: {found.log}" + (" (the others' beside it)" if world > 1 and together else ""),
     ]

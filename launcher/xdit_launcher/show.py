@@ -64,13 +64,16 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return "yes" if value is True else "no" if value is False else "auto" if value == () else str(value)
 
 
-def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str], on: Backend) -> Iterator[str]:
+def plan_lines(
+    plan: Plan, files: Sequence[Path], command: Sequence[str], on: Backend, target: Sequence[str] = ()
+) -> Iterator[str]:
     """A plan for a person.
 
     Args:
         files: where the results go.
-        command: the words of the command line.
+        command: the words of the command line that say what to run.
         on: the backend that would start it.
+        target: the words that are for the backend.
     """
     run, facts = plan.run, plan.facts
     yield row("model", f"{plan.model} ({' '.join(plan.model_origin)}) in {plan.folder}")
@@ -101,7 +104,7 @@ def plan_lines(plan: Plan, files: Sequence[Path], command: Sequence[str], on: Ba
         yield row("slot", f"{slot}: {name}")
     for note in plan.notes:
         yield row("note", note)
-    yield row("command", shlex.join(["xdit-launch", *command]))
+    yield row("command", shlex.join(["xdit-launch", *target, *command]))
     yield from (row(f"on {on.name}" if i == 0 else "", line) for i, line in enumerate(on.show(plan, command)))
     words = shlex.join(["xdit-launch", "run", "--dry-run", "--json", *command])
     yield row("by hand", f"{words} > plan.json; torchrun --nproc-per-node {plan.world} -m xdit_core.worker plan.json")

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from xdit_core.errors import UsageError, XditError
 from xdit_core.outputs import atomically
 from xdit_core.settings import build
-from xdit_launcher import fleet
-from xdit_launcher.fleet import Deliver, Fleet, Host, Link
+from xdit_launcher import facts, fleet
+from xdit_launcher.fleet import Fleet, Host
 from xdit_launcher.pipe import Pipe
-from xdit_launcher.supervise import say
+from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, stay_deaf
 from xdit_launcher.words import names_in
 
 if TYPE_CHECKING:
@@ -87,18 +87,19 @@ def node_names(environ: Mapping[str, str], count: int) -> list[str]:
     return shown.stdout.split()[:count]
 
 
-def srun(nodes: Sequence[str]) -> list[str]:
-    """The command that starts one agent on each node; every task gets the same stdin."""
-    n = len(nodes)
+def srun(node: str) -> list[str]:
+    """The command that starts an agent on a node. One for each: the outputs of several tasks of one step get mixed within lines."""
     step = [
         "srun",
-        f"--nodes={n}",
-        f"--ntasks={n}",
-        "--ntasks-per-node=1",
-        f"--nodelist={','.join(nodes)}",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--nodelist={node}",
+        "--overlap",
         "--kill-on-bad-exit=1",
+        "--cpu-bind=none",
+        "--unbuffered",
     ]
-    return [*step, "--cpu-bind=none", "--unbuffered", sys.executable, "-P", "-m", "xdit_launcher.agent", "SLURM_NODEID"]
+    return [*step, sys.executable, "-P", "-m", "xdit_launcher.agent"]
 
 
 def script(folder: str, settings: Settings) -> list[str]:
@@ -112,29 +113,14 @@ def script(folder: str, settings: Settings) -> list[str]:
         *shlex.split(settings.options),
     ]
     command = [sys.executable, "-P", "-m", "xdit_launcher.slurm", folder]
-    return ["#!/bin/bash", *(f"#SBATCH {word}" for word in asked), f"exec {shlex.join(command)}"]
+    return ["#!/bin/bash", *(f"#SBATCH {shlex.quote(word)}" for word in asked), f"exec {shlex.join(command)}"]
 
 
 def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
     """Lines for a dry run."""
     if "SLURM_JOB_ID" in os.environ:
-        return [shlex.join(srun(node_names(os.environ, node_count(settings))))]
+        return [shlex.join(srun(node)) for node in node_names(os.environ, node_count(settings))]
     return ["sbatch with this script:", *script(f"{Path(plan.run.runs).absolute()}/FOLDER", settings)]
-
-
-class Node:
-    """One of the agents behind a shared ``srun``."""
-
-    def __init__(self, pipe: Pipe, number: int) -> None:
-        self.pipe, self.number = pipe, number
-
-    def send(self, message: Mapping[str, object]) -> None:
-        """To this node alone."""
-        self.pipe.send({**message, "to": self.number})
-
-    def close(self) -> None:
-        """Ends all of them, which is when one is closed anyway."""
-        self.pipe.close()
 
 
 def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
@@ -145,6 +131,16 @@ def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
         if met
         else f"{last}; see the state of the nodes with sinfo -N"
     )
+
+
+def check(plan: Plan, settings: Settings) -> None:
+    """What can be said before anything is written.
+
+    Raises:
+        UsageError: a plan for CPUs that nobody asked for, made where there is no GPU.
+    """
+    if "SLURM_JOB_ID" not in os.environ and (problem := facts.device_problem(plan, True, "the nodes may have some")):
+        raise UsageError(problem)
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
@@ -164,14 +160,7 @@ def connect(settings: Settings) -> Fleet:
     if "SLURM_JOB_ID" not in os.environ:
         raise UsageError("this is no Slurm allocation; get one first: salloc --nodes=2.")
     names = node_names(os.environ, node_count(settings))
-    pipes: list[Pipe] = []
-
-    def link(i: int, deliver: Deliver) -> Link:
-        if not pipes:
-            pipes.append(Pipe(srun(names), dict(enumerate(names)), deliver, why))
-        return Node(pipes[0], i)
-
-    return Fleet([Host(name) for name in names], link)
+    return Fleet([Host(name) for name in names], lambda i, deliver: Pipe(srun(names[i]), i, names[i], deliver, why))
 
 
 def submit(plan: Plan, folder: Path, settings: Settings) -> int:
@@ -184,19 +173,32 @@ def submit(plan: Plan, folder: Path, settings: Settings) -> int:
         with atomically(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     try:
-        done = subprocess.run(
+        sbatch = subprocess.Popen(
             ["sbatch", "--parsable", *(["--wait"] if settings.wait else [])],
-            input="\n".join(script(str(folder), settings)) + "\n",
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C comes to the launcher alone
         )
     except OSError as error:
         raise UsageError(f"sbatch cannot be started ({error.strerror}); run this on a machine of the cluster.") from error
-    number = done.stdout.strip().split(";")[0]
+    assert sbatch.stdin and sbatch.stdout and sbatch.stderr
+    sbatch.stdin.write("\n".join(script(str(folder), settings)) + "\n")
+    sbatch.stdin.close()
+    number = sbatch.stdout.readline().strip().split(";")[0]
     if not number:
-        raise UsageError(f"Slurm refuses the job: {' '.join(done.stderr.split()).removeprefix('sbatch: error: ')}")
+        said = " ".join(sbatch.stderr.read().split()).removeprefix("sbatch: error: ")
+        raise UsageError(f"Slurm refuses the job: {said}; see what it has with sinfo, and change slurm.options= or --nnodes.")
     say(f"batch job {number}; its output: {folder / 'slurm.out'}; to end it: scancel {number}")
-    return done.returncode
+    try:
+        with signals_interrupt():
+            return sbatch.wait()
+    except KeyboardInterrupt:
+        stay_deaf()
+        subprocess.run(["scancel", number], capture_output=True)
+        say(f"interrupted; batch job {number} is cancelled.")
+        return INTERRUPTED
 
 
 def main(folder: Path) -> int:

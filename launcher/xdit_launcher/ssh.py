@@ -85,7 +85,7 @@ def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
 def connect(settings: Settings) -> Fleet:
     """Agents on all hosts."""
     hosts = hosts_of(settings)
-    return Fleet(hosts, lambda i, deliver: Pipe(command_to(hosts[i], settings), {i: hosts[i].name}, deliver, why))
+    return Fleet(hosts, lambda i, deliver: Pipe(command_to(hosts[i], settings), i, hosts[i].name, deliver, why), typed=True)
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
@@ -115,6 +115,7 @@ def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
         ("timed out", "see whether the host is up and reachable"),
         ("No route to host", "see whether the host is up and reachable"),
         ("No module named", "install xdit for the interpreter there, or name another one with ssh.python=PATH"),
+        ("Unknown option: -P", "use Python 3.11 or newer there, see ssh.python="),
         ("not found", "name the interpreter there with ssh.python=PATH, or python=PATH in the hostfile"),
         ("No such file", "name the interpreter there with ssh.python=PATH, or python=PATH in the hostfile"),
     ):

@@ -19,11 +19,10 @@ from xdit_core.errors import UsageError
 from xdit_core.plan import Plan, make_plan
 
 if TYPE_CHECKING:
+    from xdit_launcher.backends import Backend
     from xdit_launcher.compare import Divergence, Likeness
 
 MISMATCH = 4  # exit code
-
-Start = Callable[[Plan, Path], int]
 
 
 @dataclass(frozen=True)
@@ -133,14 +132,14 @@ class Verify:
     Args:
         chosen: names of the plugins.
         values: flat settings.
-        start: of a backend.
+        on: the backend.
         folder: the run folder; each run has a folder of its own in it.
         plans: what ran, by name.
     """
 
     chosen: Sequence[str]
     values: Mapping[str, Any]
-    start: Start
+    on: Backend
     folder: Path
     plans: dict[str, Plan] = field(default_factory=dict)
 
@@ -164,21 +163,28 @@ class Verify:
 
     def plan(self, name: str, plugins: Sequence[str], values: Mapping[str, Any]) -> Plan:
         """A plan that writes into its own folder."""
-        self.plans[name] = plan = make_plan(plugins, {**values, "out": f"{self.folder / name}/"})
+        self.plans[name] = plan = make_plan(plugins, {**values, "out": f"{self.folder / name}/"}, devices=self.on.devices())
         return plan
 
     def run(self, name: str) -> int:
         """Run one of the plans, recording; its exit code."""
         folder, plan = self.folder / name, self.plans[name]
         outputs.make_folder(folder, "runs", plan.run.runs)
-        (folder / "record").touch()
+        (folder / outputs.RECORD).touch()
         click.echo(f"{name}: {describe(plan.axes)}{' with ' + ', '.join(plan.plugins) if plan.plugins else ''}", err=True)
-        return self.start(plan, folder)
+        return self.on.start(plan, folder)
 
     def compare(self) -> Finding:
         """What the runs wrote."""
         from xdit_launcher.compare import difference, first_divergence, latents
 
+        for name, plan in self.plans.items():
+            absent = [rank for rank in range(plan.world) if not (self.folder / name / f"rank{rank}.record.npz").exists()]
+            if absent:
+                raise UsageError(
+                    f"what rank {absent[0]} recorded is not in {self.folder / name}; verify needs a folder that all hosts share, and a run that is done "
+                    "when its launcher ends (slurm.wait=yes): give such a folder with runs=."
+                )
         plan, other = self.plans["plan"], "reference" if "reference" in self.plans else "serial"
         dtype = plan.run.dtype or ("float32" if plan.run.device == "cpu" else "bfloat16")
         ours = latents(self.folder / "plan")
@@ -206,13 +212,13 @@ class Verify:
         return likeness(mine, theirs)
 
 
-def verify(chosen: Sequence[str], values: Mapping[str, Any], start: Start, new_folder: Callable[[Plan], Path]) -> int:
+def verify(chosen: Sequence[str], values: Mapping[str, Any], on: Backend, new_folder: Callable[[Plan], Path]) -> int:
     """Run a plan and its serial counterpart, and say whether they agree.
 
     Args:
         chosen: names of the plugins.
         values: flat settings.
-        start: of a backend.
+        on: the backend.
         new_folder: makes the run folder.
 
     Returns:
@@ -223,9 +229,10 @@ def verify(chosen: Sequence[str], values: Mapping[str, Any], start: Start, new_f
     """
     if "out" in values:
         raise UsageError("verify writes into its run folder; leave out out=.")
-    plan = make_plan(chosen, values)  # refusals come before anything is written
+    plan = make_plan(chosen, values, devices=on.devices())  # refusals come before anything is written
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     for note in plan.notes:
         click.echo(note, err=True)
-    return Verify(tuple(chosen), values, start, new_folder(plan))()
+    on.check(plan)
+    return Verify(tuple(chosen), values, on, new_folder(plan))()

@@ -52,6 +52,11 @@ class Cluster:
         return self.folder / "disk"
 
     @property
+    def own(self) -> Path:
+        """A folder of which every host has its own."""
+        return self.folder / "own"
+
+    @property
     def ssh(self) -> str:
         """The ssh command that knows the hosts by name."""
         return f"ssh -F {self.folder / 'config'}"
@@ -96,11 +101,13 @@ def cluster(folder: Path, path: Sequence[Path]) -> Iterator[Cluster]:
         disk.mkdir()
         run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk))
         stack.callback(run, "umount", "-l", str(disk))
+        (folder / "own").mkdir()
         client = ""
         for name in NAMES:
             config, log = folder / f"sshd-{name}", stack.enter_context((folder / f"sshd-{name}.log").open("w"))
             config.write_text(SSHD.format(address=hosts.address(name), folder=folder, path=everything))
-            command = [*hosts.inside(name), "/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
+            script = f"mount -t tmpfs tmpfs {folder}/own && exec /usr/sbin/sshd -D -e -f {config}"
+            command = [*hosts.inside(name), "unshare", "-m", "sh", "-c", script]
             daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
             stack.callback(daemon.wait)
             stack.callback(daemon.kill)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from slurm_cluster import slurm
 
 FAULTY = Path(__file__).with_name("faulty")
 USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
-SMALL = ("model=emoji", "steps=3", "red heart")
+SMALL = ("model=emoji", "device=cpu", "steps=3", "red heart")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,25 @@ def test_two_hosts_give_the_picture_of_one(hosts: Cluster, tmp_path: Path) -> No
     assert (few.returncode, few.stdout) == (2, "") and "2 processes but 1 slots on all hosts together" in few.stderr
     unset = xdit(tmp_path, "--hosts", "alpha,beta", command, "ssh.env=NOT_HERE", *USP, *SMALL)
     assert unset.returncode == 2 and "the variable NOT_HERE" in unset.stderr
+
+
+@pytest.mark.slow
+def test_hosts_that_share_no_disk(hosts: Cluster, tmp_path: Path) -> None:
+    """Under `hosts.own` each host has a disk that nobody else sees, and the launcher a folder of its own."""
+    own = hosts.own
+    words = ("--hosts", "alpha:1,beta:1", f"ssh.command={hosts.ssh}", f"runs={own}/runs")
+    done = xdit(tmp_path, *words, *USP, *SMALL, f"out={own}/x.png")
+    assert done.returncode == 0 and done.stdout.startswith(f"{own}/x.png"), done.stderr
+    there = subprocess.run([*hosts.ssh.split(), "alpha", f"ls {own}"], capture_output=True, text=True).stdout.split()
+    assert "x.png" in there and not (own / "x.png").exists()
+    faulty = (*words, "--plugins", "usp,faulty", "usp.ulysses=2", "faulty.how=raise", "faulty.rank=1", *SMALL)
+    path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    failed = xdit(tmp_path, *faulty, f"out={own}/y.png", PYTHONPATH=path)
+    assert failed.returncode == 1 and "rank 1 of 2 on beta failed" in failed.stderr and "beside it" not in failed.stderr
+    (log,) = own.glob("runs/*/rank1.log")  # brought here
+    assert "a number that is no number" in log.read_text() and str(log) in failed.stderr
+    verified = xdit(tmp_path, "verify", *words, *USP, *SMALL)
+    assert verified.returncode == 2 and "verify needs a folder that all hosts share" in verified.stderr, verified.stderr
 
 
 @pytest.mark.slow
@@ -123,6 +144,12 @@ def test_slurm(slurm_env: dict[str, str], tmp_path: Path) -> None:
     shown = xdit(tmp_path, *words, "--nnodes", "2", "--dry-run", "slurm.options=--partition=all --time=5", env=slurm_env).stdout
     for part in ("#SBATCH --nodes=2", "#SBATCH --partition=all", "#SBATCH --time=5", "-m xdit_launcher.slurm "):
         assert part in shown
+    unsure = xdit(tmp_path, *(w for w in words if w != "device=cpu"), env=slurm_env)
+    assert unsure.returncode == 2 and "this machine has no GPU and the nodes may have some" in unsure.stderr
+    spaced = xdit(
+        tmp_path, *words, "runs=a folder", "slurm.options=--comment='a b'", "slurm.wait=yes", "out=c.png", env=slurm_env
+    )
+    assert spaced.returncode == 0 and (tmp_path / "c.png").exists(), spaced.stderr
     refused = xdit(tmp_path, *words, "slurm.options=--partition=none", env=slurm_env)
     assert refused.returncode == 2 and "Slurm refuses the job" in refused.stderr and "partition" in refused.stderr
     many = xdit(tmp_path, *words, "--nnodes", "3", before=("salloc", "--quiet", "--nodes=2"), env=slurm_env)
@@ -143,11 +170,39 @@ def test_slurm_failures(slurm_env: dict[str, str], tmp_path: Path) -> None:
         shown = subprocess.run(["scontrol", "show", "job", number], env=slurm_env, capture_output=True, text=True)
         return shown.stdout.partition("JobState=")[2].partition(" ")[0]
 
+    command = [sys.executable, "-P", "-m", "xdit_launcher.cli", "--on", "slurm", "slurm.wait=yes"]
+    command += ["model=emoji", "device=cpu", "steps=4000", "a"]
+    long = subprocess.Popen(command, cwd=tmp_path, env=slurm_env, stderr=subprocess.PIPE, text=True)
+    assert long.stderr
+    line = next(text for text in long.stderr if text.startswith("batch job "))
+    long.send_signal(signal.SIGINT)
+    assert "is cancelled" in long.stderr.read() and long.wait(30) == 130
+    queue = ["squeue", "-h", "-j", line.split()[2].strip(";"), "-t", "R,PD"]
+    assert not subprocess.run(queue, env=slurm_env, capture_output=True, text=True).stdout.strip()
     end = time.monotonic() + 60
     while state() not in ("FAILED", "COMPLETED", "CANCELLED") and time.monotonic() < end:
         time.sleep(0.5)
     assert state() == "FAILED"
     assert "rank 1 of 2 on n2 failed at: step 2 of 3" in (folder / "slurm.out").read_text()
+
+
+@pytest.mark.slow
+def test_the_agent_of_a_slurm_node_is_killed(slurm_env: dict[str, str], tmp_path: Path) -> None:
+    command = ["salloc", "--quiet", "--nodes=2", sys.executable, "-P", "-m", "xdit_launcher.cli", "--on", "slurm", *USP]
+    command += ["model=emoji", "device=cpu", "steps=4000", "timeout=300", "a"]
+    run = subprocess.Popen(command, cwd=tmp_path, env=slurm_env, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not all(b"step" in path.read_bytes() for path in [*tmp_path.glob("runs/*/rank1.beat")] or [Path(os.devnull)]):
+        assert time.monotonic() < end and run.poll() is None
+        time.sleep(0.1)
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            agent = entry.name.isdigit() and "xdit_launcher.agent" in (entry / "cmdline").read_text()
+            if agent and "SLURMD_NODENAME=n2\0" in (entry / "environ").read_text(errors="replace"):
+                os.kill(int(entry.name), signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 1 and "rank 1 of 2 on n2 failed at: " in err, err
+    assert "it was lost with its host: " in err
 
 
 @pytest.fixture
@@ -181,6 +236,8 @@ def test_ray(ray_cluster: None, tmp_path: Path) -> None:
     assert spread.returncode == 2 and "Ray found no place for 2 actors with STRICT_SPREAD within 3 s" in spread.stderr
     shown = xdit(tmp_path, "--on", "ray", "--dry-run", *USP, *SMALL)
     assert "2 actors with 1 CPU each, placed with PACK" in shown.stdout
+    nothing = xdit(tmp_path, "--on", "ray", "ray.cpus=0", *USP, *SMALL)
+    assert nothing.returncode == 2 and "ray.cpus=0 is too little" in nothing.stderr
 
 
 def test_no_ray_cluster(tmp_path: Path) -> None:
@@ -203,7 +260,7 @@ def test_manifests(say: Callable[..., Result], kind: str) -> None:
         "usp",
         "usp.ulysses=4",
     )
-    done = say(*words, "--dry-run", "model=emoji", "device=cuda", "a $(fox)")
+    done = say(*words, "--dry-run", "--trace", "model=emoji", "device=cuda", "a $(fox)")
     assert done.exit_code == 0, done.stderr
     found = yaml.safe_load(done.stdout)
     assert found["kind"] == kind and "&id" not in done.stdout
@@ -220,7 +277,7 @@ def test_manifests(say: Callable[..., Result], kind: str) -> None:
         where = ["--node-rank", "$(RANK)", "--rdzv", "$(MASTER_ADDR):29500"]
     for pod in pods:
         (container,) = pod["containers"]
-        own = ["--plugins", "usp", "usp.ulysses=4", "model=emoji", "device=cuda", "a $$(fox)"]
+        own = ["--plugins", "usp", "--trace", "usp.ulysses=4", "model=emoji", "device=cuda", "a $$(fox)"]
         assert container["command"] == ["xdit-launch", "--nnodes", "2", *where, *own]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
         assert {v["name"] for v in pod["volumes"]} == {v["name"] for v in container["volumeMounts"]} == {"shm", "data"}
@@ -229,16 +286,40 @@ def test_manifests(say: Callable[..., Result], kind: str) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (
+            ("--dry-run", "k8s.image=a"),
+            "this machine has no GPU and the pods may have some; say which are meant with device=cuda or",
+        ),
+        (("--dry-run", "k8s.image=a", "--config", "nothing.yaml"), "--config nothing.yaml cannot be read"),
         (("--dry-run",), "the pods need an image with xdit in it"),
         (("--dry-run", "k8s.image=a", "k8s.kind=Job"), "k8s.kind=Job is not known; use PyTorchJob or JobSet."),
         (("--dry-run", "k8s.image=a", "k8s.name=My_Job"), "is no name for Kubernetes"),
-        (("--dry-run", "k8s.image=a", "--nnodes", "2"), "1 processes cannot be shared evenly by 2 nodes"),
+        (("--dry-run", "k8s.image=a", "device=cpu", "--nnodes", "2"), "1 processes cannot be shared evenly by 2 nodes"),
         (("k8s.image=a",), "prints a manifest and starts nothing; add --dry-run"),
     ],
 )
 def test_manifests_that_cannot_be(say: Callable[..., Result], words: tuple[str, ...], part: str) -> None:
     done = say("--on", "k8s", *words, "model=emoji", "a")
     assert done.exit_code == 2 and part in done.stderr
+
+
+def test_two_backends_of_one_name(say: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = tmp_path / "site" / "xdit_thief-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-thief\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[xdit.launchers]\nssh = xdit_thief\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    done = say("--hosts", "a", "--dry-run", "model=emoji", "a")
+    assert "xdit and xdit-thief both have a backend ssh; uninstall one of them." in done.stderr
+
+
+def test_the_dry_run_shows_the_command_of_the_user(say: Callable[..., Result]) -> None:
+    words = ("--hosts", "a:2", "ssh.python=/opt/p", "--trace", "--plugins", "usp", "model=emoji", "device=cpu", "a fox")
+    lines = say(*words, "--dry-run").stdout.splitlines()
+    (command,) = (line.split(maxsplit=1)[1] for line in lines if line.startswith("command"))
+    assert command == "xdit-launch --hosts a:2 ssh.python=/opt/p --plugins usp --trace model=emoji device=cpu 'a fox'"
+    (by_hand,) = (line for line in lines if line.startswith("by hand"))
+    assert "ssh.python" not in by_hand and "--trace" in by_hand
 
 
 def test_a_backend_of_another_distribution(say: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -286,7 +367,9 @@ def test_manifests_against_the_published_schema(say: Callable[..., Result], kind
         "k8s.namespace=n",
         "k8s.gpus=8",
     )
-    made = yaml.safe_load(say(*words, "--dry-run", "--plugins", "usp", "usp.ulysses=4", "model=emoji", "a").stdout)
+    made = yaml.safe_load(
+        say(*words, "--dry-run", "--plugins", "usp", "usp.ulysses=4", "model=emoji", "device=cuda", "a").stdout
+    )
     (version,) = [v for v in crd["spec"]["versions"] if f"{crd['spec']['group']}/{v['name']}" == made["apiVersion"]]
     schema = version["schema"]["openAPIV3Schema"]
 

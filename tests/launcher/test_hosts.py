@@ -21,7 +21,7 @@ from xdit_launcher.supervise import QUICK, STUCK, Pace
 
 def test_hosts() -> None:
     assert parse_hosts("a:8,user@b.example:4, c") == [Host("a", 8), Host("user@b.example", 4), Host("c")]
-    assert parse_hosts("[fe80::1]:2") == [Host("fe80::1", 2)]
+    assert parse_hosts("[fe80::1]:2,fe80::2") == [Host("fe80::1", 2), Host("fe80::2")]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,11 @@ def test_filters() -> None:
     assert filtered(hosts, "a@b:0,2", "") == [Host("a", 4), Host("b", 2, (0, 2))]
     assert filtered(hosts, "", "a@b:0,2") == [Host("b", 2, (1, 3)), Host("c")]
     assert filtered(hosts, "", "b:0,1,2,3") == [Host("a", 4), Host("c")]
+    assert filtered([Host("u@a", 2), Host("b", 2)], "u@a:1@b", "") == [Host("u@a", 1, (1,)), Host("b", 2)]
+    assert filtered([Host("u@a", 2), Host("b", 2)], "", "a") == [Host("b", 2)]
     for include, exclude, part in (
+        ("", "b:9", "b has 4 slots, counted from 0; leave out 9"),
+        ("a:0@a:1", "", "a is named twice"),
         ("a", "b", "cannot go together"),
         ("d", "", "d is not among the hosts"),
         ("a:x", "", "devices are numbers from 0"),
@@ -94,6 +98,9 @@ def test_spread() -> None:
     assert layout.spread(12, [8, 4]) == [range(0, 8), range(8, 12)]
     assert layout.spread(5, [8, 8, 1]) == [range(0, 2), range(2, 4), range(4, 5)]
     assert layout.spread(1, [8, 8]) == [range(0, 1), range(1, 1)]
+    assert layout.spread(6, [4, 4], 2) == [range(0, 4), range(4, 6)]  # pairs stay together
+    assert layout.spread(2, [4, 4], 2) == [range(0, 1), range(1, 2)]  # every host is used
+    assert layout.spread(6, [3, 3], 2) == [range(0, 3), range(3, 6)]  # where they can
     with pytest.raises(UsageError, match="9 processes but 8 slots on all hosts together"):
         layout.spread(9, [4, 4])
 
@@ -176,10 +183,67 @@ def test_differences() -> None:
         "b has no x, and this machine 1; run pip install x==1 there.",
         "b runs Python 3.12.1, and this machine 3.11.2; use the same minor version on both.",
     ]
+    built = {**ours, "versions": {"torch": "2.13.0+cu130", "x": "1"}}
+    assert not list(facts.differences(built, ours, "b"))  # the same release for other devices
+    (line,) = facts.differences(ours, {**ours, "versions": {"torch": "2.13.0", "x": ""}}, "b")
+    assert line == "b has x 1, and this machine none; install x==1 here too."
     (line,) = facts.differences({**ours, "code": {"xdit_core": "bb"}}, ours, "b")
     assert "the code of xdit_core on b is not that of this machine" in line
     assert facts.model_problem(other, ours, "b", "/m").startswith("b has no folder /m; copy the model there")
     assert "holds other files" in facts.model_problem({**ours, "model": "n"}, ours, "b", "/m")
+
+
+def test_one_machine_by_two_names() -> None:
+    one = {"host": "n1", "addresses": ["10.0.0.1", "127.0.0.1"]}
+    names = {0: "a", 1: "a.example.org", 2: "b"}
+    found = list(facts.same_machine({0: one, 1: one, 2: {**one, "addresses": ["10.0.0.2"]}}, names))
+    assert found == ["a and a.example.org are one machine; name it once, with more slots."]
+    assert not list(facts.same_machine({0: one, 1: one}, {0: "n1", 1: "n1"}))  # two actors of Ray
+
+
+def test_gpus_as_nvidia_smi_shows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("xdit_core.machine.cuda_devices", lambda: 1)
+    for text, found in (
+        ("GPU X, 100, 200", [{"name": "GPU X", "free": 100 << 20, "total": 200 << 20}]),
+        ("GPU X, [N/A], [N/A]", [{}]),
+        ("GPU X, 1, 2\nGPU X, 1, 2", [{}]),  # CUDA_VISIBLE_DEVICES hides one
+    ):
+        tool.write_text(f"#!/bin/sh\nprintf '{text}\\n'\n")
+        tool.chmod(0o755)
+        assert facts.gpus() == found
+
+
+def test_a_plan_for_cpus_that_nobody_asked_for() -> None:
+    values = {"model": "emoji", "prompt": ["a"]}
+    unsure = make_plan([], values, Registry())
+    if unsure.run.device == "cpu":
+        wanted = "this machine has no GPU and b has 8; say which are meant with device=cuda or device=cpu."
+        assert facts.device_problem(unsure, True, "b has 8") == wanted
+    assert not facts.device_problem(unsure, False, "b has 0")
+    assert not facts.device_problem(make_plan([], {**values, "device": "cpu"}, Registry()), True, "b has 8")
+
+
+def test_where_ranks_meet() -> None:
+    assert fleet.rendezvous(None) == ("", 0) and fleet.rendezvous("29500") == ("", 29500)
+    assert fleet.rendezvous("a:1") == ("a", 1) and fleet.rendezvous("[fe80::1]:2") == ("fe80::1", 2)
+    for text in ("a", "a:0", "99999", "a:b"):
+        with pytest.raises(UsageError, match="is not PORT or HOST:PORT"):
+            fleet.rendezvous(text)
+
+
+def test_a_broken_line_of_an_agent() -> None:
+    from xdit_launcher.pipe import read
+
+    assert read('{"did": 1}') == {"did": 1} and read('{"did": @xdit {') is None
+
+
+def test_what_rank_0_prints_comes_as_it_is(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    half = "\U0001f98a".encode()
+    fleet.show(1, half[:2])
+    fleet.show(1, half[2:])
+    assert capfdbinary.readouterr().out == half
 
 
 def test_the_code_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
