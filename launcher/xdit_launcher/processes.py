@@ -81,10 +81,10 @@ class Share:
         threads = self.threads or max(1, machine.cores() // together)
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")} | dict(self.env)
         name = interface_to(self.address, self.port) if sys.platform == "linux" else ""
-        if name and not (
-            name == "lo" and self.address == "localhost"
-        ):  # as which a Kubernetes operator may name the first pod to itself
-            env.setdefault("GLOO_SOCKET_IFNAME", name)  # the host's name may lead nowhere
+        if name == "lo" and self.address == "localhost":  # as a Kubernetes operator may call the first pod to itself
+            name = ""
+        if name and env.get("GLOO_SOCKET_IFNAME", "lo") == "lo":  # which leads to no other machine; nor may the host's own name
+            env["GLOO_SOCKET_IFNAME"] = name
         env.setdefault("PYTHONSAFEPATH", "1")  # a random.py in this folder is not the standard library's
         if self.devices:
             visible = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -22,6 +22,9 @@ class PoolError(RuntimeError):
 def serve(link: Connection) -> None:
     """Loop of one worker: join a gloo group, run a function, leave, answer."""
     torch.set_num_threads(1)
+    os.environ.setdefault(
+        "GLOO_SOCKET_IFNAME", "lo"
+    )  # here and not in the parent, whose other children may talk to other machines
     while True:
         try:
             function, arguments, rank, world, port, name, seconds = pickle.loads(link.recv_bytes())
@@ -70,7 +73,6 @@ class Pool:
     def _grow(self, world: int) -> None:
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         while len(self._workers) < world:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=serve, args=(theirs,), daemon=True)
