@@ -142,11 +142,18 @@ def compare(store: Store, digest: str, place: Place, patience: Any) -> None:
     """Ranks with different plans would wait for each other for ever, or compute something else without a word.
 
     Raises:
-        XditError: names the ranks that differ from rank 0.
+        XditError: names the ranks that differ from rank 0, or that did not come.
     """
     keys = [f"digest/{rank}" for rank in range(place.world)]
     store.set(keys[place.rank], digest)
-    store.wait(keys, patience)
+    try:
+        store.wait(keys, patience)
+    except RuntimeError as error:
+        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]  # raises as well if rank 0 has gone
+        raise XditError(
+            f"{'ranks' if len(absent) > 1 else 'rank'} {listed(absent)} of {place.world} did not come within {patience.total_seconds():.0f} s; "
+            "start all nodes, and see whether they reach this one."
+        ) from error
     found = [store.get(key).decode() for key in keys]
     other = [rank for rank, value in enumerate(found) if value != found[0]]
     if other:

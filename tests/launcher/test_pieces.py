@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,18 @@ def test_ranks_with_another_plan_are_named() -> None:
     with pytest.raises(XditError, match="ranks 1 and 2 of 3 got another plan than rank 0; copy one plan"):
         compare(shelf, "z", Place(rank=1, world=3), None)
     compare(Shelf({"digest/0": b"x"}), "x", Place(rank=1, world=2), None)
+
+    class Empty(Shelf):
+        """Some never come."""
+
+        def wait(self, keys: list[str], patience: object) -> None:
+            raise RuntimeError("wait timeout")
+
+        def check(self, keys: list[str]) -> bool:
+            return keys[0] in self
+
+    with pytest.raises(XditError, match="ranks 0 and 2 of 3 did not come within 9 s; start all nodes"):
+        compare(Empty(), "x", Place(rank=1, world=3), timedelta(seconds=9))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ def missing(*programs: str) -> str:
         return "network namespaces need root on Linux"
     where = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     absent = [name for name in ("ip", *programs) if not shutil.which(name, path=where)]
-    return f"not installed: {', '.join(absent)} (apt-get install iproute2 openssh-server)" if absent else ""
+    if absent:
+        return f"not installed: {', '.join(absent)} (apt-get install iproute2 openssh-server)"
+    allowed = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True).returncode == 0
+    return "" if allowed else "this machine does not let root make network namespaces (a container without CAP_SYS_ADMIN?)"
 
 
 def run(*words: str) -> str:
