@@ -92,16 +92,21 @@ class Rank:
     pipe: Any = None
     trace: Trace | None = None
 
+    def began(self) -> int:
+        """The moment at which something is begun that will be waited for later, if a trace wants to know."""
+        return 0
+
     @contextmanager
     def waiting(
-        self, what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None
+        self, what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None, began: int = 0
     ) -> Iterator[None]:
         """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait.
 
         Args:
             what: in words.
-            axis, group: of a collective; for traces, as is the next.
+            axis, group: of a collective; for traces, as are the next.
             message: channel, source and number of a message.
+            began: of what was begun ahead, see `began`.
         """
         self.doing(f"waiting for {what}")
         yield

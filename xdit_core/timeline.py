@@ -23,7 +23,7 @@ class Wait:
 
     Args:
         start, begun, end: ns of the common clock; ``begun`` lies between the others.
-        sent: when what was waited for was sent, for messages; it may be long before the wait.
+        sent: when what was waited for was sent, for messages and for collectives that were begun ahead; it may be long before the wait.
     """
 
     rank: int
@@ -55,7 +55,10 @@ def common(record: Record) -> list[Span]:
         share = (t - a - first) / (last - first) if last > first else 0.0
         return t - round(a + (b - a) * share)
 
-    return [replace(s, start=moved(s.start), end=moved(s.end)) for s in record.spans]
+    def about(s: Span) -> dict[str, Any]:
+        return {**s.about, "began": moved(s.about["began"])} if "began" in s.about else s.about
+
+    return [replace(s, start=moved(s.start), end=moved(s.end), about=about(s)) for s in record.spans]
 
 
 def waits_of(spans: Mapping[int, Sequence[Span]]) -> list[Wait]:
@@ -76,16 +79,20 @@ def waits_of(spans: Mapping[int, Sequence[Span]]) -> list[Wait]:
                 name = (s.name, s.axis, tuple(s.about["ranks"]))
                 keys[rank, i] = (*name, seen[rank, name])
                 seen[rank, name] += 1
-                entered[keys[rank, i]].append(s.start)
+                entered[keys[rank, i]].append(s.about.get("began", s.start))
     found = []
     for rank, all_ in spans.items():
         for i, s in enumerate(all_):
             if s.kind != "wait":
                 continue
             moment: int | None = None
+            last = s.start
             if "channel" in s.about:
                 moment = sent.get((s.about["channel"], s.about["peer"], rank, s.about["number"]))
-            begun = moment if moment is not None else max(entered[keys[rank, i]]) if (rank, i) in keys else s.start
+            elif (rank, i) in keys:
+                last = max(entered[keys[rank, i]])
+                moment = last if "began" in s.about else None
+            begun = last if moment is None else moment
             found.append(Wait(rank, s.axis, s.start, min(max(begun, s.start), s.end), s.end, moment))
     return found
 
@@ -106,7 +113,7 @@ class Row:
 
     Args:
         communication: while something for this rank was on its way: from its sending, or for a collective from the last rank's coming,
-            until it was there. Of what is begun ahead (ring, distrifusion) only the part that was waited for is known.
+            until it was there, or asked for.
         exposed: of that, while this rank stood still.
         bubble: while it stood still for a peer that was not so far.
         sent: bytes of messages.
@@ -160,7 +167,7 @@ def summary(records: Sequence[Record]) -> list[str]:
     for axis in axes:
         for r in sorted(records, key=lambda r: r.rank):
             row, total = rows[r.rank, axis], sum(phases[r.rank].values())
-            bytes_ = row.sent or r.sent.get(axis, 0)
+            bytes_ = max(row.sent, r.sent.get(axis, 0))
             sent = f"{bytes_ / 2**20:.1f} MiB" if bytes_ else ""
             cells = (percent(x, total) for x in (row.communication, row.exposed, row.bubble))
             lines.append(table_line(axis, r.rank, f"{row.communication / 1e9:.2f}", "", "", sent, "", *cells))
@@ -169,7 +176,7 @@ def summary(records: Sequence[Record]) -> list[str]:
 
 def table_line(*cells: object) -> str:
     """Columns of the summary."""
-    wide = (12, 14, 9, 8, 9, 10, 9, 15, 9, 8)
+    wide = (14, 14, 9, 8, 9, 10, 9, 15, 9, 8)
     return "".join(f"{cell!s:<{w}}" for cell, w in zip(cells, wide, strict=True)).rstrip()
 
 

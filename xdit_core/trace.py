@@ -40,7 +40,8 @@ class Span:
         kind: an extension point, ``block``, ``send``, ``wait`` or ``phase``.
         start, end: nanoseconds of this rank's clock.
         axis: of the mesh, for sends and waits.
-        about: ``bytes``, ``channel``, ``peer`` and ``number`` of a message; ``ranks`` of a collective.
+        about: ``bytes``, ``channel``, ``peer`` and ``number`` of a message; ``ranks`` of a collective, and when it ``began`` if that was
+            before the wait.
     """
 
     name: str
@@ -123,17 +124,18 @@ class Trace:
 
         @contextlib.contextmanager
         def waiting(
-            what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None
+            what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None, began: int = 0
         ) -> Iterator[None]:
             about: dict[str, Any] = {}
             if message is not None:
                 about = dict(zip(("channel", "peer", "number"), message, strict=True))
             elif group is not None:
-                about = {"ranks": self._ranks(group)}
+                about = {"ranks": self._ranks(group), **({"began": began} if began else {})}
             with plain(what), self.span(what, "wait", axis or what, **about):
                 yield
 
         rank.waiting = waiting  # type: ignore[method-assign]
+        rank.began = clock  # type: ignore[method-assign]
 
     def _ranks(self, group: Any) -> list[int]:
         if group not in self._groups:

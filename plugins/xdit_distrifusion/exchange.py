@@ -92,15 +92,16 @@ class Exchange:
     def post(self, kept: Kept, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> None:
         """Begin to send what is fresh to the others, and to receive theirs, for the next step."""
         padded, parts = self.buffers(mine, sizes, dim)
-        kept.pending = (dist.all_gather(parts, padded, group=self.group, async_op=True), padded)
+        kept.pending = (dist.all_gather(parts, padded, group=self.group, async_op=True), padded, self.rank.began())
         kept.fresh = {m: part.narrow(dim, 0, n) for m, (part, n) in enumerate(zip(parts, sizes, strict=True))}
         self.rank.sent["distrifusion"] += mine.nbytes * (self.degree - 1)
 
     def arrived(self, kept: Kept) -> None:
         """What was sent in the step before is here."""
         if kept.pending is not None:
-            with self.rank.waiting("what the patches share, of the step before", "distrifusion", self.group):
-                kept.pending[0].wait()
+            work, _, began = kept.pending
+            with self.rank.waiting("what the patches share, of the step before", "distrifusion", self.group, began=began):
+                work.wait()
             kept.old, kept.fresh, kept.pending = kept.fresh, {}, None
 
     def gather(self, mine: torch.Tensor, sizes: Sequence[int], dim: int, name: str) -> list[torch.Tensor]:

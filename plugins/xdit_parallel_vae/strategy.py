@@ -167,9 +167,9 @@ class Watch(TorchDispatchMode):
         self._wait.close()
         if func.namespace == "c10d":
             self.rank.sent["vae"] += self.bytes_of(func, args)
-            self._wait.enter_context(
-                self.rank.waiting("the other ranks to decode", "vae", self.group)
-            )  # until the next operation
+            group = None if func.overloadpacket.__name__ in ("send", "recv_") else self.group  # messages are no collectives
+            wait = self.rank.waiting("the other ranks to decode", "vae", group)
+            self._wait.enter_context(wait)  # until the next operation
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *details: Any) -> None:

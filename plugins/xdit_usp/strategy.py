@@ -116,20 +116,21 @@ class Ring:
             return inner(call)
         ulysses = self.rank.degree("ulysses")
         sizes = [self.held(call, range(r * ulysses, (r + 1) * ulysses)) for r in range(self.degree)]
-        kv, out, lse, pending = torch.stack((call.k, call.v)), None, None, None
+        kv, out, lse, pending, began = torch.stack((call.k, call.v)), None, None, None, 0
         for hop in range(self.degree):
             if hop + 1 < self.degree:
                 ring = RingComm(self.group)
                 shape = [*kv.shape[:3], sizes[(self.index - hop - 1) % self.degree], kv.shape[-1]]
                 pending = ring.send_recv(kv, kv.new_empty(shape))
                 ring.commit()
+                began = self.rank.began()
                 self.rank.sent["ring"] += kv.nbytes
             source = (self.index - hop) % self.degree
             shards = tuple(range(source * ulysses, (source + 1) * ulysses))
             part, part_lse = inner(call.but(k=kv[0], v=kv[1], with_lse=True, key_shards=shards))
             out, lse = update_out_and_lse(out, lse, part.transpose(1, 2), part_lse)
             if hop + 1 < self.degree and pending is not None:
-                with self.rank.waiting("the ring", "ring", self.group):
+                with self.rank.waiting("the ring", "ring", self.group, began=began):
                     ring.wait()
                 kv = pending
         if out is None:  # a ring of no hops cannot be built

@@ -34,6 +34,7 @@ def traced(plugins, folder, settings, out=None):
         (["usp"], {"usp.ulysses": 1, "usp.ring": 2}, 2),
         (["pipefusion"], {"pipefusion.stages": 2, "pipefusion.patches": 2, "pipefusion.warmup": 4}, 2),
         (["cfg"], {}, 2),
+        (["distrifusion"], {"distrifusion.degree": 2, "distrifusion.warmup": 4}, 2),
         (["tp"], {"tp.degree": 2}, 2),
     ],
 )
@@ -134,6 +135,20 @@ def test_a_collective():
     found = waits_of(spans)
     assert [(w.bubble, w.exposed) for w in found if w.end == 80] == [(50, 30), (20, 30), (0, 30)]
     assert all(w.bubble == 0 for w in found if w.end > 80)
+
+
+def test_a_collective_that_is_begun_ahead():
+    """Both begin it early; rank 1 as the last, at 40. What is waited for behind that is exposed, and all since then is communication."""
+    spans = {
+        rank: [Span("the ring", "wait", start, 100, "ring", {"ranks": [0, 1], "began": began})]
+        for rank, (began, start) in enumerate(((10, 20), (40, 90)))
+    }
+    found = waits_of(spans)
+    assert [(w.bubble, w.exposed) for w in found] == [(20, 60), (0, 10)]
+    rows = rows_of(spans, found)
+    assert (rows[0, "ring"].communication, rows[1, "ring"].communication) == (60, 60)
+    ahead = Record(1, "b", spans[1], ((0, 7), (200, 7)))
+    assert common(ahead)[0].about["began"] == 33
 
 
 def test_clocks():
