@@ -61,8 +61,8 @@ class Cluster:
         """The ssh command that knows the hosts by name."""
         return f"ssh -F {self.folder / 'config'}"
 
-    def processes(self, name: str, part: str = "xdit") -> list[int]:
-        """Processes of ours on a host."""
+    def processes(self, name: str, part: str = "xdit_") -> list[int]:
+        """Processes on a host whose command has these letters, by default those of our modules."""
         found = []
         for pid in self.hosts.pids(name):
             with contextlib.suppress(OSError):
