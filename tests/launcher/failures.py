@@ -248,6 +248,7 @@ def start(made: Cluster, folder: Path, words: Sequence[str], terminal: bool = Fa
 
             def take() -> None:
                 fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as a shell leaves it, even if the tests run under nohup
 
             more = {"stdin": slave, "start_new_session": True, "preexec_fn": take}
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=err, **more)  # type: ignore[call-overload]
