@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -31,6 +32,12 @@ class Found:
     entry: metadata.EntryPoint
 
 
+def _origin(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Name and version."""
+    told = distribution.metadata
+    return told["Name"], told["Version"]
+
+
 class Registry:
     """The plugins of one plan. Two registries share nothing.
 
@@ -49,8 +56,9 @@ class Registry:
     def found(self, group: str) -> dict[str, list[Found]]:
         """Installed plugins of a group by name; a name with two entries is kept twice, to be refused when selected."""
         result: dict[str, list[Found]] = {}
+        origin = cache(_origin)  # each look at a distribution reads its file, and one has dozens of entries
         for entry in metadata.entry_points(group=group):
-            name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
+            name, version = origin(entry.dist) if entry.dist else ("?", "?")
             item = Found(entry.name, group, name, version, entry)
             same = [f for f in result.get(entry.name, []) if (f.distribution, f.entry.value) == (name, entry.value)]
             if not same:  # an editable install may list its metadata twice
