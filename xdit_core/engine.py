@@ -6,7 +6,6 @@ The pipeline and its scheduler run as diffusers ships them; what changes is what
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 
 from xdit_core.attention import AttentionPoint
+from xdit_core.calling import call_arguments, check_call, scheduler_named
 from xdit_core.chain import nest
 from xdit_core.checkpoint import INDEX, read_json
+from xdit_core.checks import check_run, check_size
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import Branches, ForwardPoint, Once, remembering
 from xdit_core.jobs import Done, Job, Output, Request, Started, joined
@@ -25,11 +26,11 @@ from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
 from xdit_core.mesh import Mesh
-from xdit_core.plan import Plan, check_run, check_size
+from xdit_core.plan import Plan
 from xdit_core.rank import Rank, ignore
 from xdit_core.records import PHASES, Built, ModelSpec
 from xdit_core.registry import Registry
-from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, did_you_mean, parse_loras
+from xdit_core.settings import ModelSettings, build, call_settings, parse_loras
 from xdit_core.trace import Trace
 from xdit_core.trunk import Trunk, replace_blocks
 
@@ -368,54 +369,6 @@ def shard_index(plan: Plan, mesh: Mesh) -> int:
         if axis.shards_tokens:
             index = index * (axis.degree or 1) + mesh.index(axis.name)
     return index
-
-
-def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[str, Any]:
-    """The shared settings as arguments of the pipeline's ``__call__``, for some of the pictures of a prompt."""
-    named = {
-        "steps": "num_inference_steps",
-        "guidance": "guidance_scale",
-        "negative": "negative_prompt",
-        "height": "height",
-        "width": "width",
-        "frames": "num_frames",
-        "max_sequence_length": "max_sequence_length",
-        **spec.call,
-    }
-    images = spec.call.get("images", "num_images_per_prompt")
-    pictures = {images: len(numbers)} if images else {}
-    found = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
-    generators = [torch.Generator("cpu").manual_seed((run.seed + i) % 2**64) for i in numbers]
-    latent = run.output_type == "latent" and spec.latent_output
-    return {**found, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}
-
-
-def check_call(extra: Mapping[str, Any], pipe: Any) -> None:
-    """``call.NAME`` must be an argument of the pipeline.
-
-    Raises:
-        UsageError: it is not.
-    """
-    known = inspect.signature(type(pipe).__call__).parameters
-    for name in extra:
-        if name not in known:
-            raise UsageError(f"call.{name}: {type(pipe).__name__} has no such argument; {did_you_mean(name, known)}")
-
-
-def scheduler_named(name: str, current: Any) -> Any:
-    """A scheduler of another class with the configuration of the current one.
-
-    Raises:
-        UsageError: diffusers has no such class.
-    """
-    import diffusers
-
-    cls: Any = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        same = ", ".join(c.__name__ for c in current.compatibles) if hasattr(current, "compatibles") else "see diffusers"
-        raise UsageError(f"scheduler={name} is no scheduler class of diffusers; this model's compatible ones: {same}.")
-    made: Any = cls
-    return made.from_config(current.config)
 
 
 __all__ = ["Engine", "Output"]

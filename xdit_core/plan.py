@@ -11,21 +11,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from xdit_core import checkpoint, degrees, hub, machine
+from xdit_core.checks import check_loras, check_run, check_size, check_subject, check_taken, needs_blocks, with_defaults
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
-from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, ModelSpec, Problem, listed
+from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
 from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys, parse_loras
-
-SUBJECTS: Mapping[str, str] = MappingProxyType(
-    {"prompt": "prompt", "class": "class_"}
-)  # what to draw, and its field of RunSettings
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -240,124 +233,6 @@ def make_plan(
 def of(plugin: str, problems: Sequence[Problem]) -> list[Problem]:
     """The problems with their plugin's name."""
     return [dataclasses.replace(p, plugin=plugin) for p in problems]
-
-
-def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> RunSettings:
-    """The model's defaults where nothing was given; the size defaults to the pipeline's own."""
-    side = checkpoint.default_size(configs[spec.denoiser], configs)
-    defaults: dict[str, Any] = {"steps": 28, "height": side, "width": side, **spec.defaults}
-    filled = {k: v for k, v in defaults.items() if k != "prompt" and getattr(run, k) is None}
-    prompt = run.prompt
-    if run.prompts is not None:
-        try:
-            lines = Path(run.prompts).expanduser().read_text(encoding="utf-8-sig").split("\n")
-        except OSError as error:
-            raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file.") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file, saved as UTF-8.") from error
-        prompt += tuple(line.strip() for line in lines if line.strip())
-        if not prompt:
-            raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")
-    subjects = tuple(getattr(run, SUBJECTS[spec.subject])) if spec.subject != "prompt" else prompt
-    return dataclasses.replace(run, prompt=subjects or tuple(spec.defaults.get("prompt", ())), **filled)
-
-
-def check_taken(given: RunSettings, spec: ModelSpec) -> list[Problem]:
-    """Settings that were given and that this model's pipeline does not take."""
-    found = []
-    for setting, argument in spec.call.items():
-        if not argument and setting not in ("images", "height", "width") and getattr(given, setting) is not None:
-            found.append(
-                Problem(f"{setting}={getattr(given, setting)} is nothing that {spec.name} takes", f"leave out {setting}=")
-            )
-    for setting, field in SUBJECTS.items():
-        if setting != spec.subject and (getattr(given, field) or (setting == "prompt" and given.prompts is not None)):
-            example = f"{spec.subject}={spec.defaults.get('prompt', ('...',))[0]}"
-            found.append(Problem(f"{spec.name} draws a {spec.subject}, not a {setting}", f"give for example {example}"))
-    for setting in ("frames", "fps"):
-        if spec.frame_step is None and getattr(given, setting) is not None:
-            found.append(Problem(f"{setting}={getattr(given, setting)}: {spec.name} makes pictures", f"leave out {setting}="))
-    return found
-
-
-def check_subject(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> list[Problem]:
-    """What is to be drawn must be something that the model knows, if it does not take any text."""
-    found = []
-    for subject in run.prompt if spec.drawn else ():
-        try:
-            spec.drawn(configs, subject, 1)  # type: ignore[misc]
-        except ValueError as error:
-            what, _, fix = str(error).partition("; ")
-            found.append(Problem(what, fix))
-    return found
-
-
-def check_loras(run: RunSettings) -> list[Problem]:
-    """LoRAs must be there, and what reads them."""
-    try:
-        found = parse_loras(run.lora)
-    except ValueError as error:
-        what, _, fix = str(error).partition("; ")
-        return [Problem(what, fix)]
-    if found and find_spec("peft") is None:
-        return [Problem("lora= needs the package peft", "pip install peft")]
-    return []
-
-
-def needs_blocks(name: str, declared: Declaration, facts: Facts) -> list[Problem]:
-    """A strategy that works on transformer blocks, where the denoiser has no list of them."""
-    if declared.stages or any(w.point in ("trunk", "attention") for w in declared.wraps):
-        return [
-            Problem(f"{name} divides transformer blocks, and the U-Net of {facts.model} is no list of blocks", f"drop {name}")
-        ]
-    return []
-
-
-def check_run(run: RunSettings) -> list[Problem]:
-    """Values that no run can have."""
-    found = []
-    for name, least in (
-        ("steps", 1),
-        ("images", 1),
-        ("height", 1),
-        ("width", 1),
-        ("frames", 1),
-        ("fps", 1),
-        ("threads", 1),
-        ("nproc", 1),
-        ("max_sequence_length", 0),
-    ):
-        value = getattr(run, name)
-        if value is not None and value < least:
-            found.append(Problem(f"{name}={value} is too small", f"give {least} or more"))
-    if run.output_type not in ("image", "latent"):
-        found.append(Problem(f"output_type={run.output_type} is unknown", "use image or latent"))
-    if run.dtype is not None and run.dtype not in DTYPES:
-        found.append(Problem(f"dtype={run.dtype} is unknown", f"use one of {', '.join(DTYPES)}"))
-    if run.device is not None and run.device not in ("cpu", "cuda"):
-        found.append(Problem(f"device={run.device} is unknown", "use cpu or cuda"))
-    if run.patience <= 0:
-        found.append(Problem(f"timeout={run.timeout} is too small", "give the seconds to wait, such as 600"))
-    if not -(2**63) <= run.seed < 2**64:
-        found.append(Problem(f"seed={run.seed} does not fit into 64 bits", "give a number from 0 to 2**64 - 1"))
-    return found
-
-
-def check_size(run: RunSettings, facts: Facts) -> list[Problem]:
-    """Sizes that do not divide into latent patches."""
-    step, found = facts.pixels_per_token, []
-    for name in ("height", "width"):
-        value = getattr(run, name) or 0
-        if value > 0 and value % step:
-            low = value // step * step
-            near = listed([v for v in (low, low + step) if v])
-            found.append(Problem(f"{name}={value} is no multiple of {step}, as {facts.model} needs", f"nearest are {near}"))
-    if facts.video and ((run.frames or 1) - 1) % facts.frame_step:
-        low = ((run.frames or 1) - 1) // facts.frame_step * facts.frame_step + 1
-        near = listed([low, low + facts.frame_step])
-        what = f"frames={run.frames} is no multiple of {facts.frame_step} plus 1, as {facts.model} needs"
-        found.append(Problem(what, f"nearest are {near}"))
-    return found
 
 
 def settle_claims(declared: Mapping[str, Declaration]) -> tuple[dict[str, str], list[Problem]]:
