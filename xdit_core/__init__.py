@@ -46,7 +46,8 @@ from xdit_core.tokens import TokenLayout, length
 if TYPE_CHECKING:
     from xdit_core.attention import Attend, positions, refuse_mask, spans_of
     from xdit_core.attention import Kernel as AttentionRun
-    from xdit_core.channel import Channel, Receive
+    from xdit_core.branches import Branch
+    from xdit_core.channel import Channel, Message, Receive
     from xdit_core.engine import Engine
     from xdit_core.forward import Call
     from xdit_core.forward import Run as ForwardRun
@@ -65,12 +66,14 @@ _WITH_TORCH = {
     "Absent": ("trunk", "Absent"),
     "Attend": ("attention", "Attend"),
     "AttentionRun": ("attention", "Kernel"),
+    "Branch": ("branches", "Branch"),
     "Call": ("forward", "Call"),
     "Channel": ("channel", "Channel"),
     "Engine": ("engine", "Engine"),
     "ForwardRun": ("forward", "Run"),
     "LocalWorld": ("lazy", "LocalWorld"),
     "Mesh": ("mesh", "Mesh"),
+    "Message": ("channel", "Message"),
     "Now": ("rank", "Now"),
     "Job": ("jobs", "Job"),
     "Output": ("jobs", "Output"),
@@ -108,6 +111,7 @@ __all__ = [
     "AttentionRun",
     "Axis",
     "Blocks",
+    "Branch",
     "Built",
     "Call",
     "Channel",
@@ -121,6 +125,7 @@ __all__ = [
     "LazyError",
     "LocalWorld",
     "Mesh",
+    "Message",
     "ModelError",
     "ModelSpec",
     "Now",

@@ -1,13 +1,33 @@
-"""Point-to-point messages between ranks: sends never block, receives are posted ahead, every handle is waited for."""
+"""Point-to-point messages between ranks: sends never block, receives are posted ahead, every handle is waited for.
+
+What a message is names it: the call of the denoiser, the patch, and which part of the patch. So it does not matter in which order two
+ranks come to evaluate what they send and receive.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from xdit_core.rank import Rank
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a message is.
+
+    Args:
+        call: ``Now.call`` of the call of the denoiser that it belongs to, which stands for request, step and branch.
+        patch: of the picture, None for the whole.
+        part: tells apart several messages of one patch: at most the number of blocks plus one.
+    """
+
+    call: int
+    patch: int | None = None
+    part: int = 0
 
 
 class Channel:
@@ -25,35 +45,40 @@ class Channel:
         self._sends: list[tuple[Any, torch.Tensor]] = []
         self._older: list[tuple[Any, torch.Tensor]] = []
         self._receives: set[Receive] = set()
-        self._sent, self._received = 0, 0
+        # patches and parts that a call may have; a plan is asked for once
+        self._patches, self._parts = rank.plan.patches + 1, rank.plan.facts.blocks + 2
         self._host = group is not None and dist.get_backend(group) == "gloo"  # which sends from the memory of the host only
         if rank.trace is not None:
             self.send = self._traced  # type: ignore[method-assign]
 
-    def send(self, x: torch.Tensor, to: int, what: str = "") -> None:
+    def tag(self, message: Message) -> int:
+        """The number that stands for a message; it is used again only after so many calls that none of the same is under way."""
+        patch = 0 if message.patch is None else message.patch + 1
+        return ((message.call * self._patches + patch) * self._parts + message.part) % 2**31
+
+    def send(self, x: torch.Tensor, to: int, message: Message, what: str = "") -> None:
         """Send ``x`` to a global rank; it must not be written to any more."""
         x = x.contiguous().cpu() if self._host else x.contiguous()
-        self._sent += 1
-        work = dist.isend(x, to, group=self.group, tag=self._sent)
+        work = dist.isend(x, to, group=self.group, tag=self.tag(message))
         self.rank.sent[self.name + what] += x.nbytes
         self._sends.append((work, x))
 
-    def _traced(self, x: torch.Tensor, to: int, what: str = "") -> None:
+    def _traced(self, x: torch.Tensor, to: int, message: Message, what: str = "") -> None:
         """`send`, seen."""
         assert self.rank.trace is not None
         with self.rank.trace.span(
-            f"send {self.name}{what}", "send", self.axis, channel=self.name, peer=to, number=self._sent + 1, bytes=x.nbytes
+            f"send {self.name}{what}", "send", self.axis, channel=self.name, peer=to, number=self.tag(message), bytes=x.nbytes
         ):
-            type(self).send(self, x, to, what)
+            type(self).send(self, x, to, message, what)
 
-    def receive(self, like: torch.Tensor, rows: int, dim: int, source: int) -> Receive:
+    def receive(self, like: torch.Tensor, rows: int, dim: int, source: int, message: Message) -> Receive:
         """Post a receive of a tensor shaped as ``like`` but with ``rows`` along ``dim``."""
         shape = list(like.shape)
         shape[dim] = rows
-        self._received += 1
+        tag = self.tag(message)
         buffer = torch.empty(shape, dtype=like.dtype, device="cpu" if self._host else like.device)
-        work = dist.irecv(buffer, source, group=self.group, tag=self._received)
-        receive = Receive(self, work, buffer, like.device, (self.name, source, self._received))
+        work = dist.irecv(buffer, source, group=self.group, tag=tag)
+        receive = Receive(self, work, buffer, like.device, (self.name, source, tag))
         self._receives.add(receive)
         return receive
 

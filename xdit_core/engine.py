@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from xdit_core.attention import AttentionPoint
+from xdit_core.branches import Branches, watched
 from xdit_core.calling import call_arguments, check_call, scheduler_named
 from xdit_core.chain import nest
 from xdit_core.checkpoint import INDEX, read_json
 from xdit_core.checks import check_run, check_size
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
-from xdit_core.forward import Branches, ForwardPoint, Once, remembering
+from xdit_core.forward import ForwardPoint
 from xdit_core.jobs import Done, Job, Output, Request, Started, joined
 from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
@@ -141,7 +142,6 @@ class Engine:
     def _weave(self, spec: ModelSpec) -> None:
         """Nest the wraps of the strategies in the plan's order, and put them where the pipeline will call them."""
         plan, built = self.plan, self._built
-        self.once: list[Once]
         self.trunks: list[Trunk]
         self.forwards: list[ForwardPoint]
         chains: dict[str, list[Any]] = {}
@@ -157,9 +157,8 @@ class Engine:
         if trace:
             chains = trace.chains(plan, chains, woven)
         now, branches = self.rank.now, Branches()
-        self.once, self.trunks, self.forwards, self.branches = [], [], [], branches
+        self.trunks, self.forwards, self.branches = [], [], branches
         for name, denoiser in denoisers_of(self.pipe, spec).items():
-            self.once += remembering(denoiser, self.rank)
             if woven:
                 attention = AttentionPoint(now, chains.get("attention", []), chains.get("kernel", []))
                 self.trunks += replace_blocks(denoiser, spec, now, attention, chains.get("trunk", []))
@@ -242,16 +241,18 @@ class Engine:
         self.rank.now.pictures = len(job.numbers)
         self.rank.seconds.clear()
         self.branches.clear()
+        self.rank.now.step = 0
         for point in self.forwards:
-            point.begin()
-        for module in self.once:
-            module.begin()
+            point.clear()
         for begin in self._each("begin"):
             begin()
         self._marks = {"start": time.perf_counter()}
         self.rank.doing("encoding the prompt")
         self._wants_latents = run.output_type == "latent"
-        with torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []):
+        with (
+            watched(self.pipe.scheduler, self.branches.stepped),
+            torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
+        ):
             torch.manual_seed(run.seed % 2**63)  # stochastic schedulers draw from the default generator
             try:
                 result = self.pipe(**arguments)[0]
@@ -295,7 +296,13 @@ class Engine:
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> _Bar:
         """Stands for the pipeline's progress bar."""
         self._mark("encoded")
-        return _Bar(iterable, total or 0, self.progress, self.rank.doing, partial(self._mark, "denoised"))
+        return _Bar(iterable, total or 0, self._step, self.rank.doing, partial(self._mark, "denoised"))
+
+    def _step(self, done: int, steps: int) -> None:
+        """A step of the pipeline is done."""
+        self.rank.now.step = done
+        if self.progress:
+            self.progress(done, steps)
 
     def _mark(self, name: str) -> None:
         if self.rank.device.type == "cuda":
@@ -322,7 +329,7 @@ class _Bar:
     """What the pipeline's loop calls after each step, or goes through."""
 
     def __init__(
-        self, steps: Any, total: int, progress: Progress | None, doing: Callable[[str], None], done: Callable[[], None]
+        self, steps: Any, total: int, progress: Progress, doing: Callable[[str], None], done: Callable[[], None]
     ) -> None:
         self._steps, self.total, self.n = steps, total if steps is None else len(steps), 0
         self._progress, self._doing, self._done = progress, doing, done
@@ -345,8 +352,7 @@ class _Bar:
         """One step is done."""
         self.n += n
         self._doing(f"step {min(self.n + 1, self.total)} of {self.total}")
-        if self._progress:
-            self._progress(self.n, self.total)
+        self._progress(self.n, self.total)
 
     def set_postfix(self, *args: Any, **kwargs: Any) -> None:
         """Accepted for pipelines that show more."""

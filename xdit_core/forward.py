@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from xdit_core.branches import Branches
 from xdit_core.chain import nest
 from xdit_core.errors import UnsupportedCall, UsageError
-from xdit_core.rank import Rank
+from xdit_core.rank import Now, Rank
 from xdit_core.tokens import TokenLayout, length
 from xdit_core.trunk import NothingHere
 
@@ -41,34 +41,6 @@ class Call:
 Run = Callable[[Call], torch.Tensor]
 
 
-class Branches:
-    """Tells the calls of one step with different conditions apart, by the identity of what they are conditioned on."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, Any] = {}
-
-    def clear(self) -> None:
-        """Forget those of the last request."""
-        self._known.clear()
-
-    def number(self, denoiser: str, name: str, condition: Any, skip: frozenset[int]) -> int:
-        """The number of a branch, counted from 0.
-
-        Raises:
-            UnsupportedCall: there is a new condition at every step.
-        """
-        tensors = tree_leaves(condition)
-        key = (denoiser, skip, *((id(x), x.data_ptr(), tuple(x.shape)) for x in tensors if isinstance(x, torch.Tensor)))
-        if key not in self._known:
-            if len(self._known) >= 16:
-                raise UnsupportedCall(
-                    f"the pipeline makes a new {name} at every step, so the conditions of a step cannot be told "
-                    "apart; pass the same tensor at every step."
-                )
-            self._known[key] = tensors  # held, so that their ids stay taken
-        return list(self._known).index(key)
-
-
 class ForwardPoint:
     """Replaces ``denoiser.forward``.
 
@@ -77,7 +49,7 @@ class ForwardPoint:
         name: of the denoiser in the pipeline.
         denoiser: the transformer.
         chain: wraps ``f(inner, call) -> prediction``, outermost first.
-        branches: shared by all denoisers.
+        branches: of the request, shared by all denoisers.
         trunk: the blocks are a trunk; without one the denoiser does everything as shipped.
     """
 
@@ -99,28 +71,74 @@ class ForwardPoint:
         self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.fixed.items()} if trunk else {}
         self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
         self._run: Run = nest(chain, self.base)
+        patterns = self.spec.conditioning if rank.plan.patches > 1 else ()
+        shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in patterns))
+        self._memoized = [Memoized(module) for module in shared]
+        embeddings = self.spec.embeddings if rank.plan.patches > 1 else ()
+        self._embeddings = [PlaceholderEmbedding(denoiser.get_submodule(name), rank.now) for name in embeddings]
         denoiser.forward = self.forward
 
-    def begin(self) -> None:
-        """Forget the shapes of the last request."""
+    def clear(self) -> None:
+        """Forget what belongs to a request."""
         self._shapes.clear()
+        for embedding in self._embeddings:
+            embedding.clear()
 
     def base(self, call: Call) -> torch.Tensor:
         """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no values."""
-        key = (call.latents.shape, call.latents.dtype)
+        key, now = (call.latents.shape, call.latents.dtype), self.rank.now
         if call.elsewhere:
-            shape, dtype = self._shapes.get(key, key)
+            if key not in self._shapes:
+                self._shapes[key] = self.shape_of(call)
+            shape, dtype = self._shapes[key]
             return call.latents.new_empty((), dtype=dtype).expand(shape)
-        self.rank.now.known = key in self._shapes
-        latents: Any = list(call.latents.unbind(0)) if self.spec.listed else call.latents
+        now.known = key in self._shapes
+        for module in self._memoized:
+            module.begin_patch()
         try:
-            out = self._original(**{self.spec.latents: latents}, **call.rest, return_dict=False)[0]
+            whole = self.original(call.latents, call.rest)
         except NothingHere:
             shape, dtype = self._shapes[key]
             return call.latents.new_empty((), dtype=dtype).expand(shape)
-        whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
         self._shapes[key] = (whole.shape, whole.dtype)
+        if self._trunk and now.patch is not None and (now.layout, now.patch) not in now.row_local:
+            self.prove_row_local(whole)
         return whole
+
+    def original(self, latents: torch.Tensor, rest: Mapping[str, Any]) -> torch.Tensor:
+        """The denoiser as shipped, its blocks being a trunk."""
+        given: Any = list(latents.unbind(0)) if self.spec.listed else latents
+        out = self._original(**{self.spec.latents: given}, **rest, return_dict=False)[0]
+        whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
+        return whole
+
+    def shape_of(self, call: Call) -> tuple[torch.Size, torch.dtype]:
+        """What a prediction for these latents looks like: embedding and head are run, the blocks are not."""
+        now = self.rank.now
+        now.shape_only = True
+        try:
+            out = self.original(call.latents.new_zeros(call.latents.shape), call.rest)
+        finally:
+            now.shape_only = False
+        return out.shape, out.dtype
+
+    def prove_row_local(self, out: torch.Tensor) -> None:
+        """Patches are right only if embedding and head work on each row alone: the rows beside a patch were given no numbers.
+
+        Raises:
+            UnsupportedCall: some of what is not a number came into the patch.
+        """
+        now = self.rank.now
+        assert now.patch is not None
+        if now.proving_head:
+            now.proving_head = False
+            top, bottom = now.cuts[now.patch : now.patch + 2]
+            if out.narrow(now.row_dim, top, bottom - top).isnan().any():
+                raise UnsupportedCall(
+                    f"the head of {self.name} mixes rows of the picture, so its patches cannot be computed one by one; "
+                    f"run {self.spec.name} without strategies that cut the picture into patches."
+                )
+        now.row_local.add((now.layout, now.patch))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls; same signature and result as the denoiser's own."""
@@ -141,7 +159,11 @@ class ForwardPoint:
         if self.spec.listed:
             latents = torch.stack(list(latents))
         self.look(latents, given, frozenset(skipped or ()))
-        whole = self._run(Call(latents, given))
+        try:
+            whole = self._run(Call(latents, given))
+        finally:
+            for module in self._memoized:
+                module.clear()
         out: Any = list(whole.unbind(0)) if self.spec.listed else whole
         if not as_dict:
             return (out,)
@@ -206,48 +228,62 @@ class ForwardPoint:
         if layout != now.layout:
             self.check(layout)
             now.layout, now.cuts = layout, tuple(b * unit for b in layout.bounds)
-        now.branch, now.skip = self._branches.number(self.name, spec.text_input, condition, skip), skip
+        now.branch, now.skip = self._branches.find((self.name, skip, latents.shape[0]), condition, now.step), skip
         now.call += 1
 
 
-class Once:
-    """Remembers what a submodule gave for its last two keys, so that nothing is computed again that has not changed.
+class Memoized:
+    """Computes a submodule once for all patches of a call of the denoiser; its ``forward`` is replaced.
 
-    Args:
-        module: its ``forward`` is replaced.
-        key: of the module's arguments; equal keys give equal results. While a graph is being compiled nothing is remembered.
+    The denoiser's forward runs once for each patch, in the same way each time: the k-th use of the module in one gives what its k-th
+    use in the first gave. Nothing is remembered from one call to the next, so it does not matter who has written to what.
     """
 
-    def __init__(self, module: nn.Module, key: Callable[..., Any]) -> None:
-        self._original, self._key = module.forward, key
-        self._known: dict[Any, tuple[Any, Any]] = {}
+    def __init__(self, module: nn.Module) -> None:
+        self._original = module.forward
+        self._results: list[Any] = []
+        self._uses = 0
         module.forward = self.forward
 
-    def begin(self) -> None:
-        """Forget."""
-        self._known.clear()
+    def clear(self) -> None:
+        """Another call of the denoiser by the pipeline."""
+        self._results.clear()
+
+    def begin_patch(self) -> None:
+        """Another patch of it."""
+        self._uses = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's result, the old one where there is one."""
+        """The module's result, that of the first patch where there is one; while a graph is being compiled nothing is remembered."""
         if torch.compiler.is_compiling():
             return self._original(*args, **kwargs)
-        key = self._key(*args, **kwargs)
-        if key not in self._known:
-            if len(self._known) == 2:
-                del self._known[next(iter(self._known))]
-            self._known[key] = (args, self._original(*args, **kwargs))  # the arguments are held, so that their ids stay taken
-        return self._known[key][1]
+        if self._uses == len(self._results):
+            self._results.append(self._original(*args, **kwargs))
+        self._uses += 1
+        return self._results[self._uses - 1]
 
 
-def same_tensor(x: torch.Tensor) -> tuple[int, int]:
-    """The key of a submodule that often gets the same tensor again."""
-    return id(x), 0 if x.is_inference() else x._version
+class PlaceholderEmbedding:
+    """Does not embed latents that have no values again, on stages whose rows come from another; ``forward`` is replaced.
 
+    Args:
+        module: embeds the latents, its one argument.
+    """
 
-def remembering(denoiser: nn.Module, rank: Rank) -> list[Once]:
-    """Put `Once` around what the adapter names: text projections, and if there are patches what all patches of a step share."""
-    found = [Once(denoiser.get_submodule(name), same_tensor) for name in rank.spec.once]
-    if rank.plan.patches > 1:
-        shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in rank.spec.conditioning))
-        found += [Once(module, lambda *_, **__: rank.now.call) for module in shared]
-    return found
+    def __init__(self, module: nn.Module, now: Now) -> None:
+        self._original, self._now = module.forward, now
+        self._known: tuple[Any, Any] = (None, None)
+        module.forward = self.forward
+
+    def clear(self) -> None:
+        """A request is over."""
+        self._known = (None, None)
+
+    def forward(self, latents: torch.Tensor) -> Any:
+        """The module's result; of a placeholder any that has its shape."""
+        if not self._now.placeholder or torch.compiler.is_compiling():
+            return self._original(latents)
+        key = (latents.shape, latents.dtype)
+        if self._known[0] != key:
+            self._known = (key, self._original(latents))
+        return self._known[1]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from xdit_core.branches import Branch
 from xdit_core.mesh import Mesh
 from xdit_core.records import ModelSpec
 from xdit_core.tokens import TokenLayout
@@ -36,13 +37,19 @@ class Now:
         shard: this rank's part of every patch.
         grid: rows and columns of tokens at the size asked for (written by the core).
         pictures: how many pictures this call of the pipeline makes (written by the core).
-        call: counts the calls of the denoiser by the pipeline; the patches of one step share one.
-        branch: tells apart the calls of one step with different conditions.
+        call: counts the calls of the denoiser by the pipeline; the patches of one call share it. The same on all ranks that work on
+            one picture, so it names what they send each other.
+        step: steps of the pipeline that are done in this request (written by the core).
+        branch: the condition of this call (written by the core).
         block: index of the block that runs.
         segment: indices of all blocks of the list, or lists, that run.
         frames: latent frames of this call of the denoiser (written by the core).
         known: the shape of the denoiser's result is known, so that its head need not run for it.
         skip: blocks that the pipeline asked to leave out in this call.
+        placeholder: the latents given to the denoiser have no values, as the rows come from another rank (written by whoever gives them).
+        shape_only: only the shape of the denoiser's result is wanted; its blocks are left out (written by the core).
+        row_local: layouts and patches for which embedding and head were seen to work on each row alone (written by the core).
+        proving_head: the head is being given rows without values beside those of the patch (written by the core).
     """
 
     layout: TokenLayout = field(default_factory=lambda: TokenLayout(1, 1))
@@ -53,12 +60,17 @@ class Now:
     grid: tuple[int, int] = (1, 1)
     pictures: int = 1
     call: int = 0
-    branch: Any = None
+    step: int = 0
+    branch: Branch = field(default_factory=Branch)
     block: int = -1
     segment: range = range(0)
     frames: int = 1
     known: bool = False
     skip: frozenset[int] = frozenset()
+    placeholder: bool = False
+    shape_only: bool = False
+    row_local: set[tuple[TokenLayout, int]] = field(default_factory=set)
+    proving_head: bool = False
 
 
 @dataclass

@@ -230,10 +230,10 @@ class ModelSpec:
         text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
         matrices: for tensor parallelism, patterns (as of ``fnmatch``) of names of linear layers, each ``colwise``, ``rowwise`` or
             ``gathered``; None if there is no such plan, empty if the denoiser's class brings its own (``_tp_plan``).
-        once: submodules of the denoiser with one argument that often get the same tensor again (projections of the text, the
-            embedding of the latents); their last results are kept.
+        embeddings: submodules of the denoiser that embed the latents, their one argument; where the rows come from another stage, they
+            are not run again.
         conditioning: patterns (as of ``fnmatch``) of names of submodules whose result depends on the step and its conditions
-            and not on the picture; computed once a step, not once a patch.
+            (time, text) and not on the picture; computed once a call of the denoiser, not once a patch.
         defaults: values for the shared settings (``steps``, ``guidance``, ``height``, ``width``, ``prompt`` ...).
         call: what each shared setting is called in the pipeline's ``__call__``, "" if it takes none. ``images`` is the number of pictures
             of a call; if it takes none, every picture is a call.
@@ -274,7 +274,7 @@ class ModelSpec:
     token_pixels: Callable[[Mapping[str, Any]], int] | None = None
     text_tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], int] | None = None
     matrices: Mapping[str, str] | None = None
-    once: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     conditioning: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, str] = field(default_factory=dict)

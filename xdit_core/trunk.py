@@ -80,11 +80,17 @@ class Selector:
             return x.narrow(dim, start, stop - start)
         return x.index_select(dim, self.index(spans, x.device))
 
-    def put(self, like: torch.Tensor, rows: torch.Tensor, spans: tuple[Span, ...], dim: int) -> torch.Tensor:
-        """A tensor of the shape of ``like`` with ``rows`` at spans; elsewhere is what was put there before, or zeros."""
+    def put(
+        self, like: torch.Tensor, rows: torch.Tensor, spans: tuple[Span, ...], dim: int, fresh: bool = False
+    ) -> torch.Tensor:
+        """A tensor of the shape of ``like`` with ``rows`` at spans; elsewhere is what was put there before, or zeros.
+
+        Args:
+            fresh: write into ``like`` itself.
+        """
         if spans == ((0, like.shape[dim]),):
             return rows
-        full = self._full
+        full = like if fresh else self._full
         if full is None or (full.shape, full.dtype, full.device) != (like.shape, like.dtype, like.device):
             full = self._full = torch.zeros_like(like)
         if len(spans) == 1:
@@ -141,6 +147,9 @@ class Trunk(nn.Module):
         """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         stream, layout, now = self.stream, self._now.layout, self._now
+        if now.shape_only:
+            parts = {"tokens": given[stream.tokens], "text": given.get(stream.text)}
+            return parts["tokens"] if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
         now.segment = self._segment
         tokens = whole = given.pop(stream.tokens)
         text = given.pop(stream.text) if stream.text else None
@@ -169,10 +178,21 @@ class Trunk(nn.Module):
             None if text is None else self.select.take(text, words, 1),
             given,
         )
+        proving = now.patch is not None and (layout, now.patch) not in now.row_local
+        if proving and not now.placeholder and mine.tokens.isnan().any():
+            raise UnsupportedCall(
+                "the embedding of the latents mixes rows of the picture, so its patches cannot be computed one by one; run this model "
+                "without strategies that cut the picture into patches."
+            )
         out = self._run(mine)
         if out is None and now.known:
             raise NothingHere
-        full = tokens if out is None else self.select.put(tokens, out.tokens, layout.picture(now.patch, None), 1)
+        full = tokens
+        if out is not None:
+            now.proving_head = proving and not bool(out.tokens.isnan().any())
+            # what lies beside the patch has no numbers until it is known that the head does not look at it
+            like = torch.full_like(tokens, torch.nan) if now.proving_head else tokens
+            full = self.select.put(like, out.tokens, layout.picture(now.patch, None), 1, fresh=now.proving_head)
         if stream.joined and text is not None:
             return torch.cat((full, text), dim=1)
         answer = [full if name == "tokens" else text for name in stream.returns]

@@ -113,7 +113,7 @@ class Recorder:
         if rows.shape[1] != length(spans):  # text and picture in one: the adapter takes them apart elsewhere
             return
         means = rows.detach().double().abs().mean(-1).float().cpu().numpy()
-        key = f"blocks/{self._job}/{self._step}/{self.now.branch}"
+        key = f"blocks/{self._job}/{self._step}/{self.now.branch.number}"
         shape = (1 + self.engine.plan.facts.blocks, rows.shape[0], layout.tokens)
         array = self.arrays.get(key)
         if array is None or array.shape != shape:

@@ -45,8 +45,7 @@ def xdit_model() -> ModelSpec:
         text_tokens=lambda configs, asked: int(asked.get("max_sequence_length") or 226),
         unbatched=("image_rotary_emb",),
         matrices=MATRICES,
-        once=("patch_embed.text_proj",),
-        conditioning=("time_embedding", "transformer_blocks.*.norm[12].linear"),
+        conditioning=("patch_embed.text_proj", "time_embedding", "transformer_blocks.*.norm[12].linear"),
         check=words,
         defaults={
             **{"steps": 50, "guidance": 6.0, "height": 480, "width": 720, "frames": 49, "fps": 8},

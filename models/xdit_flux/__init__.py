@@ -48,8 +48,9 @@ def xdit_model() -> ModelSpec:
             "controlnet_single_block_samples": "ControlNet residuals are not divided over ranks yet",
         },
         matrices=MATRICES,
-        once=("context_embedder", "x_embedder"),
+        embeddings=("x_embedder",),
         conditioning=(
+            "context_embedder",
             "time_text_embed",
             "pos_embed",
             "transformer_blocks.*.norm1*.linear",

@@ -48,8 +48,7 @@ def xdit_model() -> ModelSpec:
         frame_step=lambda configs: 1,
         fixed={"enable_temporal_attentions": False},
         matrices=MATRICES,
-        once=("caption_projection",),
-        conditioning=("adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
+        conditioning=("caption_projection", "adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
         check=length,
         defaults={"steps": 50, "guidance": 7.5, "frames": 16, "fps": 8, "prompt": ("a dog in a park",)},
         call={

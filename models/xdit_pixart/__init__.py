@@ -26,8 +26,8 @@ def spec(name: str, pipeline: str, hub: str, **more: Any) -> ModelSpec:
         blocks=(Blocks("transformer_blocks", "num_layers"),),
         attention=lambda block: ("self", "cross"),
         matrices=MATRICES,
-        once=("caption_projection", "pos_embed"),
-        conditioning=("adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
+        embeddings=("pos_embed",),
+        conditioning=("caption_projection", "adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
         refused={"attention_mask": "a mask over the picture's tokens is not divided over ranks"},
         defaults={"steps": 20, "guidance": 4.5, "prompt": ("a small cactus with a happy face in the Sahara desert",), **more},
     )

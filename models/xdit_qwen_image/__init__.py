@@ -35,8 +35,15 @@ def xdit_model() -> ModelSpec:
         guided=lambda asked: (asked.get("guidance") or 1.0) > 1.0 and asked.get("negative") is not None,
         refused={"controlnet_block_samples": "ControlNet residuals are not divided over ranks yet"},
         matrices={},  # diffusers' own
-        once=("txt_norm", "img_in"),
-        conditioning=("time_text_embed", "txt_in", "pos_embed", "transformer_blocks.*.img_mod", "transformer_blocks.*.txt_mod"),
+        embeddings=("img_in",),
+        conditioning=(
+            "txt_norm",
+            "time_text_embed",
+            "txt_in",
+            "pos_embed",
+            "transformer_blocks.*.img_mod",
+            "transformer_blocks.*.txt_mod",
+        ),
         defaults={
             **{"steps": 50, "guidance": 4.0, "negative": " ", "height": 1024, "width": 1024},
             "prompt": ('a coffee shop entrance with a chalkboard sign that reads "Qwen Coffee"',),

@@ -47,7 +47,7 @@ def xdit_model() -> ModelSpec:
         skips="skip_layers",
         refused={"block_controlnet_hidden_states": "ControlNet residuals are not divided over ranks yet"},
         matrices=MATRICES,
-        once=("context_embedder", "pos_embed"),
-        conditioning=("time_text_embed", "transformer_blocks.*.norm1*.linear"),
+        embeddings=("pos_embed",),
+        conditioning=("context_embedder", "time_text_embed", "transformer_blocks.*.norm1*.linear"),
         defaults={"steps": 28, "guidance": 7.0, "prompt": ("a red fox in the snow, morning light",)},
     )

@@ -39,8 +39,13 @@ def xdit_model() -> ModelSpec:
         frame_step=lambda configs: vae(configs, "scale_factor_temporal", 4),
         token_pixels=lambda configs: 2 * vae(configs, "scale_factor_spatial", 8),
         matrices=MATRICES,
-        once=("condition_embedder.text_embedder",),
-        conditioning=("condition_embedder.time_*", "rope", "blocks.*.attn2.to_[kv]", "blocks.*.attn2.norm_k"),
+        conditioning=(
+            "condition_embedder.text_embedder",
+            "condition_embedder.time_*",
+            "rope",
+            "blocks.*.attn2.to_[kv]",
+            "blocks.*.attn2.norm_k",
+        ),
         refused={"encoder_hidden_states_image": "the attention to an image is not told apart from that to the text yet"},
         defaults={
             **{"steps": 50, "guidance": 5.0, "height": 480, "width": 832, "frames": 81, "fps": 16},

@@ -5,14 +5,14 @@ Shapes: latents and prediction ``[B, C, h, w]``; with batched guidance ``B`` is 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from xdit_core import Call, Channel, ForwardRun, LocalWorld, PatchTensor, Rank, UnsupportedCall, patchwise
+from xdit_core import Call, Channel, ForwardRun, LocalWorld, Message, PatchTensor, Rank, Receive, UnsupportedCall
 
 
 class Guidance:
@@ -23,16 +23,14 @@ class Guidance:
 
     def __init__(self, rank: Rank) -> None:
         self.rank, self.now, self.spec = rank, rank.now, rank.spec
-        self.group, self.index = rank.group("cfg"), rank.index("cfg")
+        self.index = rank.index("cfg")
         self.peer = rank.mesh.ranks("cfg")[1 - self.index]
-        groups = (self.group, rank.mesh.second_group("cfg"))  # one for each direction
+        groups = (rank.group("cfg"), rank.mesh.second_group("cfg"))  # one for each direction
         self.there = Channel(rank, groups[self.index], "cfg")
         self.here = Channel(rank, groups[1 - self.index], "cfg")
-        self._halves: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def begin(self) -> None:
         """A new request."""
-        self._halves.clear()
         for channel in (self.there, self.here):
             channel.forget()
 
@@ -40,7 +38,6 @@ class Guidance:
         """Wait for every handle."""
         for channel in (self.there, self.here):
             channel.finish()
-        self._halves.clear()
 
     def __call__(self, inner: ForwardRun, call: Call) -> torch.Tensor:
         """One call of the denoiser.
@@ -58,22 +55,20 @@ class Guidance:
             channel.turn()
         batch, pictures = call.latents.shape[0], self.now.pictures
         if batch == 2 * pictures:
-            return patchwise(self.gather, inner(self.half(call)))
+            return self.each_patch(self.gather, inner(self.half(call)), 2)
         if batch != pictures:
             raise UnsupportedCall(
                 f"the pipeline calls its {self.spec.denoiser} with a batch of {batch} for {pictures} pictures, which cfg cannot tell into "
                 "a conditional and an unconditional half; drop cfg."
             )
-        if self.now.branch % 2 == self.index:
-            return patchwise(self.send, inner(call))
+        if self.now.branch.number % 2 == self.index:
+            return self.each_patch(self.send, inner(call), 1)
         blank = inner(call.but(elsewhere=True))
         if isinstance(blank, PatchTensor):
-            return patchwise(self.receive, blank)
+            return self.each_patch(self.receive, blank, 1)
         rows = blank.shape[self.now.row_dim]
         return PatchTensor.make(
-            [
-                self.here.receive(blank, rows, self.now.row_dim, self.peer).wait
-            ],  # posted now: the other rank waits for its sends
+            [self.post(blank, Message(self.now.call)).wait],  # posted now: the other rank waits for its sends
             shape=blank.shape,
             dim=self.now.row_dim,
             bounds=(0, rows),
@@ -82,21 +77,35 @@ class Guidance:
             world=LocalWorld(),
         )
 
+    def each_patch(
+        self, exchange: Callable[[torch.Tensor, Message], torch.Tensor], out: torch.Tensor, times: int
+    ) -> torch.Tensor:
+        """Exchange a prediction with the other rank: now, or each patch when it is asked for, under a name that both ranks know.
+
+        Args:
+            exchange: of rows and their name.
+            times: by how much the batch grows.
+        """
+        if not isinstance(out, PatchTensor):
+            return exchange(out, Message(self.now.call))
+
+        def one(patch: int, message: Message) -> torch.Tensor:
+            return exchange(out.patch(patch), message)
+
+        cells = [partial(one, patch, Message(self.now.call, patch)) for patch in range(out.patches)]
+        shape = (times * out.shape[0], *out.shape[1:])
+        made: torch.Tensor = PatchTensor.make(
+            cells, shape=shape, dim=out.patched_dim, bounds=out.bounds, dtype=out.dtype, device=out.device, world=out.world
+        )
+        return made
+
     def half(self, call: Call) -> Call:
         """The part of the batch that belongs to this rank, of every argument that has the batch."""
         batch = call.latents.shape[0]
         start, stop = self.index * batch // 2, (self.index + 1) * batch // 2
 
         def cut(x: torch.Tensor) -> torch.Tensor:
-            if x.dim() == 0 or x.shape[0] != batch:
-                return x
-            known = self._halves.pop(id(x), None)
-            if known is None or known[0] is not x:
-                known = (x, x[start:stop])
-            self._halves[id(x)] = known  # the same half each step, so that what was computed from it can be kept
-            if len(self._halves) > 32:
-                self._halves.popitem(last=False)
-            return known[1]
+            return x if x.dim() == 0 or x.shape[0] != batch else x[start:stop]
 
         def part(name: str, value: Any) -> Any:
             if name in self.spec.unbatched:
@@ -108,25 +117,23 @@ class Guidance:
         rest = {name: part(name, value) for name, value in call.rest.items()}
         return call.but(latents=call.latents[start:stop], rest=rest)
 
-    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+    def gather(self, mine: torch.Tensor, message: Message) -> torch.Tensor:
         """``[B/2, ...]`` to ``[B, ...]``."""
-        if not mine.numel():  # asked for the shape only
-            return torch.cat((mine, mine))
-        mine = mine.contiguous()
-        halves = [torch.empty_like(mine), torch.empty_like(mine)]
-        with self.rank.waiting("the other half of guidance", "cfg", self.group):
-            dist.all_gather(halves, mine, group=self.group)
-        self.rank.sent["cfg"] += mine.nbytes
-        return torch.cat(halves)
+        other = self.post(mine, message)
+        self.there.send(mine, self.peer, message)
+        halves = [other.wait(), mine]
+        return torch.cat(halves[:: -1 if self.index == 0 else 1])
 
-    def send(self, mine: torch.Tensor) -> torch.Tensor:
+    def send(self, mine: torch.Tensor, message: Message) -> torch.Tensor:
         """A prediction that the other rank needs as well."""
-        if mine.numel():
-            self.there.send(mine, self.peer)
+        self.there.send(mine, self.peer, message)
         return mine
 
-    def receive(self, blank: torch.Tensor) -> torch.Tensor:
-        """A patch of that shape from the other rank, which evaluates and sends it at the same place of the program."""
-        if not blank.numel():
-            return blank
-        return self.here.receive(blank, blank.shape[self.now.row_dim], self.now.row_dim, self.peer).wait()
+    def receive(self, blank: torch.Tensor, message: Message) -> torch.Tensor:
+        """A patch of that shape from the other rank."""
+        return self.post(blank, message).wait()
+
+    def post(self, like: torch.Tensor, message: Message) -> Receive:
+        """Post the receive of what the other rank sends under that name."""
+        dim = self.now.row_dim
+        return self.here.receive(like, like.shape[dim], dim, self.peer, message)

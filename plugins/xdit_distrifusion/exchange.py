@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_core import Rank
+from xdit_core import Branch, Rank
 
 
 @dataclass
@@ -19,14 +19,6 @@ class Kept:
     old: dict[int, torch.Tensor] = field(default_factory=dict)
     fresh: dict[int, torch.Tensor] = field(default_factory=dict)
     pending: Any = None
-
-
-@dataclass
-class Flow:
-    """What one branch (one condition of a step) carries from step to step."""
-
-    step: int = -1
-    kept: dict[Any, Kept] = field(default_factory=dict)
 
 
 class Exchange:
@@ -44,24 +36,23 @@ class Exchange:
             rank.degree("distrifusion"),
             rank.index("distrifusion"),
         )
-        self.flows: dict[Any, Flow] = {}
+        self.shared: dict[Branch, dict[Any, Kept]] = {}
 
-    @property
-    def flow(self) -> Flow:
-        """Of the branch in hand."""
-        return self.flows.setdefault(self.now.branch, Flow())
+    def kept(self, key: Any) -> Kept:
+        """What is shared under that key in the branch in hand."""
+        return self.shared.setdefault(self.now.branch, {}).setdefault(key, Kept())
 
     def end(self) -> None:
         """A request went through: wait for every handle, free the buffers."""
-        for flow in self.flows.values():
-            for kept in flow.kept.values():
+        for shared in self.shared.values():
+            for kept in shared.values():
                 self.arrived(kept)
-        self.flows.clear()
+        self.shared.clear()
 
     def whole(self, key: Any, cut: Callable[[], dict[int, torch.Tensor]]) -> None:
         """In warm-up on one rank all patches are computed at once; the last time, keep what the next step will want of each."""
-        if self.flow.step == self.warmup - 1:
-            self.flow.kept.setdefault(key, Kept()).old = cut()
+        if self.now.branch.age == self.warmup - 1:
+            self.kept(key).old = cut()
 
     def parts(self, key: Any, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> dict[int, torch.Tensor]:
         """What this rank gives for its patch and has of the others, by patch.
@@ -71,11 +62,10 @@ class Exchange:
             mine: of the patch in hand, fresh.
             sizes: of each patch along ``dim``.
         """
-        flow, now = self.flow, self.now
-        kept = flow.kept.setdefault(key, Kept())
-        if flow.step < self.warmup:
+        now, kept = self.now, self.kept(key)
+        if now.branch.age < self.warmup:
             parts = dict(enumerate(self.gather(mine, sizes, dim, "distrifusion")))
-            if flow.step == self.warmup - 1:
+            if now.branch.age == self.warmup - 1:
                 kept.old = parts
             return parts
         if self.degree > 1:

@@ -49,12 +49,11 @@ class Patches:
             The prediction at full shape, on every rank.
         """
         now, exchange = self.now, self.exchange
-        flow, dim = exchange.flow, now.row_dim
-        flow.step += 1
+        dim = now.row_dim
         if call.elsewhere or now.layout.patches == 1:
             return inner(call)
         call = call.but(latents=materialized(call.latents))
-        if exchange.degree == 1 and flow.step < exchange.warmup:
+        if exchange.degree == 1 and now.branch.age < exchange.warmup:
             return inner(call)
         parts = []
         try:
@@ -116,7 +115,7 @@ class KeysAndValues:
 def build(warmup: int, rank: Rank) -> Built:
     """The wraps of one rank, for a stack of transformer blocks or for a U-Net."""
     exchange = Exchange(warmup, rank)
-    begin, end = exchange.flows.clear, exchange.end
+    begin, end = exchange.shared.clear, exchange.end
     if rank.plan.facts.blocks:
         wraps = {"forward/patches": Patches(exchange, False), "attention/cache": KeysAndValues(exchange)}
         return Built(wraps=wraps, begin=begin, end=end)

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from xdit_core import (
     Attend,
     AttentionRun,
+    Branch,
     Built,
     Call,
     Channel,
     ForwardRun,
     LazyError,
+    Message,
     PatchTensor,
     PatchWorld,
     Rank,
@@ -36,6 +38,7 @@ from xdit_core import (
 )
 
 Link = tuple[int, Channel, int]
+TOKENS, TEXT = 0, 1  # parts of the messages of a patch between neighbours; in those of long skips it is the block
 
 
 @dataclass
@@ -45,14 +48,6 @@ class Kept:
     k: torch.Tensor
     v: torch.Tensor
     valid: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Flow:
-    """What one branch (one condition of a step) carries from step to step."""
-
-    step: int = -1
-    kept: dict[tuple[int, int], Kept] = field(default_factory=dict)
 
 
 class StageWorld(PatchWorld):
@@ -119,7 +114,7 @@ class PipeFusion:
         self.wanted, self.given, skips = self.long_skips()
         self.channels = (self.source, self.target, self.back, *skips)
         self.world = StageWorld(rank)
-        self.flows: dict[Any, Flow] = {}
+        self.buffers: dict[Branch, dict[tuple[int, int], Kept]] = {}
         self._ahead: Receive | None = None
         self._places: dict[Any, torch.Tensor | tuple[int, int]] = {}
         self._blank: torch.Tensor | None = None
@@ -135,9 +130,9 @@ class PipeFusion:
 
     def begin(self) -> None:
         """A new request: no branch, no keys, no values."""
-        self.flows.clear()
+        self.buffers.clear()
         self._places.clear()
-        self._ahead = None
+        self._ahead = self._blank = None
         for channel in self.channels:
             channel.forget()
 
@@ -145,7 +140,9 @@ class PipeFusion:
         """A request went through: wait for every handle, free the buffers."""
         for channel in self.channels:
             channel.finish()
-        self.flows.clear()
+        self.buffers.clear()
+        self._places.clear()
+        self._blank = None
 
     # forward
 
@@ -159,19 +156,13 @@ class PipeFusion:
             A patch tensor of the prediction; its patches arrive from the last stage. In warm-up it has one patch.
         """
         now = self.now
-        flow = self.flows.setdefault(now.branch, Flow())
-        flow.step += 1
         for channel in self.channels:
             channel.turn()
-        if not self.displaced(flow):
+        if now.branch.age < self.warmup or now.layout.patches == 1:
             if self.stages == 1:
-                return inner(call if call.elsewhere else call.but(latents=self.plain(call.latents)))
+                return inner(call.but(latents=self.plain(call.latents)))
             return self.run_patches(inner, call, [None], [0, call.latents.shape[now.row_dim]])
         return self.run_patches(inner, call, range(now.layout.patches), now.cuts)
-
-    def displaced(self, flow: Flow) -> bool:
-        """Is this step past the warm-up?"""
-        return flow.step >= self.warmup and self.now.layout.patches > 1
 
     def run_patches(self, inner: ForwardRun, call: Call, patches: Sequence[int | None], bounds: Sequence[int]) -> torch.Tensor:
         """The patches of one step through this stage."""
@@ -180,13 +171,15 @@ class PipeFusion:
             for patch, (top, bottom) in zip(patches, pairwise(bounds), strict=True):
                 self.now.patch = patch
                 if call.elsewhere:
+                    if self.first and isinstance(call.latents, PatchTensor):
+                        call.latents.rows(top, bottom)  # so that ranks which exchange these rows reach them at the same time
                     out = inner(call)
                     cells.append(out.narrow(self.now.row_dim, top, bottom - top))
                     continue
                 out = inner(call.but(latents=self.input(call.latents, top, bottom)))
                 cells.append(self.output(out, top, bottom))
         finally:
-            self.now.patch = None
+            self.now.patch, self.now.placeholder = None, False
         return PatchTensor.make(
             cells, shape=out.shape, dim=self.now.row_dim, bounds=bounds, dtype=out.dtype, device=out.device, world=self.world
         )
@@ -197,15 +190,18 @@ class PipeFusion:
 
     def input(self, latents: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
         """Latents at full shape in which the rows of one patch are true; the trunk looks at no others."""
-        if self.first and not isinstance(latents, PatchTensor):
-            return latents
-        dim = self.now.row_dim
-        if self.first and bottom - top == latents.shape[dim]:
+        now, dim = self.now, self.now.row_dim
+        proven = now.patch is None or (now.layout, now.patch) in now.row_local
+        if self.first and (bottom - top == latents.shape[dim] or (proven and not isinstance(latents, PatchTensor))):
             return self.plain(latents)
+        now.placeholder = not self.first
         if self._blank is None or self._blank.shape != latents.shape or self._blank.dtype != latents.dtype:
             self._blank = torch.zeros(latents.shape, dtype=latents.dtype, device=latents.device)
-        if self.first and isinstance(latents, PatchTensor):
-            self._blank.narrow(dim, top, bottom - top).copy_(latents.rows(top, bottom))
+        if self.first:
+            if not proven:
+                self._blank.fill_(torch.nan)
+            rows = latents.rows(top, bottom) if isinstance(latents, PatchTensor) else latents.narrow(dim, top, bottom - top)
+            self._blank.narrow(dim, top, bottom - top).copy_(rows)
         return self._blank
 
     def output(self, out: torch.Tensor, top: int, bottom: int) -> Any:
@@ -214,10 +210,15 @@ class PipeFusion:
         if self.stages == 1:
             return out.narrow(dim, top, bottom - top).contiguous()
         if self.last:
-            self.back.send(out.narrow(dim, top, bottom - top), self.ranks[0])
+            self.back.send(out.narrow(dim, top, bottom - top), self.ranks[0], self.message())
         if not self.first:
             return None
-        return self.back.receive(out, bottom - top, dim, self.ranks[-1]).wait
+        return self.back.receive(out, bottom - top, dim, self.ranks[-1], self.message()).wait
+
+    def message(self, part: int = TOKENS, ahead: int = 0) -> Message:
+        """The name of a message of the patch in hand, or of one that comes later."""
+        patch = self.now.patch
+        return Message(self.now.call, patch if patch is None else patch + ahead, part)
 
     # trunk
 
@@ -230,26 +231,27 @@ class PipeFusion:
         mine, segment = self.rank.blocks, self.now.segment
         if not self.first and mine.start >= segment.start:
             before = self.ranks[self.stage - 1]
-            pending = self._ahead or self.source.receive(rows.tokens, rows.tokens.shape[1], 1, before)
+            pending = self._ahead or self.source.receive(rows.tokens, rows.tokens.shape[1], 1, before, self.message())
             self._ahead = None
             tokens, text = pending.wait(), rows.text
             if (
                 text is not None and text.shape[1] and mine.start > segment.start
             ):  # where a list begins, every stage has the text
-                text = self.source.receive(text, text.shape[1], 1, before).wait()
+                text = self.source.receive(text, text.shape[1], 1, before, self.message(TEXT)).wait()
             rows = rows.but(tokens=tokens, text=text)
             self.post_next(rows.tokens)
         if self.wanted:
-            posted = [(i, link.receive(rows.tokens, rows.tokens.shape[1], 1, rank)) for i, link, rank in self.wanted]
+            like, count = rows.tokens, rows.tokens.shape[1]
+            posted = [(i, link.receive(like, count, 1, rank, self.message(i))) for i, link, rank in self.wanted]
             rows = rows.but(skips={i: receive.wait() for i, receive in posted})
         out = inner(rows)
         if self.last or out is None or mine.stop > segment.stop:
             return out
         for i, link, rank in self.given:
-            link.send(out.skips[i], rank)
-        self.target.send(out.tokens, self.ranks[self.stage + 1])
+            link.send(out.skips[i], rank, self.message(i))
+        self.target.send(out.tokens, self.ranks[self.stage + 1], self.message())
         if out.text is not None and out.text.shape[1] and mine.stop < segment.stop:
-            self.target.send(out.text, self.ranks[self.stage + 1], ".text")
+            self.target.send(out.text, self.ranks[self.stage + 1], self.message(TEXT), ".text")
         return None
 
     def long_skips(self) -> tuple[list[Link], list[Link], list[Channel]]:
@@ -273,7 +275,7 @@ class PipeFusion:
         now = self.now
         if now.patch is not None and now.patch + 1 < now.layout.patches:
             rows = length(now.layout.picture(now.patch + 1, now.shard))
-            self._ahead = self.source.receive(tokens, rows, 1, self.ranks[self.stage - 1])
+            self._ahead = self.source.receive(tokens, rows, 1, self.ranks[self.stage - 1], self.message(ahead=1))
 
     # attention
 
@@ -283,15 +285,15 @@ class PipeFusion:
         Args:
             call: q, k, v with the rows of the patch in hand; text rows come with patch 0.
         """
-        now, flow = self.now, self.flows[self.now.branch]
+        now = self.now
         if now.layout.patches == 1:
             return inner(call)
         refuse_mask(call, "pipefusion")
         if now.patch is None:
-            if flow.step == self.warmup - 1:  # the last synchronous step is the one that the next attends to
-                self.write(self.kept(flow, call), call)
+            if now.branch.age == self.warmup - 1:  # the last synchronous step is the one that the next attends to
+                self.write(self.kept(call), call)
             return inner(call)
-        kept = self.kept(flow, call)
+        kept = self.kept(call)
         self.write(kept, call)
         k, v = kept.k, kept.v
         if len(kept.valid) < now.layout.patches:
@@ -305,14 +307,14 @@ class PipeFusion:
             return positions(self.now, kind, None, shards).sort().values
         return torch.cat([positions(self.now, kind, m, shards) for m in valid])
 
-    def kept(self, flow: Flow, call: Attend) -> Kept:
+    def kept(self, call: Attend) -> Kept:
         """The buffers of this call, made on first use."""
-        key = (call.block, call.ordinal)
-        if key not in flow.kept:
+        buffers, key = self.buffers.setdefault(self.now.branch, {}), (call.block, call.ordinal)
+        if key not in buffers:
             total = sum(length(spans_of(self.now, call.kind, None, s)) for s in call.shards)
             b, h, _, d = call.k.shape
-            flow.kept[key] = Kept(call.k.new_empty(b, h, total, d), call.v.new_empty(b, h, total, call.v.shape[-1]))
-        return flow.kept[key]
+            buffers[key] = Kept(call.k.new_empty(b, h, total, d), call.v.new_empty(b, h, total, call.v.shape[-1]))
+        return buffers[key]
 
     def write(self, kept: Kept, call: Attend) -> None:
         """Put the rows of the call where they belong."""

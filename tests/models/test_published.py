@@ -71,7 +71,7 @@ def test_the_adapter_fits_every_block(folder_of, name):
     spec, denoiser = spec_of(name), denoiser_of(name, folder_of(name))
     modules = {n for n, _ in denoiser.named_modules()}
     plan = spec.matrices or type(denoiser)._tp_plan
-    for pattern in (*plan, *spec.conditioning, *spec.once):
+    for pattern in (*plan, *spec.conditioning, *spec.embeddings):
         assert any(fnmatch(n, pattern) for n in modules), f"{pattern} names nothing"
     forward = inspect.signature(denoiser.forward).parameters
     for argument in (spec.latents, spec.text_input, *spec.fixed, *spec.refused, *spec.unbatched, *filter(None, [spec.skips])):
