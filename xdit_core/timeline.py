@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdit_core.outputs import atomically
+from xdit_core.filesystem import atomically
 
 if TYPE_CHECKING:
     from xdit_core.trace import Record, Span

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from xdit_core.failure import HOST_VARIABLE
-from xdit_core.outputs import atomically
+from xdit_core.filesystem import atomically
 
 if TYPE_CHECKING:
     from xdit_core.engine import Engine

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from xdit_core.engine import Engine, denoisers_of
+from xdit_core.filesystem import atomically
 from xdit_core.jobs import Done, Job, Output, Started
 from xdit_core.lazy import materialized
-from xdit_core.outputs import RECORD, atomically
+from xdit_core.outputs import RECORD
 from xdit_core.records import Stream
 from xdit_core.tokens import length
 

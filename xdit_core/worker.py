@@ -22,8 +22,10 @@ from xdit_core import machine, outputs
 from xdit_core.beat import Beat, beat_path
 from xdit_core.errors import UsageError, XditError
 from xdit_core.failure import WRITING, error_path, failure
+from xdit_core.filesystem import atomically
 from xdit_core.place import Place, connect, die_with
 from xdit_core.plan import Plan, same_plan
+from xdit_core.result_names import targets
 from xdit_core.screen import Progress, Tee
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ class Writer:
 
     def __init__(self, plan: Plan, engine: Engine, progress: Progress, beat: Beat) -> None:
         self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
-        self.files = outputs.targets(plan.run, plan.facts.video)
+        self.files = targets(plan.run, plan.facts.video)
         self._written: set[Path] = set()
 
     def title(self, job: Job) -> None:
@@ -177,7 +179,7 @@ def screens(place: Place) -> Iterator[Progress]:
 def leave(error: BaseException, place: Place, beat: Beat, folder: Path) -> NoReturn:
     """Say what happened and end at once: waiting for peers that wait for this rank would hang."""
     about = failure(error, place.rank, beat.now)
-    with contextlib.suppress(OSError), outputs.atomically(error_path(folder, place.rank)) as temporary:
+    with contextlib.suppress(OSError), atomically(error_path(folder, place.rank)) as temporary:
         temporary.write_text(json.dumps(about, indent=1))
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(about["traceback"])

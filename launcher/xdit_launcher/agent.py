@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import XditError
-from xdit_core.outputs import atomically, check_writable, make_folder, targets
+from xdit_core.filesystem import atomically, make_folder
+from xdit_core.outputs import check_writable
+from xdit_core.result_names import targets
 from xdit_launcher import facts, processes, speed
 from xdit_launcher.local import listening
 from xdit_launcher.processes import Here, Share, Workers

@@ -148,8 +148,8 @@ def run(
     **options: str | None,
 ) -> None:
     """Draw the prompts (the default command)."""
-    from xdit_core import outputs
     from xdit_core.plan import make_plan
+    from xdit_core.result_names import targets
     from xdit_launcher import show
 
     if as_json and not dry_run:
@@ -157,8 +157,7 @@ def run(
     chosen, values, on = asked(words, plugins, config, backend, options)
     values |= {name: "yes" for name, wanted in (("trace", trace), ("profile", profile)) if wanted}
     plan = make_plan(chosen, values, devices=on.devices())
-    targets = outputs.targets(plan.run, plan.facts.video)
-    files = [path for row in targets for path in row]
+    files = [path for row in targets(plan.run, plan.facts.video) for path in row]
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
@@ -241,7 +240,7 @@ def run_folder(plan: Plan) -> Path:
     Raises:
         UsageError: it cannot be made.
     """
-    from xdit_core.outputs import make_folder
+    from xdit_core.filesystem import make_folder
 
     parent = Path(plan.run.runs).expanduser().absolute()
     make_folder(parent, "runs", plan.run.runs)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError, XditError
-from xdit_core.outputs import atomically
+from xdit_core.filesystem import atomically
 from xdit_core.settings import build
 from xdit_launcher import facts, fleet
 from xdit_launcher.fleet import Fleet, Host

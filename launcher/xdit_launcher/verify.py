@@ -16,7 +16,9 @@ import click
 from xdit_core import outputs
 from xdit_core.degrees import describe
 from xdit_core.errors import UsageError
+from xdit_core.filesystem import make_folder
 from xdit_core.plan import Plan, make_plan
+from xdit_core.result_names import targets
 
 if TYPE_CHECKING:
     from xdit_launcher.backends import Backend
@@ -169,7 +171,7 @@ class Verify:
     def run(self, name: str) -> int:
         """Run one of the plans, recording; its exit code."""
         folder, plan = self.folder / name, self.plans[name]
-        outputs.make_folder(folder, "runs", plan.run.runs)
+        make_folder(folder, "runs", plan.run.runs)
         (folder / outputs.RECORD).touch()
         click.echo(f"{name}: {describe(plan.axes)}{' with ' + ', '.join(plan.plugins) if plan.plugins else ''}", err=True)
         return self.on.start(plan, folder)
@@ -208,7 +210,7 @@ class Verify:
         plan = self.plans["plan"]
         if plan.run.output_type != "image" or plan.facts.video:
             return None
-        mine, theirs = ([path for row in outputs.targets(self.plans[name].run) for path in row] for name in ("plan", other))
+        mine, theirs = ([path for row in targets(self.plans[name].run) for path in row] for name in ("plan", other))
         return likeness(mine, theirs)
 
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from xdit_core import outputs
-from xdit_core.outputs import sheet_path, targets, write_sheet
+from xdit_core.outputs import write_sheet
+from xdit_core.result_names import sheet_path, targets
 from xdit_core.settings import RunSettings
 from xdit_core.sheet import GAP, LINE, SIDE, WIDE, contact_sheet, shortened
 from xdit_core.video import middle_frame, write_video

@@ -15,8 +15,10 @@ import pytest
 from xdit_core.beat import SIZE, Beat, beat_path, read_beat
 from xdit_core.errors import ModelError, UsageError, XditError
 from xdit_core.failure import error_path, failure
-from xdit_core.outputs import atomically, check_writable, slug, targets
+from xdit_core.filesystem import atomically
+from xdit_core.outputs import check_writable
 from xdit_core.place import Place, compare
+from xdit_core.result_names import slug, targets
 from xdit_core.screen import Progress, Tee
 from xdit_core.settings import RunSettings
 from xdit_launcher import report
