@@ -93,8 +93,6 @@ class ForwardPoint:
             shape, dtype = self._shapes[key]
             return call.latents.new_empty((), dtype=dtype).expand(shape)
         now.known = key in self._shapes
-        for module in self._memoized:
-            module.begin_patch()
         try:
             whole = self.original(call.latents, call.rest)
         except NothingHere:
@@ -107,6 +105,8 @@ class ForwardPoint:
 
     def original(self, latents: torch.Tensor, rest: Mapping[str, Any]) -> torch.Tensor:
         """The denoiser as shipped, its blocks being a trunk."""
+        for module in self._memoized:
+            module.begin_patch()
         given: Any = list(latents.unbind(0)) if self.spec.listed else latents
         out = self._original(**{self.spec.latents: given}, **rest, return_dict=False)[0]
         whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
@@ -248,6 +248,7 @@ class Memoized:
     def clear(self) -> None:
         """Another call of the denoiser by the pipeline."""
         self._results.clear()
+        self._uses = 0
 
     def begin_patch(self) -> None:
         """Another patch of it."""
