@@ -3,79 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from xdit_core.errors import ModelError
 from xdit_core.records import Facts, ModelSpec
+from xdit_core.weights import check_weights, read_json
 
 INDEX = "model_index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}; check the folder given as model.path.") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON ({error}); the download may be incomplete, fetch it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object; the download may be incomplete, fetch it again.")
-    return value
-
-
-def check_safetensors(path: Path) -> None:
-    """Compare a file's length with its header, so that a truncated download is found before anything starts.
-
-    Raises:
-        ModelError: the file is shorter or longer than its header says, or has no header.
-    """
-    size = path.stat().st_size
-    fix = "the file is damaged or was cut off, fetch it again"
-    with path.open("rb") as file:
-        first = file.read(8)
-        if len(first) < 8:
-            raise ModelError(f"{path} has {size} bytes and no safetensors header; {fix}.")
-        (length,) = struct.unpack("<Q", first)
-        if length > min(size, 100_000_000):
-            raise ModelError(f"{path} has no readable safetensors header; {fix}.")
-        try:
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} has no readable safetensors header; {fix}.") from error
-    if size != 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes but its header promises {8 + length + end}; {fix}.")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that diffusers and transformers would read from a component folder; variants are left alone.
-
-    Raises:
-        ModelError: a shard that the index names is missing, or a file is damaged.
-    """
-    files: list[Path] = []
-    for stem in ("diffusion_pytorch_model", "model"):
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if single.is_file():
-            files = [single]
-        elif index.is_file():
-            files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-        if files:
-            break
-    for file in files:
-        if not file.is_file():
-            raise ModelError(f"{file} is missing though the index beside it names it; fetch the model again.")
-        check_safetensors(file)
-    return files
 
 
 def pipeline_class(folder: Path) -> str:
@@ -105,21 +42,81 @@ def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         wanted = " or ".join(spec.pipelines)
         raise ModelError(f"{folder} holds a {found} but model={spec.name} needs a {wanted}; choose the model that fits.")
     configs: dict[str, Any] = {"_index": index}
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
-            continue
+    tensors = 0
+    for name, library in components(folder, index).items():
         component = folder / name
         if not component.is_dir():
             raise ModelError(f"{component} is missing though {INDEX} lists it; fetch the model again.")
-        for config in ("config.json", "scheduler_config.json"):
-            if (component / config).is_file():
-                configs[name] = read_json(component / config)
-        weight_files(component)
+        config, scheduler = component / "config.json", component / "scheduler_config.json"
+        if config.is_file() or scheduler.is_file():
+            configs[name] = read_json(config if config.is_file() else scheduler)
+        stored = check_weights(component, library, configs[name] if config.is_file() else {})
+        tensors = stored if name == spec.denoiser else tensors
     if spec.denoiser not in configs:
         raise ModelError(f"{folder} has no {spec.denoiser}/config.json; model={spec.name} cannot run without it.")
-    if not weight_files(folder / spec.denoiser):
-        raise ModelError(f"{folder / spec.denoiser} holds no diffusion_pytorch_model.safetensors; fetch the model again.")
+    for part in spec.blocks:
+        blocks = whole_number(configs, spec.denoiser, part.count)
+        if tensors and blocks > tensors:
+            raise ModelError(
+                f"{folder / spec.denoiser}/config.json says {part.count}={blocks}, but the weights beside it are {tensors} tensors, "
+                "too few for so many blocks; fetch the model again."
+            )
     return configs
+
+
+def components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The components that ``model_index.json`` lists and that are not null, each with the library of its class.
+
+    Raises:
+        ModelError: an entry is no pair of names.
+    """
+    listed = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
+            continue
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise ModelError(
+                f"{folder / INDEX} has {name}={entry}, which is no library and class such as ['diffusers', 'AutoencoderKL']; "
+                "fetch it again."
+            )
+        listed[name] = entry[0]
+    return listed
+
+
+def whole_number(configs: Mapping[str, Any], component: str, key: str) -> int:
+    """A number above 0 from a component's config.
+
+    Raises:
+        ModelError: it is not there, or something else.
+    """
+    config = configs[component]
+    if key not in config:
+        raise ModelError(f"{component}/config.json has no {key}; the adapter cannot describe it, choose the model that fits.")
+    return natural(config[key], f"{component}/config.json", key)
+
+
+def natural(value: Any, file: str, key: str) -> int:
+    """A whole number above 0.
+
+    Raises:
+        ModelError: it is something else; names the file and the key.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        shown = str(value)[:40]
+        raise ModelError(f"{file} has {key}={shown} where a whole number above 0 belongs; fetch the model's JSON files again.")
+    return value
+
+
+@contextmanager
+def describing(spec: ModelSpec) -> Iterator[None]:
+    """Around what an adapter computes from the configs of a checkpoint: they may hold anything."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            f"model={spec.name} cannot read the config files of this checkpoint ({type(error).__name__}: {str(error)[:200]}); "
+            "fetch its JSON files again, or choose the model that fits."
+        ) from error
 
 
 def fingerprints(paths: Iterable[str]) -> tuple[str, ...]:
@@ -135,14 +132,23 @@ def fingerprints(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def latent_factor(configs: Mapping[str, Any]) -> int:
-    """Pixels a side of one latent element, as the diffusers image pipelines compute it."""
-    return int(2 ** (len(configs.get("vae", {}).get("block_out_channels", (0,) * 4)) - 1))
+    """Pixels a side of one latent element, as the diffusers image pipelines compute it.
+
+    Raises:
+        ModelError: the VAE's config lists no channels.
+    """
+    channels = configs.get("vae", {}).get("block_out_channels", (0,) * 4)
+    if not isinstance(channels, (list, tuple)) or not 0 < len(channels) <= 16:
+        raise ModelError(
+            f"vae/config.json has block_out_channels={str(channels)[:40]} where a list of numbers belongs; fetch the model's JSON files again."
+        )
+    return int(2 ** (len(channels) - 1))
 
 
 def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int:
     """Pixels a side that the pipeline itself would take, from the denoiser's config and all configs."""
     size = denoiser.get("sample_size", 128)
-    return (size if isinstance(size, int) else 128) * latent_factor(configs)
+    return (natural(size, "config.json", "sample_size") if isinstance(size, int) else 128) * latent_factor(configs)
 
 
 def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Facts:
@@ -150,26 +156,34 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
 
     Args:
         asked: the shared settings, and the pipeline's own ``call.*``.
+
+    Raises:
+        ModelError: the configs lack a value, or hold one that means nothing.
     """
-    config = configs[spec.denoiser]
-    missing = [key for key in (spec.heads, spec.patch, *(b.count for b in spec.blocks)) if key and key not in config]
-    if missing:
-        raise ModelError(f"{spec.denoiser}/config.json has no {', '.join(missing)}; model={spec.name} cannot describe it.")
-    patch_frames, patch = spec.patch_sizes(config)
-    pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * patch
-    step = spec.frame_step(configs) if spec.frame_step else 0
-    latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.stream.frames else 1
-    return Facts(
-        model=spec.name,
-        heads=int(config[spec.heads]) if spec.heads else 0,
-        blocks=sum(int(config[b.count]) for b in spec.blocks),
-        rows=(asked.get("height") or 0) // pixels,
-        columns=(asked.get("width") or 0) // pixels,
-        frames=-(-latent_frames // patch_frames),
-        text_tokens=spec.text_tokens(configs, asked) if spec.text_tokens else 0,
-        pixels_per_token=pixels,
-        matrices=spec.matrices is not None,
-        guided=spec.guided(asked) if spec.guided else (asked.get("guidance") or 0.0) > 1.0,
-        frame_step=step,
-        row_unit=spec.row_unit(config) if spec.row_unit else 1,
-    )
+    config, numbers = configs[spec.denoiser], {}
+    for key in filter(None, (spec.heads, *(b.count for b in spec.blocks))):
+        numbers[key] = whole_number(configs, spec.denoiser, key)
+    if spec.patch and spec.patch not in config:
+        whole_number(configs, spec.denoiser, spec.patch)
+    sizes = config[spec.patch] if spec.patch else 1
+    for size in sizes if isinstance(sizes, (list, tuple)) and sizes else (sizes,):
+        natural(size, f"{spec.denoiser}/config.json", spec.patch)
+    with describing(spec):
+        patch_frames, patch = spec.patch_sizes(config)
+        pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * patch
+        step = spec.frame_step(configs) if spec.frame_step else 0
+        latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.stream.frames else 1
+        return Facts(
+            model=spec.name,
+            heads=numbers[spec.heads] if spec.heads else 0,
+            blocks=sum(numbers[b.count] for b in spec.blocks),
+            rows=(asked.get("height") or 0) // pixels,
+            columns=(asked.get("width") or 0) // pixels,
+            frames=-(-latent_frames // patch_frames),
+            text_tokens=spec.text_tokens(configs, asked) if spec.text_tokens else 0,
+            pixels_per_token=pixels,
+            matrices=spec.matrices is not None,
+            guided=spec.guided(asked) if spec.guided else (asked.get("guidance") or 0.0) > 1.0,
+            frame_step=step,
+            row_unit=spec.row_unit(config) if spec.row_unit else 1,
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from xdit_core.attention import AttentionPoint
 from xdit_core.branches import Branches, watched
 from xdit_core.calling import call_arguments, check_call, scheduler_named
 from xdit_core.chain import nest
-from xdit_core.checkpoint import INDEX, read_json
+from xdit_core.checkpoint import INDEX
 from xdit_core.checks import check_run, check_size
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint
+from xdit_core.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.jobs import Done, Job, Output, Request, Started, joined
 from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
@@ -34,6 +35,7 @@ from xdit_core.registry import Registry
 from xdit_core.settings import ModelSettings, build, call_settings, parse_loras
 from xdit_core.trace import Trace
 from xdit_core.trunk import Trunk, replace_blocks
+from xdit_core.weights import read_json
 
 # What may differ from request to request; everything else is decided by the plan.
 PER_REQUEST = frozenset(
@@ -61,7 +63,8 @@ class Engine:
     Args:
         plan: what to run. With more than one rank the default process group must be initialized and have that many ranks.
         registry: where the plugins come from, by default the installed ones.
-        pipe: a loaded diffusers pipeline to use instead of loading the plan's; it is changed in place.
+        pipe: a loaded diffusers pipeline to use instead of loading the plan's. It is left as it was; parameters that need no
+            change share memory with it. One that was changed after loading (adapters, hooks, other processors) is refused.
         progress: told ``(step, steps)`` after each step.
         doing: told what the rank is about to wait for.
     """
@@ -81,6 +84,10 @@ class Engine:
         started = time.perf_counter()
         device = torch.device(plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, plan.run.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+        if pipe is not None:
+            asked = {**dataclasses.asdict(plan.run), **call_settings(plan.values)}
+            check_given(pipe, spec, plan.facts, asked, plan.values.get("dtype"))
+            dtype = precision(pipe, spec)
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         mesh = Mesh(plan.axes, device.type)
@@ -93,15 +100,12 @@ class Engine:
         self._built = self._build(registry)
         doing("loading the model")
         early, late = self._transforms(BEFORE_VALUES), self._transforms(AFTER_WEAVING)
+        where, loras = torch.device("cpu") if late else device, parse_loras(plan.run.lora)
         if pipe is None:
-            where = torch.device("cpu") if late else device
             trust = build(ModelSettings, "model.", plan.values).trust_remote_code
-            loras = parse_loras(plan.run.lora)
             pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras)
         else:
-            for denoiser in denoisers_of(pipe, spec).values():
-                for change in early:
-                    change(denoiser)
+            pipe = adopt_pipeline(spec, pipe, self.rank.blocks, where, early, loras)
         self.pipe = self.rank.pipe = pipe
         if plan.run.scheduler:
             self.pipe.scheduler = scheduler_named(plan.run.scheduler, self.pipe.scheduler)
@@ -111,11 +115,7 @@ class Engine:
         for change in late:
             change(self.pipe)
         self._extra, self._wants_latents = call_settings(plan.values), False
-        found = {
-            "_index": read_json(Path(plan.folder) / INDEX),
-            **{n: getattr(part, "config", None) for n, part in self.pipe.components.items()},
-        }
-        self._configs = {name: config for name, config in found.items() if isinstance(config, Mapping)}
+        self._configs = configs_of(self.pipe, read_json(Path(plan.folder) / INDEX))
         check_call(self._extra, self.pipe)
         self.load_seconds = time.perf_counter() - started
         self._marks: dict[str, float] = {}

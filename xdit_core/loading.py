@@ -1,12 +1,18 @@
-"""Load a diffusers pipeline; of the denoiser only the blocks that this rank holds are read and allocated.
+"""How a pipeline gets onto a rank: of the denoiser only the blocks that this rank holds are read and allocated.
 
-The denoiser is always read here: diffusers' own loader fills tensors that a checkpoint lacks with random numbers and a warning.
+There is one way, whether the tensors come from a folder or from a pipeline that the user has loaded: a denoiser without values
+(`Part.make`), placeholders for absent blocks, changes by strategies while parameters have shapes only, then the tensors
+(`Part.tensors`), with the LoRAs added, each divided as its parameter says. The denoiser is never read by diffusers' own loader,
+which fills tensors that a checkpoint lacks with random numbers and a warning.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,13 +20,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_core.checkpoint import INDEX, read_json, weight_files
+from xdit_core.checkpoint import INDEX
+from xdit_core.components import another_shape, first_line, lacking, load_components
 from xdit_core.errors import ModelError
 from xdit_core.lora import Delta, Deltas, load_loras
+from xdit_core.quiet import quiet
 from xdit_core.records import ModelSpec
+from xdit_core.tensors import FileTensors, Tensors
 from xdit_core.trunk import Absent
+from xdit_core.weights import read_json
 
 Change = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A denoiser that is to be loaded.
+
+    Args:
+        make: gives it with parameters on the meta device and computed buffers real.
+        tensors: opens where its tensors are.
+        origin: where that is, for messages.
+    """
+
+    make: Callable[[], nn.Module]
+    tensors: Callable[[], AbstractContextManager[Tensors]]
+    origin: str
 
 
 def load_pipeline(
@@ -51,30 +76,71 @@ def load_pipeline(
     index = read_json(folder / INDEX)
     cls = getattr(diffusers, index["_class_name"])
     absent: dict[str, Any] = absent_components(cls, index)
-    names = {name: index[name][1] for name in spec.denoisers if name in index and name not in absent}
-    # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
-    shapes = {name: empty(class_name, folder / name) for name, class_name in names.items()}
-    more = {"trust_remote_code": True} if trust_remote_code else {}
-    try:
-        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {reason}") from error
+    parts = {}
+    for name in spec.denoisers:
+        if name in index and name not in absent:
+            model = getattr(diffusers, str(index[name][1]), None)
+            if not (isinstance(model, type) and issubclass(model, diffusers.ModelMixin)):
+                raise ModelError(f"{folder / INDEX} says {name}={index[name]}, which is no model of diffusers; fetch it again.")
+            fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+            make = partial(empty, index[name][1], folder / name, dtype)
+            parts[name] = Part(make, partial(FileTensors, folder / name, dtype, fp32), str(folder / name))
+    with quiet():
+        # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
+        shapes = {name: part.make() for name, part in parts.items()}
+        models = load_components(folder, index, dtype, {**absent, **shapes})
+        more = {"trust_remote_code": True} if trust_remote_code else {}
+        try:
+            pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {first_line(error)}") from error
+        return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
+
+
+def fill(
+    pipe: Any,
+    spec: ModelSpec,
+    parts: Mapping[str, Part],
+    shapes: Mapping[str, nn.Module],
+    blocks: range,
+    changes: Sequence[Change],
+    loras: Mapping[str, float],
+) -> Any:
+    """Put the denoisers, with their values, in place of their shapes.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape; a LoRA does not fit.
+    """
     deltas: dict[str, Deltas] = load_loras(pipe, shapes, loras) if loras else {}
-    for name, class_name in names.items():
-        loaded = load_part(spec, folder / name, class_name, blocks, dtype, changes, deltas.get(name, {}))
-        pipe.register_modules(**{name: loaded})
-    return pipe.to(device)
+    for name, part in parts.items():
+        pipe.register_modules(**{name: load_part(spec, part, blocks, changes, deltas.get(name, {}))})
+    return pipe
 
 
-def empty(class_name: str, folder: Path) -> nn.Module:
-    """A denoiser with parameters on the meta device and computed buffers real."""
+def empty(class_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A denoiser with parameters on the meta device and computed buffers real, as diffusers makes it before it reads a checkpoint.
+
+    Args:
+        dtype: what buffers and tables get that do not choose for themselves.
+
+    Raises:
+        ModelError: its config does not describe it.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
     cls = getattr(diffusers, class_name)
-    with init_empty_weights():
-        model: nn.Module = cls.from_config(cls.load_config(folder))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():
+            model: nn.Module = cls.from_config(cls.load_config(folder))
+    except Exception as error:  # whatever a config can make a constructor raise
+        raise ModelError(
+            f"{folder}/config.json does not describe a {class_name} ({type(error).__name__}: {first_line(error)}); fetch it again."
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
     return model
 
 
@@ -89,58 +155,61 @@ def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, Non
     return absent
 
 
-def load_part(
-    spec: ModelSpec,
-    folder: Path,
-    class_name: str,
-    blocks: range,
-    dtype: torch.dtype,
-    changes: Sequence[Change] = (),
-    deltas: Deltas = MappingProxyType({}),
-) -> nn.Module:
+def load_part(spec: ModelSpec, part: Part, blocks: range, changes: Sequence[Change], deltas: Deltas) -> nn.Module:
     """The denoiser with ``Absent`` in place of the blocks that other stages hold; of a sharded parameter only the shard is read.
 
     Raises:
-        ModelError: the checkpoint lacks a tensor that this rank needs.
+        ModelError: the source lacks a tensor that this rank needs, or has one of another shape.
     """
-    from safetensors import safe_open
-
-    model = empty(class_name, folder)
+    model = part.make()
     start = 0
-    for part in spec.blocks:
-        for name in (part.attribute, *part.beside):
-            modules = getattr(model, name)
-            for i in range(len(modules)):
+    for listed in spec.blocks:
+        length = 0
+        for name in (listed.attribute, *listed.beside):
+            modules = getattr(model, name, None)
+            if not isinstance(modules, nn.ModuleList):
+                raise ModelError(
+                    f"{part.origin} is a {type(model).__name__} without {name}; model={spec.name} does not fit it."
+                )
+            length = len(modules)
+            for i in range(length):
                 if start + i not in blocks:
                     modules[i] = Absent(modules[i], spec.kept if start + i == 0 else ())
-        start += len(modules)
-    nn.Module.to(model, dtype)  # diffusers' own `to` warns about modules that it keeps in float32, which is done below
+        start += length
     for change in changes:
         change(model)
     needed = {**model.state_dict(), **dict(model.named_parameters())}  # parameters know how they are divided
     state: dict[str, torch.Tensor] = {}
-    fp32 = tuple(getattr(type(model), "_keep_in_fp32_modules", None) or ())
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for key in needed.keys() & set(tensors.keys()):
-                keep = any(name in key.split(".") for name in fp32)
-                state[key] = read(tensors, key, needed[key], torch.float32 if keep else dtype, deltas.get(key))
-    missing = sorted(set(needed) - set(state))
-    if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} tensors, {missing[0]} among them; fetch the model again.")
-    model.load_state_dict(state, strict=True, assign=True)
+    with part.tensors() as tensors:
+        names = set(tensors.names())
+        missing = needed.keys() - names
+        if missing:
+            raise lacking(part.origin, missing)
+        for name, like in needed.items():
+            if tensors.shape(name) != tuple(like.shape):
+                raise another_shape(tensors.origin(name), name, tensors.shape(name), tuple(like.shape))
+            state[name] = read(tensors, name, like, deltas.get(name))
+        model.load_state_dict(state, strict=True, assign=True)
+        replace_buffers(model, tensors)
     return model.eval()
 
 
-def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype, delta: Delta | None = None) -> torch.Tensor:
-    """A tensor of a safetensors file, or the part of it that a ``DTensor`` holds here; with ``delta()`` added, in float32."""
+def replace_buffers(model: nn.Module, tensors: Tensors) -> None:
+    """Buffers that no checkpoint holds but a module has, which may have cast them."""
+    for name in dict(model.named_buffers()).keys() & set(tensors.computed()):
+        holder, _, last = name.rpartition(".")
+        model.get_submodule(holder)._buffers[last] = tensors.read(name)
+
+
+def read(tensors: Tensors, name: str, like: torch.Tensor, delta: Delta | None = None) -> torch.Tensor:
+    """A tensor, or the part of it that a ``DTensor`` holds here; with ``delta()`` added, in float32."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
 
     change = delta() if delta else None
     if not isinstance(like, DTensor):
-        whole: torch.Tensor = tensors.get_tensor(key)
-        return (whole if change is None else whole.float() + change.view_as(whole)).to(dtype)
+        whole = tensors.read(name)
+        return (whole if change is None else whole.float() + change.view_as(whole)).to(tensors.dtype(name, whole.dtype))
     sizes, starts = local_part(like.shape, like.device_mesh, like.placements)
     where = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
     dim, packed = getattr(like, "packed", (0, (like.shape[0],)))
@@ -150,7 +219,8 @@ def read(tensors: Any, key: str, like: torch.Tensor, dtype: torch.dtype, delta: 
             one = size // like.device_mesh.size()
             first = start + like.device_mesh.get_local_rank() * one
             where[dim] = slice(first, first + one)
-        piece = tensors.get_slice(key)[tuple(where)]
+        piece = tensors.read(name, tuple(where))
+        dtype = tensors.dtype(name, piece.dtype)
         pieces.append(piece if change is None else piece.float() + change[tuple(where)])
         start += size
     part = torch.cat(pieces, dim=dim)

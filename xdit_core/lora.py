@@ -76,6 +76,8 @@ def merge(module: nn.Module, adapter: str, scale: float) -> None:
     for layer in adapted(module).values():
         if adapter in layer.lora_A:
             layer.scaling[adapter] *= scale
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.clone()  # the memory may belong to a pipeline of the user's
             layer.merge(adapter_names=[adapter])
 
 

@@ -196,6 +196,8 @@ class ModelSpec:
     Args:
         name: the word for ``model=``.
         pipelines: names of the diffusers pipeline classes that it fits; the first is the usual one.
+        more_pipelines: names of diffusers classes that take the denoiser in the same way and pictures beside the text; they can be given
+            to an Engine ready-made.
         hub: hub id used when no path is given; "" if the model is bundled (then ``path``).
         path: folder of a bundled checkpoint, "" if none.
         denoiser: component that holds the trunk.
@@ -249,6 +251,7 @@ class ModelSpec:
     blocks: tuple[Blocks, ...] = ()
     attention: Callable[[Any], tuple[str, ...]] = lambda block: ("self",)
     stream: Stream = field(default_factory=Stream)
+    more_pipelines: tuple[str, ...] = ()
     hub: str = ""
     path: str = ""
     denoiser: str = "transformer"

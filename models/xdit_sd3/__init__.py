@@ -39,6 +39,7 @@ def xdit_model() -> ModelSpec:
     return ModelSpec(
         name="sd3",
         pipelines=("StableDiffusion3Pipeline",),
+        more_pipelines=("StableDiffusion3Img2ImgPipeline",),
         hub="stabilityai/stable-diffusion-3-medium-diffusers",
         blocks=(Blocks("transformer_blocks", "num_layers"),),
         stream=Stream(text="encoder_hidden_states", returns=("text", "tokens")),
