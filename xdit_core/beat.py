@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIZE = 512
-HEAD = struct.Struct("<QdH")  # count of beats, time.monotonic(), bytes of text
+HEAD = struct.Struct("<QdIH")  # count of beats, time.monotonic(), results written, bytes of text
 WAITING = "waiting"
 
 
@@ -24,11 +24,13 @@ class Pulse:
         count: beats so far; a rank whose count stands still does not move.
         at: ``time.monotonic()`` of the last beat, comparable on one machine only.
         doing: the last words.
+        written: results that are where they should be.
     """
 
     count: int
     at: float
     doing: str
+    written: int = 0
 
     @property
     def waiting(self) -> bool:
@@ -50,6 +52,7 @@ class Beat:
 
     def __init__(self, path: Path | None) -> None:
         self.count, self.now, self._phase = 0, "starting", "starting"
+        self.written = 0
         self._map: mmap.mmap | None = None
         if path is not None:
             try:
@@ -67,11 +70,19 @@ class Beat:
         else:
             self.now = self._phase = text or self._phase
         self.count += 1
+        self._put()
+
+    def wrote(self, results: int) -> None:
+        """So many more results are where they should be."""
+        self.written += results
+        self._put()
+
+    def _put(self) -> None:
         if self._map is None:
             return
         data = self.now.encode("utf-8", "replace")[: SIZE - HEAD.size]
         # one slice assignment: a reader sees an old or a new beat, or at worst a mixture of two lines of text
-        self._map[: HEAD.size + len(data)] = HEAD.pack(self.count, time.monotonic(), len(data)) + data
+        self._map[: HEAD.size + len(data)] = HEAD.pack(self.count, time.monotonic(), self.written, len(data)) + data
 
 
 def read_beat(path: Path) -> Pulse | None:
@@ -82,7 +93,7 @@ def read_beat(path: Path) -> Pulse | None:
         return None
     if len(data) < HEAD.size:
         return None
-    count, at, length = HEAD.unpack_from(data)
+    count, at, written, length = HEAD.unpack_from(data)
     if not count:
         return None
-    return Pulse(count, at, data[HEAD.size : HEAD.size + length].decode("utf-8", "replace"))
+    return Pulse(count, at, data[HEAD.size : HEAD.size + length].decode("utf-8", "replace"), written)

@@ -23,7 +23,7 @@ from xdit_core.checks import check_run, check_size
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint
 from xdit_core.given import adopt_pipeline, check_given, configs_of, precision
-from xdit_core.jobs import Done, Job, Output, Request, Started, joined
+from xdit_core.jobs import Done, Job, Output, Request, Started, jobs_for, joined
 from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
@@ -179,7 +179,12 @@ class Engine:
 
     @torch.no_grad()
     def generate_all(
-        self, prompts: Sequence[str], done: Done | None = None, started: Started | None = None, **changes: Any
+        self,
+        prompts: Sequence[str],
+        done: Done | None = None,
+        started: Started | None = None,
+        skip: Collection[tuple[int, int]] = (),
+        **changes: Any,
     ) -> list[Output]:
         """Some prompts, ``images`` pictures of each; every rank of the plan must call it with the same arguments.
 
@@ -187,6 +192,7 @@ class Engine:
             prompts: what to draw.
             done: called with each output, or part of one, when it is there; on the ranks that own it.
             started: called with each job that this rank begins.
+            skip: pictures that are not drawn, as (prompt, picture); what is left of a prompt may come in several outputs.
             changes: any of ``PER_REQUEST``, and ``call={...}`` with further arguments of the pipeline's ``__call__``.
 
         Returns:
@@ -210,7 +216,7 @@ class Engine:
         problems = check_run(run) + check_size(run, self.plan.facts)
         if problems:
             raise PlanRefused(problems)
-        jobs = tuple(Job(prompt, i, range(run.images)) for i, prompt in enumerate(prompts))
+        jobs = jobs_for(prompts, run.images, skip)
         self.rank.slow.clear()
         self._broken = self.plan.world > 1
         outputs = self._run(Request(jobs, run, more, started, done))

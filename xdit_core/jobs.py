@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +75,19 @@ class Request:
 Run = Callable[[Request], list[Output]]
 
 
+def jobs_for(prompts: Sequence[str], images: int, skip: Collection[tuple[int, int]] = ()) -> tuple[Job, ...]:
+    """A job for each prompt; without the pictures to skip, which are (prompt, picture), a job for each run of numbers that is left."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        start = 0
+        for number in range(images + 1):
+            if number == images or (index, number) in skip:
+                if start < number:
+                    found.append(Job(prompt, index, range(start, number)))
+                start = number + 1
+    return tuple(found)
+
+
 def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
     """The jobs that make pictures ``start`` to ``stop`` of all the pictures, counted through."""
     found, seen = [], 0
@@ -90,7 +103,7 @@ def joined(outputs: Iterable[Output]) -> list[Output]:
     """One output for each prompt, its pictures in order, from outputs that came in parts."""
     result: list[Output] = []
     for part in sorted(outputs, key=lambda o: (o.index, o.numbers.start)):
-        if not result or result[-1].index != part.index:
+        if not result or result[-1].index != part.index or result[-1].numbers.stop != part.numbers.start:
             result.append(replace(part))
             continue
         whole = result[-1]

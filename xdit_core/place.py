@@ -98,13 +98,16 @@ def die_with(parent: int | None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def connect(place: Place, digest: str, device: str, timeout: float) -> None:
+def connect(place: Place, digest: str, device: str, timeout: float) -> Store:
     """Meet the other ranks and form the default process group, after making sure that all run the same plan.
 
     Args:
         digest: of the plan.
         device: ``cpu`` or ``cuda``; of the latter the current device is used.
         timeout: seconds that the launcher waits for signs of progress.
+
+    Returns:
+        What all ranks can write into and read.
 
     Raises:
         XditError: they do not.
@@ -136,6 +139,13 @@ def connect(place: Place, digest: str, device: str, timeout: float) -> None:
         timeout=patience,
         device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
     )
+    return store
+
+
+def everyones(store: Store, name: str, text: str, place: Place) -> list[str]:
+    """A text of each rank, by rank."""
+    store.set(f"{name}/{place.rank}", text)
+    return [store.get(f"{name}/{rank}").decode() for rank in range(place.world)]
 
 
 def compare(store: Store, digest: str, place: Place, patience: Any) -> None:

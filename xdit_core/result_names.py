@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
 
+from xdit_core.embedded import embedded_settings, is_json_of
 from xdit_core.errors import UsageError
+from xdit_core.filesystem import user_path
 from xdit_core.settings import RunSettings
 
 SUFFIX = MappingProxyType({"image": ".png", "video": ".mp4", "latent": ".safetensors"})
@@ -21,7 +24,7 @@ def slug(prompt: str) -> str:
 
 def is_folder(out: str) -> bool:
     """``out=`` means a folder: one that exists, a name without suffix, or one that ends in a slash."""
-    return out.endswith(("/", os.sep)) or Path(out).is_dir() or not Path(out).suffix
+    return out.endswith(("/", os.sep)) or os.path.isdir(user_path(out, "out=")) or not Path(out).suffix
 
 
 def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ...]:
@@ -36,7 +39,7 @@ def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ..
     kind = "video" if video and run.output_type == "image" else run.output_type
     suffix = SUFFIX[kind]
     each = run.images if run.output_type == "image" else 1
-    out = Path(run.out).expanduser()
+    out = user_path(run.out, "out=")
     if is_folder(run.out):
         names = [[f"{slug(prompt)}-{run.seed + i}" for i in range(each)] for prompt in run.prompt]
         return tuple(tuple(out / (name + suffix) for name in row) for row in without_repeats(names))
@@ -74,6 +77,32 @@ def without_repeats(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def sheet_path(run: RunSettings) -> Path:
-    """Where the contact sheet goes."""
-    out = Path(run.out).expanduser()
-    return out / "sheet.png" if is_folder(run.out) else out.with_name(f"{out.stem}-sheet.png")
+    """Where the contact sheet goes: a name that is free, or that of an earlier one."""
+    out = user_path(run.out, "out=")
+    names = chain(("sheet",), (f"sheet-{n}" for n in count(2)))
+    folder = is_folder(run.out)
+    paths = (out / f"{name}.png" if folder else out.with_name(f"{out.stem}-{name}.png") for name in names)
+    return first_free(paths, lambda path: embedded_settings(path) is not None)
+
+
+def json_path(result: Path) -> Path:
+    """Where the JSON of a result goes: ``fox.json``, or ``fox.png.json`` and so on where that belongs to somebody else."""
+    usual = (result.with_suffix(".json").name, f"{result.name}.json")
+    names = chain(usual, (f"{result.name}-{n}.json" for n in count(2)))
+    return first_free((result.with_name(name) for name in names), lambda path: is_json_of(path, result))
+
+
+def first_free(paths: Iterable[Path], is_ours: Callable[[Path], bool]) -> Path:
+    """The first path that is free or ours."""
+    return next(path for path in paths if not os.path.lexists(path) or is_ours(path))
+
+
+def has_sheet(run: RunSettings, files: Iterable[Sequence[Path]]) -> bool:
+    """There are several pictures, so that a contact sheet shows them."""
+    return run.output_type == "image" and sum(map(len, files)) > 1
+
+
+def all_files(run: RunSettings, files: Sequence[Sequence[Path]]) -> list[Path]:
+    """Every file that a run writes outside of its run folder, as things are now."""
+    found = [path for row in files for result in row for path in (result, json_path(result))]
+    return [*found, sheet_path(run)] if has_sheet(run, files) else found

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from xdit_core.printable import cut, printable
+
 SELDOM = 10.0  # seconds between lines in a log
 
 
@@ -48,7 +50,7 @@ class Progress:
             self._put(f"[{'#' * full}{'.' * (20 - full)}] {words}")
         elif step == steps or now - self._shown > SELDOM:
             self._shown = now
-            self._write(words + "\n")
+            self._write(printable(words) + "\n")
 
     def end(self) -> None:
         """The prompt is done."""
@@ -60,11 +62,17 @@ class Progress:
             self._write("\r\x1b[K")
             self._last = ""
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.clear()
+        self._write(printable(line) + "\n")
+
     def _put(self, line: str) -> None:
         if self.screen is None:
             return
+        line = printable(line)
         with contextlib.suppress(OSError):
-            line = line[: (os.get_terminal_size(self.screen.fileno()).columns or 80) - 1]
+            line = cut(line, (os.get_terminal_size(self.screen.fileno()).columns or 80) - 1)
         self._last = line
         self._write("\r\x1b[K" + line)
 

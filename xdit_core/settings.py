@@ -39,6 +39,11 @@ class RunSettings:
     images: int = field(default=1, metadata={"help": "pictures or videos for each prompt"})
     seed: int = field(default=0, metadata={"help": "seed of the noise, as of diffusers' CPU generator"})
     out: str = field(default="out.png", metadata={"help": "a file, or a folder for several pictures"})
+    overwrite: bool | None = field(
+        default=None,
+        metadata={"help": "replace files that are there; default: results of earlier runs, and nothing else; no: nothing"},
+    )
+    resume: bool = field(default=False, metadata={"help": "keep results that are there with the same settings, draw the rest"})
     output_type: str = field(default="image", metadata={"help": "image or latent (a safetensors file)"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda"})

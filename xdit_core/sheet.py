@@ -50,6 +50,9 @@ def thumbnail(path: Path) -> Any:
     """A picture, or the frame in the middle of a video, at most ``SIDE`` a side."""
     from PIL import Image
 
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(path)
+
     if path.suffix.lower() == ".mp4":
         from xdit_core.video import middle_frame
 

@@ -67,3 +67,18 @@ def middle_frame(path: Path) -> Any:
                 middle: Any = frame.reformat(format="rgb24", src_colorspace="ITU709", dst_colorspace="ITU601")
                 return middle.to_image()
     raise ValueError(f"{path} ends before its middle")
+
+
+def comment_of(path: Path) -> str:
+    """The comment in a video, "" if it has none.
+
+    Raises:
+        ValueError: it is no video.
+    """
+    import av
+
+    try:
+        with av.open(str(path.absolute())) as container:
+            return str(container.metadata.get("comment", ""))
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} is no video: {error}") from error

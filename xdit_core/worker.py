@@ -16,21 +16,20 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from xdit_core import machine, outputs
-from xdit_core.beat import Beat, beat_path
+from xdit_core.beat import WAITING, Beat, beat_path
 from xdit_core.errors import UsageError, XditError
-from xdit_core.failure import WRITING, error_path, failure
+from xdit_core.failure import error_path, failure
+from xdit_core.files_there import FilesThere
 from xdit_core.filesystem import atomically
-from xdit_core.place import Place, connect, die_with
+from xdit_core.place import Place, connect, die_with, everyones
 from xdit_core.plan import Plan, same_plan
+from xdit_core.printable import printable
 from xdit_core.result_names import targets
 from xdit_core.screen import Progress, Tee
-
-if TYPE_CHECKING:
-    from xdit_core.engine import Engine
-    from xdit_core.jobs import Job, Output
+from xdit_core.writer import Writer
 
 
 def quieten() -> None:
@@ -85,75 +84,49 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
         import torch.distributed as dist
 
         same_plan(plan)
+        files = FilesThere.here(plan) if plan.owns(place.rank) else FilesThere()
         if place.world > 1:
-            beat.doing("waiting for the other ranks to start")
-            connect(place, plan.digest(), device_type(plan), plan.run.patience)
-        beat.doing("importing diffusers")
-        import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
-
-        from xdit_core.engine import Engine
-        from xdit_core.trace import tracing
-        from xdit_core.verify import recording
-
-        progress.status(f"loading {plan.model}")
-        engine = Engine(plan, progress=progress, doing=beat.doing)
-        write = Writer(plan, engine, progress, beat)
-        with recording(engine, folder, write.title, write) as (started, done), tracing(engine, folder):
-            for output in engine.generate_all(plan.run.prompt, done, started):
-                write.rest(output)
-        engine.close()
+            beat.doing(f"{WAITING} for the other ranks to start")
+            store = connect(place, plan.digest(), device_type(plan), plan.run.patience)
+            files = files.with_others(everyones(store, "files", files.to_json(), place))
+        if place.rank == 0:
+            beat.wrote(len(files.kept))
+            for line in files.lines(plan):
+                progress.say(line)
+        if files.left(plan):
+            draw(plan, progress, beat, folder, files)
         if dist.is_initialized():
-            beat.doing("waiting for the other ranks to finish")
+            beat.doing(f"{WAITING} for the other ranks to finish")
             dist.barrier()
             dist.destroy_process_group()
         if place.rank == 0:
             beat.doing("writing the contact sheet")
-            if line := outputs.write_sheet(plan.run, write.files):
-                print(line, flush=True)
+            if line := outputs.write_sheet(plan.run, targets(plan.run, plan.facts.video)):
+                print(printable(line), flush=True)
         beat.doing("done")
 
 
-class Writer:
-    """Writes each output as soon as this rank has it, so that a later failure loses nothing."""
+def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesThere) -> None:
+    """Load the model and draw what is not there.
 
-    def __init__(self, plan: Plan, engine: Engine, progress: Progress, beat: Beat) -> None:
-        self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
-        self.files = targets(plan.run, plan.facts.video)
-        self._written: set[Path] = set()
+    Raises:
+        XditError: among others, results that are not where they should be.
+    """
+    beat.doing("importing diffusers")
+    import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
 
-    def title(self, job: Job) -> None:
-        """Another prompt begins."""
-        many = len(self.plan.run.prompt)
-        self.progress.begin(job.prompt if many == 1 else f"{job.index + 1} of {many}: {job.prompt}")
+    from xdit_core.engine import Engine
+    from xdit_core.trace import tracing
+    from xdit_core.verify import recording
 
-    def __call__(self, output: Output) -> None:
-        """An output, or a part of one: pictures have a file each, latents one for all."""
-        self.progress.end()
-        paths = self.files[output.index]
-        if output.latents is not None and len(output.numbers) < self.plan.run.images:
-            return  # the other pictures of this prompt are on other ranks, see `rest`
-        if output.latents is None:
-            paths = paths[output.numbers.start : output.numbers.stop]
-        self._written |= set(paths)
-        self.beat.doing(f"{WRITING}{paths[0]}")
-        seconds = {"load": self.engine.load_seconds, **output.seconds}
-        outputs.write(output, paths, self.plan, seconds, peak_bytes=self.progress.peak())
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-        for op, times in self.engine.rank.slow.items():
-            print(f"slow path: {op} needed the whole picture {times} times, and every stage waited", flush=True)
-        for path in paths:
-            print(f"{path}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
-
-    def rest(self, output: Output) -> None:
-        """On rank 0, when all is done: latents of one prompt that came in parts, and a word on what other ranks wrote."""
-        others = set(self.files[output.index]) - self._written
-        if self.engine.rank.mesh.rank or not others:
-            return
-        if output.latents is not None:
-            self(output)
-        else:
-            for path in sorted(others):
-                print(f"{path}  by another rank", flush=True)
+    progress.status(f"loading {plan.model}")
+    engine = Engine(plan, progress=progress, doing=beat.doing)
+    write = Writer(plan, engine, progress, beat, folder, files.kept)
+    with recording(engine, folder, write.title, write) as (started, done), tracing(engine, folder):
+        for output in engine.generate_all(plan.run.prompt, done, started, skip=files.skipped(plan)):
+            write.rest(output)
+    engine.close()
+    write.check()
 
 
 @contextlib.contextmanager

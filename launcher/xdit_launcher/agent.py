@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from xdit_core.errors import XditError
 from xdit_core.filesystem import atomically, make_folder
 from xdit_core.outputs import check_writable
-from xdit_core.result_names import targets
 from xdit_launcher import facts, processes, speed
 from xdit_launcher.local import listening
 from xdit_launcher.processes import Here, Share, Workers
@@ -105,7 +104,7 @@ class Agent:
         for name in marks:
             (place / name).touch()
         if any(found.owns(rank) for rank in range(*ranks)):
-            check_writable(found.run, targets(found.run, found.facts.video))
+            check_writable(found)
         share = Share(place, range(*ranks), found.world, address, port, found.run.threads, host, env, tuple(devices), sharing)
         share.check(found.run.device)
         screen: list[int] = []

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from xdit_core import machine, outputs
 from xdit_core.errors import UsageError
-from xdit_core.result_names import targets
 from xdit_launcher import layout, processes, report
 from xdit_launcher.processes import Here, Share, Workers
 from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, stay_deaf, watch
@@ -51,7 +50,7 @@ def check(plan: Plan, settings: Settings) -> None:
     ranks = node.ranks(plan.world)
     Share(Path(), ranks, plan.world, node.address, node.port).check(plan.run.device)
     if any(plan.owns(rank) for rank in ranks):
-        outputs.check_writable(plan.run, targets(plan.run, plan.facts.video))
+        outputs.check_writable(plan)
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:

@@ -75,7 +75,8 @@ def test_an_output_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plan.patches, plan.displaced, plan.values, plan.digest = 1, (), {}, lambda: "0"
     videos = [[plain(c)] * 3 for c in ("red", "blue")]
     paths = targets(run, video=True)[0]
-    outputs.write(Output("a fox", numbers=range(2), images=videos), paths, plan, {"denoise": 1.0})
+    for i, path in enumerate(paths):
+        outputs.write(Output("a fox", numbers=range(2), images=videos), i, path, plan, {"denoise": 1.0})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v-0.json", "v-0.mp4", "v-1.json", "v-1.mp4"]
     with av.open(str(tmp_path / "v-1.mp4")) as container:
         comment = container.metadata["comment"]
@@ -127,7 +128,7 @@ def test_where_it_goes_and_what_is_said(tmp_path: Path) -> None:
     assert line.endswith("b.png, b.png, b.png and 397 more: not here or not readable")
     assert write_sheet(run, [[tmp_path / "a-0.png"]]) == ""
     assert write_sheet(RunSettings(prompt=("a", "b"), output_type="latent"), [[Path("x")], [Path("y")]]) == ""
-    gone = RunSettings(prompt=("a", "b"), out=str(tmp_path / "no" / "x.png"))
+    gone = RunSettings(prompt=("a", "b"), out=str(tmp_path / "a-0.png" / "x.png"))
     assert "was not written" in write_sheet(gone, [[tmp_path / "a-0.png"], [tmp_path / "a-0.png"]])
 
 

@@ -16,7 +16,6 @@ from xdit_core.beat import SIZE, Beat, beat_path, read_beat
 from xdit_core.errors import ModelError, UsageError, XditError
 from xdit_core.failure import error_path, failure
 from xdit_core.filesystem import atomically
-from xdit_core.outputs import check_writable
 from xdit_core.place import Place, compare
 from xdit_core.result_names import slug, targets
 from xdit_core.screen import Progress, Tee
@@ -61,8 +60,6 @@ def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(prompt=("a",), out="v1.5") == [["v1.5/a-0.png"]]
     assert slug("../../etc/passwd") == "etc-passwd" and slug("?!") == "picture" and slug("Schöne Füchse") == "schöne-füchse"
     assert len(slug("x" * 500)) <= 48
-    check_writable(RunSettings(prompt=("a",), out="p/q/x.png"), [[Path("p/q/x.png")]])
-    assert (tmp_path / "p" / "q").is_dir() and not any((tmp_path / "p" / "q").iterdir())
     run = RunSettings(prompt=("a",))
     assert targets(run, video=True) == ((Path("out.mp4"),),)
     with pytest.raises(UsageError, match=r"videos are written as MP4; use out=x\.mp4"):
