@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from xdit_core import checkpoint
 from xdit_core.errors import UsageError
+from xdit_core.filesystem import read_text, user_path
 from xdit_core.records import Declaration, Facts, ModelSpec, Problem, listed
 from xdit_core.settings import RunSettings, parse_loras
 
@@ -27,12 +27,8 @@ def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
     filled = {k: v for k, v in defaults.items() if k != "prompt" and getattr(run, k) is None}
     prompt = run.prompt
     if run.prompts is not None:
-        try:
-            lines = Path(run.prompts).expanduser().read_text(encoding="utf-8-sig").split("\n")
-        except OSError as error:
-            raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file.") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"prompts={run.prompts} cannot be read ({error}); give a text file, saved as UTF-8.") from error
+        path = user_path(run.prompts, "prompts=")
+        lines = read_text(path, f"prompts={run.prompts}", "give a text file").split("\n")
         prompt += tuple(line.strip() for line in lines if line.strip())
         if not prompt:
             raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")

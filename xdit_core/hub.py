@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from xdit_core.errors import ModelError
+from xdit_core.filesystem import user_path
 from xdit_core.records import ModelSpec
 from xdit_core.settings import ModelSettings
 
@@ -38,7 +39,7 @@ def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True) -> Path
     if not source:
         raise ModelError(f"model={spec.name} needs a checkpoint; give its folder or hub id as model.path=.")
     if looks_like_folder(source):
-        return Path(source).expanduser().resolve()
+        return user_path(source, "model.path=").resolve()
     from huggingface_hub import snapshot_download  # slow to import, and most runs do not need it
 
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xdit_core.errors import PluginError, UsageError
+from xdit_core.filesystem import user_path
 
 CALL = "call."
 COLLECTED = ("prompt", "class", "lora")
@@ -124,7 +125,7 @@ def parse_loras(texts: Iterable[str]) -> dict[str, float]:
             scale = float(number) if path else 1.0
         except ValueError:
             path, scale = text, 1.0
-        path = str(Path(path or text).expanduser().resolve())
+        path = str(user_path(path or text, "lora=").resolve())
         if not Path(path).exists():
             raise ValueError(f"lora={text}: there is no {path}; give a file or folder, with a scale behind it such as PATH:0.8")
         if path in found:

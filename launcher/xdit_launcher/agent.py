@@ -168,7 +168,7 @@ class Agent:
             self._show(fd)
         news = {}
         for rank, seen in self._here.look().items() if self._here else ():
-            pulse = [seen.pulse.count, seen.pulse.doing] if seen.pulse else None
+            pulse = [seen.pulse.count, seen.pulse.doing, seen.pulse.written] if seen.pulse else None
             now = {"code": seen.code, "pulse": pulse, "error": seen.error, "log": seen.log}
             if self._told.get(rank) != now:
                 news[rank] = self._told[rank] = now

@@ -149,7 +149,7 @@ def run(
 ) -> None:
     """Draw the prompts (the default command)."""
     from xdit_core.plan import make_plan
-    from xdit_core.result_names import targets
+    from xdit_core.result_names import all_files, targets
     from xdit_launcher import show
 
     if as_json and not dry_run:
@@ -157,7 +157,7 @@ def run(
     chosen, values, on = asked(words, plugins, config, backend, options)
     values |= {name: "yes" for name, wanted in (("trace", trace), ("profile", profile)) if wanted}
     plan = make_plan(chosen, values, devices=on.devices())
-    files = [path for row in targets(plan.run, plan.facts.video) for path in row]
+    files = targets(plan.run, plan.facts.video)
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
@@ -172,7 +172,7 @@ def run(
         ]
         where += [word for word in words if word not in own]
         document = plan.to_json() if as_json else on.document(plan, plain).rstrip()
-        click.echo(document or "\n".join(show.plan_lines(plan, files, plain, on, where)))
+        click.echo(document or "\n".join(show.plan_lines(plan, all_files(plan.run, files), plain, on, where)))
         return
     on.check(plan)
     folder = run_folder(plan)
@@ -240,9 +240,9 @@ def run_folder(plan: Plan) -> Path:
     Raises:
         UsageError: it cannot be made.
     """
-    from xdit_core.filesystem import make_folder
+    from xdit_core.filesystem import make_folder, user_path
 
-    parent = Path(plan.run.runs).expanduser().absolute()
+    parent = user_path(plan.run.runs, "runs=").absolute()
     make_folder(parent, "runs", plan.run.runs)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.model}"
     for n in range(1, 1000):

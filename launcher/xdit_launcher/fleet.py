@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from xdit_core import machine
 from xdit_core.beat import Pulse
 from xdit_core.errors import UsageError, XditError
+from xdit_core.filesystem import write_text
 from xdit_core.outputs import RECORD
 from xdit_core.records import listed
 from xdit_launcher import facts, layout, report
@@ -171,7 +172,7 @@ class Fleet:
             error, name = now["error"], self.hosts[i].name
             if error:
                 error = {**error, "host": name, "wall": error["wall"] + self.offset[i], "rank": int(key)}
-            pulse = Pulse(now["pulse"][0], 0.0, now["pulse"][1]) if now["pulse"] else None
+            pulse = Pulse(now["pulse"][0], 0.0, now["pulse"][1], now["pulse"][2]) if now["pulse"] else None
             self.seen[int(key)] = Seen(name, now["code"], pulse, error, log=f"{name}:{now['log']}")
 
     def look(self) -> Mapping[int, Seen]:
@@ -348,7 +349,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
         UsageError: something would not work; says what, before any rank starts.
     """
     passed = chosen(env)
-    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    write_text(folder / "plan.json", plan.to_json(), "runs")
     try:
         with signals_interrupt():
             found, problems = check(fleet, plan)
@@ -359,7 +360,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
             blamed = watch(fleet.look, plan.run.timeout, cause, lambda: stacks(fleet))
     except KeyboardInterrupt:
         stay_deaf()
-        say(f"interrupted; {fleet.end()}.")
+        say("\n".join([f"interrupted; {fleet.end()}.", *report.progress(fleet.seen, plan)]))
         return INTERRUPTED
     except XditError:
         fleet.end()
@@ -372,7 +373,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
         pass
     if blamed is None:
         return 0
-    say("\n".join(report.lines(blamed, plan.world, together=shared)))
+    say("\n".join([*report.lines(blamed, plan.world, together=shared), *report.progress(fleet.seen, plan)]))
     return blamed.code
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from xdit_core import machine, outputs
 from xdit_core.errors import UsageError
+from xdit_core.filesystem import write_text
 from xdit_launcher import layout, processes, report
 from xdit_launcher.processes import Here, Share, Workers
 from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, stay_deaf, watch
@@ -71,8 +72,9 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     ranks = node.ranks(plan.world)
     for line in layout.warnings(plan, [Node(k, node.count).ranks(plan.world) for k in range(node.count)]):
         say(line)
-    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    write_text(folder / "plan.json", plan.to_json(), "runs")
     workers: Workers = {}
+    here = Here(folder, workers, socket.gethostname())
     try:
         with signals_interrupt():
             with node.server(2 * plan.world) as server:
@@ -80,9 +82,8 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
                 with duplicates(1, 2) as screen:
                     share = Share(folder, ranks, plan.world, node.address, port, plan.run.threads)
                     processes.spawn(share, workers, server, screen)
-            look = Here(folder, workers, share.host).look
             found = watch(
-                look,
+                here.look,
                 plan.run.timeout,
                 ask_for_stacks=lambda: processes.ask_for_stacks(workers),
                 elsewhere=node.count > 1,
@@ -90,7 +91,7 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     except KeyboardInterrupt:
         stay_deaf()
         processes.stop(workers)
-        say("interrupted; every process has ended.")
+        say("\n".join(["interrupted; every process has ended.", *report.progress(here.last(), plan)]))
         return INTERRUPTED
     except BaseException:
         processes.stop(workers)
@@ -98,7 +99,7 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     if found is None:
         return 0
     processes.stop(workers)
-    say("\n".join(report.lines(found, plan.world)))
+    say("\n".join([*report.lines(found, plan.world), *report.progress(here.last(), plan)]))
     return found.code
 
 

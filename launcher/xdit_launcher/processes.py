@@ -155,26 +155,30 @@ class Here:
 
     def __init__(self, folder: Path, workers: Workers, host: str) -> None:
         self.folder, self.workers, self.host = folder, workers, host
-        self._looked, self._seen = 0.0, {rank: Seen(host, log=str(log_path(folder, rank))) for rank in workers}
+        self._looked, self._seen = 0.0, dict[int, Seen]()
 
     def look(self) -> Mapping[int, Seen]:
         """What is known now; takes some milliseconds."""
         time.sleep(0.03)
         codes = {rank: w.poll() for rank, w in self.workers.items()}
-        changed = any(self._seen[rank].code != code for rank, code in codes.items())
+        changed = codes != {rank: seen.code for rank, seen in self._seen.items()}
         if changed or any(codes.values()) or time.monotonic() - self._looked > LOOK:
             self._looked = time.monotonic()
-            self._seen = {
-                rank: Seen(
-                    self.host,
-                    code,
-                    read_beat(beat_path(self.folder, rank)),
-                    read_error(self.folder, rank) if code != 0 else None,
-                    log=str(log_path(self.folder, rank)),
-                )
-                for rank, code in codes.items()
-            }
+            self._seen = {rank: self._read(rank, code) for rank, code in codes.items()}
         return self._seen
+
+    def last(self) -> Mapping[int, Seen]:
+        """What the files say, now that the processes have ended."""
+        return {rank: self._read(rank, w.poll()) for rank, w in self.workers.items()}
+
+    def _read(self, rank: int, code: int | None) -> Seen:
+        return Seen(
+            self.host,
+            code,
+            read_beat(beat_path(self.folder, rank)),
+            read_error(self.folder, rank) if code != 0 else None,
+            log=str(log_path(self.folder, rank)),
+        )
 
 
 def ask_for_stacks(workers: Workers) -> None:

@@ -7,10 +7,15 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdit_core.beat import Pulse
 from xdit_core.failure import error_path
+from xdit_core.printable import printable
+from xdit_core.result_names import is_folder, targets
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,17 @@ def told(error: Mapping[str, Any], log: str = "") -> Blame:
     return Blame(error["rank"], error["host"], error["doing"], sentence, error["exit_code"], log)
 
 
+def progress(seen: Mapping[int, Seen], plan: Plan) -> list[str]:
+    """How many of several results are where they should be, after a run that did not go to its end."""
+    total = sum(map(len, targets(plan.run, plan.facts.video)))
+    if total < 2:
+        return []
+    written = sum(s.pulse.written for s in seen.values() if s.pulse)
+    folder = plan.run.out if is_folder(plan.run.out) else str(Path(plan.run.out).parent)
+    hint = "; resume=yes draws the rest" if 0 < written < total else ""
+    return [f"{written} of {total} {'is' if written == 1 else 'are'} in {folder.rstrip('/')}/{hint}"]
+
+
 def by_signal(number: int) -> str:
     """A death by signal in words."""
     try:
@@ -159,8 +175,9 @@ def lines(found: Blame, world: int, together: bool = True) -> list[str]:
     Args:
         together: the logs of all ranks lie in one folder.
     """
-    return [
+    report = [
         f"rank {found.rank} of {world} on {found.host} failed at: {found.doing}",
         f"  {found.sentence[:600]}",
         f"  log: {found.log}" + (" (the others' beside it)" if world > 1 and together else ""),
     ]
+    return [printable(line) for line in report]

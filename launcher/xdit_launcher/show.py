@@ -81,7 +81,7 @@ def plan_lines(
     yield row("picture", f"{run.width} x {run.height}, {run.steps} steps{guidance}, seed {run.seed}")
     several = f"  ({run.images} pictures)" if run.images > 1 else ""
     yield from rows("prompt", [prompt + several for prompt in run.prompt])
-    yield from rows("writes", files)
+    yield from (row("writes", file) for file in files)  # all of them: none is to come as a surprise
     yield row("tokens", f"{facts.rows} x {facts.columns} = {facts.tokens}, and at most {facts.text_tokens} of text")
     yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
     yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none: one serial process")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError
+from xdit_core.filesystem import user_path
 from xdit_launcher import fleet
 from xdit_launcher.fleet import Fleet, Host
 from xdit_launcher.hosts import filtered, parse_hosts, read_hostfile
@@ -48,7 +49,7 @@ def hosts_of(settings: Settings) -> list[Host]:
     """
     if bool(settings.hosts) == bool(settings.hostfile):
         raise UsageError("give the hosts with one of --hosts a:8,b:8 and --hostfile FILE.")
-    found = parse_hosts(settings.hosts) if settings.hosts else read_hostfile(Path(settings.hostfile).expanduser())
+    found = parse_hosts(settings.hosts) if settings.hosts else read_hostfile(user_path(settings.hostfile, "--hostfile "))
     return filtered(found, settings.include, settings.exclude)
 
 

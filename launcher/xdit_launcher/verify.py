@@ -165,7 +165,9 @@ class Verify:
 
     def plan(self, name: str, plugins: Sequence[str], values: Mapping[str, Any]) -> Plan:
         """A plan that writes into its own folder."""
-        self.plans[name] = plan = make_plan(plugins, {**values, "out": f"{self.folder / name}/"}, devices=self.on.devices())
+        self.plans[name] = plan = make_plan(
+            plugins, {**values, "out": f"{self.folder / name}/", "resume": "no"}, devices=self.on.devices()
+        )
         return plan
 
     def run(self, name: str) -> int:
