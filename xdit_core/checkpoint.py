@@ -50,6 +50,9 @@ def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         config, scheduler = component / "config.json", component / "scheduler_config.json"
         if config.is_file() or scheduler.is_file():
             configs[name] = read_json(config if config.is_file() else scheduler)
+        for key in ("num_layers", "num_hidden_layers"):  # libraries take none or fewer for no layers at all
+            if isinstance(configs.get(name, {}).get(key), int):
+                natural(configs[name][key], f"{name}/config.json", key)
         stored = check_weights(component, library, configs[name] if config.is_file() else {})
         tensors = stored if name == spec.denoiser else tensors
     if spec.denoiser not in configs:

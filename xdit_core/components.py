@@ -53,7 +53,9 @@ def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.M
         other = re.search(r"because (\S+) expected shape (.+?), but got (.+?)\. ", str(error))
         if other:
             raise wrong_shape(folder, library, other[1], numbers(other[3]), numbers(other[2])) from error
-        raise ModelError(f"{folder} cannot be loaded as {cls.__name__}: {first_line(error)}; fetch the model again.") from error
+        raise ModelError(
+            f"{folder} cannot be loaded as the {cls.__name__} of its config.json: {first_line(error)}; fetch the model again."
+        ) from error
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         raise wrong_shape(folder, library, name, tuple(stored), tuple(wanted))
     missing = set(report["missing_keys"]) | {name for name, p in model.named_parameters() if p.is_meta}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from xdit_core.tensors import ModuleTensors
 
 PLAIN = (bool, int, float, str)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+NO_HOOKS = SimpleNamespace(hooks=())  # diffusers leaves an empty registry on every denoiser that was called
 # Set by libraries on a module without changing what it computes.
-HARMLESS = frozenset(("training", "gradient_checkpointing", "fullgraph"))
+HARMLESS = frozenset(("training", "gradient_checkpointing", "lora_scale"))
 
 
 def adopt_pipeline(
@@ -144,7 +145,7 @@ def changed_components(pipe: Any) -> Iterator[Problem]:
                 "merge them with pipe.fuse_lora() and pipe.unload_lora_weights(), or give them as lora=PATH to a plain pipeline"
             )
             yield Problem(f"{name} of pipe= has adapters ({listed(adapters)}), which cannot be divided", fix)
-        elif any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in part.modules()):
+        elif any(hasattr(m, "_hf_hook") or getattr(m, "_diffusers_hook", NO_HOOKS).hooks for m in part.modules()):
             fix = "call pipe.remove_all_hooks(), or give a pipeline without them; the plugin offload does such work"
             yield Problem(f"{name} of pipe= has hooks of accelerate or diffusers (offloading, casting or caching)", fix)
 

@@ -96,7 +96,7 @@ def shards(index: Path) -> list[Path]:
         raise ModelError(f"{index} has no weight_map that names the files of the weights; {FETCH}.")
     files = []
     for name in sorted({str(value) for value in named.values()}):
-        if Path(name).name != name or "\\" in name:
+        if Path(name).name != name or name == ".." or "\\" in name:
             raise ModelError(
                 f"{index} names {name}, which is no file of its own folder; such an index is not to be trusted, {FETCH}."
             )
