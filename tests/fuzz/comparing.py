@@ -23,7 +23,9 @@ from xdit_core import Engine, Plan, XditError
 from xdit_core.testing.pool import Pool, PoolError
 from xdit_core.testing.runs import plan_for
 
-EXACT = 2e-5  # of the largest value, in float32
+EXACT = (
+    2e-4  # of the largest value, in float32; random weights amplify what rounding does, mistakes are a thousand times larger
+)
 NAMES = {"height": "height", "width": "width", "frames": "num_frames"}
 
 
@@ -124,16 +126,12 @@ def run(case: Case, folder: str, lora: str) -> list[Any]:
             engine = Engine(plan, pipe=pipeline(folder, case.dtype, False) if case.given else None)
         except XditError as error:
             return [f"{type(error).__name__}: {error}"]
-        except Exception:
-            return [traceback.format_exc()]
         for one in case.asks:
             try:
                 outputs = engine.generate_all(list(one.prompts), **changes_of(case, one, settings))
                 results.append([output.latents.clone() for output in outputs])
             except XditError as error:
                 results.append(f"{type(error).__name__}: {error}")
-            except Exception:
-                results.append(traceback.format_exc())
         engine.close()
     return results
 
@@ -222,6 +220,11 @@ class Fuzzer:
         try:
             ranks = self.pool.run(run, case, folder, lora, world=plan.world, timeout=timeout)
         except PoolError as error:
+            try:
+                for one in case.asks:
+                    serial(case, one, lora, case.dtype)
+            except Exception:
+                return Verdict("skipped", str(error))
             return Verdict("wrong", str(error))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -233,13 +236,6 @@ class Fuzzer:
         for i, one in enumerate(case.asks):
             answers = [rank[i] if i < len(rank) else rank[-1] for rank in ranks]
             said = [a for a in answers if isinstance(a, str)]
-            if any("Traceback" in text for text in said):
-                try:
-                    serial(case, one, lora, case.dtype)
-                except Exception:
-                    skipped.append(f"request {i}: {said[0]}")
-                    continue
-                return Verdict("wrong", f"request {i}: {said[0]}")
             if said:
                 if len(said) < len(ranks):
                     return Verdict("wrong", f"request {i}: {len(said)} of {len(ranks)} ranks refuse: {said[0]}")
