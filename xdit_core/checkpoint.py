@@ -10,7 +10,7 @@ from typing import Any
 
 from xdit_core.errors import ModelError
 from xdit_core.records import Facts, ModelSpec
-from xdit_core.weights import check_weights, read_json
+from xdit_core.weights import check_weights, read_json, weight_files
 
 INDEX = "model_index.json"
 
@@ -28,8 +28,11 @@ def pipeline_class(folder: Path) -> str:
     return str(read_json(folder / INDEX).get("_class_name", "?"))
 
 
-def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict[str, Any]:
     """Check that a folder holds a diffusers pipeline that fits the adapter.
+
+    Args:
+        weights: the weights must be there; without it they may be missing, as where only the JSON files were fetched.
 
     Returns:
         Component name to config, ``_index`` to ``model_index.json``.
@@ -53,7 +56,8 @@ def open_checkpoint(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         for key in ("num_layers", "num_hidden_layers"):  # libraries take none or fewer for no layers at all
             if isinstance(configs.get(name, {}).get(key), int):
                 natural(configs[name][key], f"{name}/config.json", key)
-        stored = check_weights(component, library, configs[name] if config.is_file() else {})
+        there = weights or bool(weight_files(component, library))
+        stored = check_weights(component, library, configs[name] if config.is_file() else {}) if there else 0
         tensors = stored if name == spec.denoiser else tensors
     if spec.denoiser not in configs:
         raise ModelError(f"{folder} has no {spec.denoiser}/config.json; model={spec.name} cannot run without it.")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 
 from xdit_core.attention import AttentionPoint
 from xdit_core.branches import Branches, watched
@@ -20,6 +22,7 @@ from xdit_core.calling import call_arguments, check_call, scheduler_named
 from xdit_core.chain import nest
 from xdit_core.checkpoint import INDEX
 from xdit_core.checks import check_run, check_size
+from xdit_core.easy import bar_for, plan_from
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint
 from xdit_core.given import adopt_pipeline, check_given, configs_of, precision
@@ -65,7 +68,7 @@ class Engine:
         registry: where the plugins come from, by default the installed ones.
         pipe: a loaded diffusers pipeline to use instead of loading the plan's. It is left as it was; parameters that need no
             change share memory with it. One that was changed after loading (adapters, hooks, other processors) is refused.
-        progress: told ``(step, steps)`` after each step.
+        progress: told ``(step, steps)`` after each step; True for a progress bar, None for one in a notebook only.
         doing: told what the rank is about to wait for.
     """
 
@@ -74,13 +77,13 @@ class Engine:
         plan: Plan,
         registry: Registry | None = None,
         pipe: Any = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         doing: Callable[[str], None] = ignore,
     ) -> None:
         registry = registry or Registry()
         registry.select(plan.plugins)
         spec, _ = registry.model(plan.model)
-        self.plan, self.progress = plan, progress
+        self.plan = plan
         started = time.perf_counter()
         device = torch.device(plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, plan.run.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
@@ -91,6 +94,7 @@ class Engine:
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         mesh = Mesh(plan.axes, device.type)
+        self.progress = bar_for(progress, mesh.rank)
         trace = Trace() if plan.run.trace or plan.run.profile else None
         self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing, trace=trace)
         if trace:
@@ -120,6 +124,42 @@ class Engine:
         self.load_seconds = time.perf_counter() - started
         self._marks: dict[str, float] = {}
         self._broken = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | PathLike[str],
+        plugins: str | Iterable[str] = (),
+        *,
+        registry: Registry | None = None,
+        pipe: Any = None,
+        progress: Progress | bool | None = None,
+        **settings: Any,
+    ) -> Engine:
+        """An engine from the name of a model, a folder or a hub id.
+
+        Example::
+
+            with Engine.from_pretrained("emoji", plugins=["pipefusion"], pipefusion={"patches": 4}) as engine:
+                engine.generate("rocket", seed=3).images[0].save("rocket.png")
+
+        Args:
+            model, plugins, settings: as of ``xdit_core.easy.plan_from``.
+            registry, pipe, progress: as of the class.
+        """
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return cls(plan_from(model, plugins, registry, world, **settings), registry, pipe, progress)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        plan, rank = self.plan, self.rank
+        methods = "+".join(plan.plugins) or "serial"
+        return f"Engine({plan.model}, {methods}, rank {rank.mesh.rank} of {plan.world}, {rank.device}, {rank.dtype})"
 
     def _build(self, registry: Registry) -> dict[str, Built]:
         """The callables of every strategy."""
@@ -173,9 +213,17 @@ class Engine:
         self.pipe.progress_bar = self._progress_bar
         self._run: RequestRun = nest(chains.get("request", []), self._one_by_one)
 
-    def generate(self, prompt: str, **changes: Any) -> Output:
-        """One prompt, ``images`` pictures; as ``generate_all`` of that one."""
-        return self.generate_all([prompt], **changes)[0]
+    @overload
+    def generate(self, prompt: str, **changes: Any) -> Output: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], **changes: Any) -> list[Output]: ...
+
+    def generate(self, prompt: str | Sequence[str], **changes: Any) -> Output | list[Output]:
+        """One prompt, ``images`` pictures of it, or a list of prompts and an output for each; as ``generate_all``."""
+        if isinstance(prompt, str):
+            return self.generate_all([prompt], **changes)[0]
+        return self.generate_all(prompt, **changes)
 
     @torch.no_grad()
     def generate_all(

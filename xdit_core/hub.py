@@ -20,11 +20,18 @@ def looks_like_folder(path: str) -> bool:
     return path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or os.path.isdir(path)
 
 
-def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True) -> Path:
+def on_hub(spec: ModelSpec, settings: ModelSettings) -> bool:
+    """The checkpoint is named by a hub id, and not by a folder or as part of a package."""
+    source = settings.path or ("" if spec.path else spec.hub)
+    return bool(source) and not looks_like_folder(source)
+
+
+def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True, weights: bool = True) -> Path:
     """The local folder of the checkpoint, fetched from the hub when it is not there.
 
     Args:
         fetch: ask the hub; otherwise only its local cache.
+        weights: fetch everything that a run needs; otherwise what a plan needs, which are JSON files.
 
     Raises:
         ModelError: the folder does not exist, or the hub is out of reach; says what was tried.
@@ -47,7 +54,7 @@ def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True) -> Path
         folder = Path(snapshot_download(source, allow_patterns=["model_index.json"], **where))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         wanted = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]
-        ends = ["json", "txt", "model", "safetensors", *(["py"] if settings.trust_remote_code else [])]
+        ends = ["json", "txt", "model", "safetensors", *(["py"] if settings.trust_remote_code else [])] if weights else ["json"]
         snapshot_download(
             source,
             allow_patterns=[f"{name}/*.{end}" for name in wanted for end in ends],

@@ -122,6 +122,7 @@ def make_plan(
     registry: Registry | None = None,
     *,
     devices: int | None = None,
+    weights: bool = True,
 ) -> Plan:
     """Make the plan, or say everything that is wrong with it.
 
@@ -130,6 +131,7 @@ def make_plan(
         values: flat settings: ``{"model": "sd3", "usp.ulysses": "2", "steps": 20}``.
         registry: where plugins come from; by default the installed ones.
         devices: processes that suit this machine, used when ``nproc`` is not given.
+        weights: fetch the weights too if the checkpoint is on the hub; a plan that is only looked at needs its JSON files.
 
     Raises:
         UsageError: an unknown plugin, model or setting, or a value of the wrong type.
@@ -137,7 +139,7 @@ def make_plan(
         PlanRefused: the parts do not fit; lists every problem.
     """
     registry = registry or Registry()
-    chosen = registry.select(plugins)
+    chosen = registry.select([plugins] if isinstance(plugins, str) else plugins)
     values = dict(values)
     classes = registry.call("xdit_settings", {name: {} for name in chosen})
     known: dict[str, type[Any] | None] = {"": RunSettings, "model.": ModelSettings}
@@ -155,12 +157,12 @@ def make_plan(
 
     where = build(ModelSettings, "model.", values)
     if values["model"] == hub.AUTO.name:
-        folder = hub.locate(hub.AUTO, where)
+        folder = hub.locate(hub.AUTO, where, weights=weights)
         spec, model_origin = registry.model_for(checkpoint.pipeline_class(folder))
     else:
         spec, model_origin = registry.model(values["model"])
-        folder = hub.locate(spec, where)
-    configs = checkpoint.open_checkpoint(spec, folder)
+        folder = hub.locate(spec, where, weights=weights)
+    configs = checkpoint.open_checkpoint(spec, folder, weights or not hub.on_hub(spec, where))
     run = with_defaults(given, spec, configs)
     problems = check_run(run) + check_taken(given, spec) + check_loras(run)
     facts = checkpoint.facts(spec, configs, {**dataclasses.asdict(run), **call_settings(values)})

@@ -227,7 +227,10 @@ def check_keys(
         if owner and owner in (unselected or {}):
             errors.append(UsageError(f"{key} belongs to the plugin {owner}, which is not selected; add it: --plugins {owner}."))
         else:
-            errors.append(UsageError(f"unknown setting {key}; {did_you_mean(key, valid)}"))
+            value = values[key]
+            text = isinstance(value, str) and " " in f"{key}={value}".strip()
+            drawn = f' To draw these words, write prompt="{key}={value}".' if text else ""
+            errors.append(UsageError(f"unknown setting {key}; {did_you_mean(key, valid)}{drawn}"))
     return errors
 
 

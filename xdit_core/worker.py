@@ -54,6 +54,19 @@ def device_type(plan: Plan) -> str:
     return plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def fetch_weights(plan: Plan) -> None:
+    """Fetch from the hub what a plan did not need: one that was made by a dry run and started by hand has JSON files only."""
+    from xdit_core import hub
+    from xdit_core.registry import Registry
+    from xdit_core.settings import ModelSettings, build
+    from xdit_core.weights import weight_files
+
+    spec, _ = Registry().model(plan.model)
+    where = build(ModelSettings, "model.", plan.values)
+    if hub.on_hub(spec, where) and not weight_files(Path(plan.folder) / spec.denoiser, "diffusers"):
+        hub.locate(spec, where)
+
+
 def take_device(plan: Plan, place: Place) -> None:
     """This rank's GPU, or its share of the cores.
 
@@ -62,7 +75,7 @@ def take_device(plan: Plan, place: Place) -> None:
     """
     import torch
 
-    torch.set_num_threads(plan.run.threads or max(1, machine.cores() // place.local_world))
+    torch.set_num_threads(plan.run.threads or machine.threads(place.local_world))
     if device_type(plan) != "cuda":
         return
     if not torch.cuda.is_available():
@@ -83,6 +96,7 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
         take_device(plan, place)
         import torch.distributed as dist
 
+        fetch_weights(plan)
         same_plan(plan)
         files = FilesThere.here(plan) if plan.owns(place.rank) else FilesThere()
         if place.world > 1:

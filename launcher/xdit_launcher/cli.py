@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xdit_core.errors import UsageError, XditError
-from xdit_launcher import backends
+from xdit_launcher import backends, hints
 from xdit_launcher.supervise import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -52,10 +53,15 @@ class RunCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Whoever writes a setting as an option is told how settings are written."""
+        given = list(args)  # click takes them away one by one
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             meant = f"; did you mean {error.possibilities[0]}?" if error.possibilities else "."
+            if setting := hints.meant_setting(error.option_name, given):
+                raise UsageError(
+                    f"there is no option {error.option_name}; settings are written without dashes: {setting}."
+                ) from error
             raise UsageError(
                 f"there is no option {error.option_name}{meant} Settings are written key=value, such as steps=20 or usp.ulysses=2; "
                 "a prompt that starts with a dash comes after --."
@@ -123,6 +129,8 @@ def asked(
     from xdit_launcher.words import names_in, values_of
 
     values, named = values_of(words, config)
+    if "model" not in values:
+        hints.refuse_unknown_command(words, cli.commands)
     on, values = backends.choose(backend, options, values)
     return [name for item in plugins for name in names_in(item)] if plugins else list(named), values, on
 
@@ -156,7 +164,7 @@ def run(
         raise UsageError("--json shows a plan; add --dry-run.")
     chosen, values, on = asked(words, plugins, config, backend, options)
     values |= {name: "yes" for name, wanted in (("trace", trace), ("profile", profile)) if wanted}
-    plan = make_plan(chosen, values, devices=on.devices())
+    plan = make_plan(chosen, values, devices=on.devices(), weights=not dry_run)
     files = targets(plan.run, plan.facts.video)
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
@@ -176,7 +184,7 @@ def run(
         return
     on.check(plan)
     folder = run_folder(plan)
-    tell(plan, bool(values.get("prompt") or values.get("prompts")))
+    tell(plan, words, bool(values.get("prompt") or values.get("prompts")))
     ctx.exit(on.start(plan, folder))
 
 
@@ -223,11 +231,15 @@ def doctor(
     from xdit_launcher import doctor as command
 
     chosen, values, on = asked(words, plugins, config, backend, options)
-    ctx.exit(command.doctor(on, make_plan(chosen, values, devices=on.devices()) if values or chosen else None))
+    ctx.exit(command.doctor(on, make_plan(chosen, values, devices=on.devices(), weights=False) if values or chosen else None))
 
 
-def tell(plan: Plan, prompted: bool) -> None:
+def tell(plan: Plan, words: Sequence[str], prompted: bool) -> None:
     """Say what was decided for the user."""
+    from xdit_launcher.words import is_setting
+
+    if note := hints.loose_words([word for word in words if not is_setting(word)]):
+        click.echo(note, err=True)
     if not prompted:
         click.echo(f"no prompt given; drawing {plan.model}'s sample: {plan.run.prompt[0]}", err=True)
     for note in plan.notes:

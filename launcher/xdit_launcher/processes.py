@@ -78,7 +78,7 @@ class Share:
     def environment(self, rank: int) -> dict[str, str]:
         """What ``xdit_core.worker`` reads."""
         together = len(self.ranks) * self.sharing
-        threads = self.threads or max(1, machine.cores() // together)
+        threads = self.threads or machine.threads(together)
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")} | dict(self.env)
         name = interface_to(self.address, self.port) if sys.platform == "linux" else ""
         if name == "lo" and self.address == "localhost":  # as a Kubernetes operator may call the first pod to itself

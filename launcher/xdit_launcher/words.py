@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def is_text(value: str) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file as flat settings: ``usp: {ulysses: 2}`` and ``usp.ulysses: 2`` are the same, scalars stay text.
+    """A YAML file, or standard input for ``-``, as flat settings: ``usp: {ulysses: 2}`` and ``usp.ulysses: 2`` are the same, scalars stay text.
 
     Raises:
         UsageError: it cannot be read, is no map, or gives a key twice.
@@ -68,7 +69,8 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}; give a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
