@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from xdit_core.printable import printable
+
 
 class XditError(Exception):
-    """Base class. ``str(error)`` is for the user to read; no traceback is needed to act on it."""
+    """Base class. ``str(error)`` is for the user to read; no traceback is needed to act on it.
+
+    Args:
+        sentences: each becomes one line, whatever the user's words in it hold.
+    """
 
     exit_code = 1
+
+    def __init__(self, *sentences: object) -> None:
+        super().__init__(*map(str, sentences))
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
 
 
 class UsageError(XditError):
@@ -23,7 +35,7 @@ class PlanRefused(XditError):
     exit_code = 3
 
     def __init__(self, problems: Sequence[object]) -> None:
-        super().__init__("\n".join(str(p) for p in problems))
+        super().__init__(*problems)
         self.problems = tuple(problems)
 
 

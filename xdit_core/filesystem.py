@@ -10,6 +10,7 @@ import secrets
 import select
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -41,27 +42,30 @@ def user_path(text: str, setting: str) -> Path:
         raise UsageError(f"{setting}{text}: the home folder of {who} is not known; write the whole path.") from error
 
 
-def read_text(path: Path, setting: str, fix: str) -> str:
-    """A text file that a user names; a pipe such as ``<(command)`` is read to its end.
+def read_text(path: Path, setting: str, fix: str, most: int = MOST_TEXT) -> str:
+    """A text file that a user names, or standard input for ``-``; a pipe such as ``<(command)`` is read to its end.
 
     Args:
         setting: what names it, as it is written, with the path: ``prompts=x.txt``.
         fix: what to give instead, such as ``give a text file``.
+        most: bytes that it may have.
 
     Raises:
-        UsageError: it cannot be read, is no text, or is larger than ``MOST_TEXT``.
+        UsageError: it cannot be read, is no text, or is too large.
     """
     try:
-        # a named pipe without its other end would be waited for without a word
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-            data = read_some(file, MOST_TEXT + 1)
+        if str(path) == "-" and sys.stdin is not None:
+            data: bytes | None = sys.stdin.buffer.read(most + 1)
+        else:  # a named pipe without its other end would be waited for without a word
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+                data = read_some(file, most + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(f"{setting} cannot be read: {reason}; {fix}.") from error
     if data is None:
         raise UsageError(f"{setting} is a pipe into which nobody writes; {fix}.")
-    if len(data) > MOST_TEXT:
-        raise UsageError(f"{setting} holds more than {MOST_TEXT // 2**20} MiB; {fix}.")
+    if len(data) > most:
+        raise UsageError(f"{setting} holds more than {most // 2**20} MiB; {fix}.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -147,7 +147,7 @@ def make_plan(
     unselected = {n: n for n in registry.names(STRATEGIES) if n not in chosen}
     wrong = check_keys(values, known, unselected)
     if wrong:
-        raise UsageError("\n".join(str(e) for e in wrong))
+        raise UsageError(*wrong)
     if not values.get("model") or not isinstance(values["model"], str):
         raise UsageError(f"no model; add model=NAME with one of {', '.join(registry.names('xdit.models'))}, or auto.")
     for name, cls in classes.items():

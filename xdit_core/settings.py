@@ -109,6 +109,8 @@ def call_settings(values: Mapping[str, Any]) -> dict[str, Any]:
                 found[key.removeprefix(CALL)] = json.loads(value) if isinstance(value, str) else value
             except ValueError:
                 found[key.removeprefix(CALL)] = value
+            except RecursionError:
+                raise UsageError(f"{key} nests too deep; give a flatter value.") from None
     return found
 
 

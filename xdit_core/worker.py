@@ -27,6 +27,7 @@ from xdit_core.filesystem import atomically
 from xdit_core.place import Place, connect, die_with, everyones
 from xdit_core.plan import Plan, same_plan
 from xdit_core.printable import printable
+from xdit_core.restart import with_docstrings
 from xdit_core.result_names import targets
 from xdit_core.screen import Progress, Tee
 from xdit_core.writer import Writer
@@ -178,6 +179,7 @@ def leave(error: BaseException, place: Place, beat: Beat, folder: Path) -> NoRet
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one rank; ends the process with the exit code on a failure."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with_docstrings("xdit_core.worker", words)
     if len(words) != 1:
         sys.exit("usage: python -m xdit_core.worker plan.json")
     path = Path(words[0])

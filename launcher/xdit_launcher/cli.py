@@ -14,6 +14,7 @@ import click
 
 from xdit_core.errors import UsageError, XditError
 from xdit_launcher import backends, hints
+from xdit_launcher.printing import UNEXPECTED, print_lines, report_unexpected
 from xdit_launcher.supervise import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -46,6 +47,18 @@ class Main(click.Group):
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            report_unexpected(error)
+            ctx.exit(UNEXPECTED)
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """The command line is read; Ctrl-C meanwhile is no other than later."""
+        try:
+            return super().make_context(*args, **more)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
 
 
 class RunCommand(click.Command):
@@ -180,7 +193,10 @@ def run(
         ]
         where += [word for word in words if word not in own]
         document = plan.to_json() if as_json else on.document(plan, plain).rstrip()
-        click.echo(document or "\n".join(show.plan_lines(plan, all_files(plan.run, files), plain, on, where)))
+        if document:
+            click.echo(document)
+        else:
+            print_lines(show.plan_lines(plan, all_files(plan.run, files), plain, on, where))
         return
     on.check(plan)
     folder = run_folder(plan)
@@ -239,11 +255,11 @@ def tell(plan: Plan, words: Sequence[str], prompted: bool) -> None:
     from xdit_launcher.words import is_setting
 
     if note := hints.loose_words([word for word in words if not is_setting(word)]):
-        click.echo(note, err=True)
+        print_lines([note], err=True)
     if not prompted:
-        click.echo(f"no prompt given; drawing {plan.model}'s sample: {plan.run.prompt[0]}", err=True)
+        print_lines([f"no prompt given; drawing {plan.model}'s sample: {plan.run.prompt[0]}"], err=True)
     for note in plan.notes:
-        click.echo(note, err=True)
+        print_lines([note], err=True)
 
 
 def run_folder(plan: Plan) -> Path:
@@ -277,10 +293,10 @@ def plugins(ctx: click.Context, table: bool, model: str, device: str) -> None:
     from xdit_launcher import matrix, show
 
     if table:
-        click.echo("\n".join(matrix.lines({"model": model, "device": device})))
+        print_lines(matrix.lines({"model": model, "device": device}))
         return
     if ctx.invoked_subcommand is None:
-        click.echo("\n".join(show.plugin_list()))
+        print_lines(show.plugin_list())
 
 
 @plugins.command("show")
@@ -289,7 +305,7 @@ def plugins_show(name: str) -> None:
     """All about one of them: what it owns, its settings."""
     from xdit_launcher import show
 
-    click.echo("\n".join(show.plugin_page(name)))
+    print_lines(show.plugin_page(name))
 
 
 @cli.command()
@@ -297,7 +313,7 @@ def models() -> None:
     """List the models that are installed."""
     from xdit_launcher import show
 
-    click.echo("\n".join(show.model_list()))
+    print_lines(show.model_list())
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import click
 
 from xdit_launcher.backends import Backend
 from xdit_launcher.fleet import Fleet, check, rendezvous
+from xdit_launcher.printing import print_lines
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -38,7 +39,7 @@ def doctor(on: Backend, plan: Plan | None) -> int:
         found, problems = check(fleet, plan)
         names = {i: fleet.hosts[i].name for i in found}
         for line in machines(found, names):
-            click.echo(line)
+            print_lines([line])
         notes: list[str] = []
         problems += imports(fleet, found, names)
         problems += ports(fleet, found, getattr(on.settings, "rdzv", ""))
@@ -48,11 +49,11 @@ def doctor(on: Backend, plan: Plan | None) -> int:
             notes += resolving(fleet, found, names)
             lines, missing = network(fleet, found, names)
             problems += missing
-            click.echo("\n".join(lines))
+            print_lines(lines)
     for note in notes:
-        click.echo(f"note: {note}")
+        print_lines([f"note: {note}"])
     for problem in problems:
-        click.echo(f"problem: {problem}")
+        print_lines([f"problem: {problem}"])
     if not problems:
         click.echo("all is well." if not notes else "nothing that would stop a run.")
     return 1 if problems else 0

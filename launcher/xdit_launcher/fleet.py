@@ -146,7 +146,7 @@ class Fleet:
         """
         answers, problems = self.ask(do, each, **same)
         if problems:
-            raise UsageError("\n".join(problems))
+            raise UsageError(*problems)
         return answers
 
     def news(self, seconds: float) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -277,7 +277,7 @@ def rendezvous(rdzv: str | None) -> tuple[str, int]:
         UsageError: it is something else.
     """
     host, _, port = (rdzv or "").rpartition(":")
-    if rdzv and not (port.isdecimal() and 0 < int(port) < 65536):
+    if rdzv and not (port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
         raise UsageError(f"--rdzv {rdzv} is not PORT or HOST:PORT; write for example 29500.")
     return host.strip("[]"), int(port or 0)
 
@@ -354,7 +354,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
         with signals_interrupt():
             found, problems = check(fleet, plan)
             if problems:
-                raise UsageError("\n".join(problems))
+                raise UsageError(*problems)
             fleet.start(plan, folder, passed, rdzv, found)
             cause = CAUSE if len(fleet.hosts) == 1 else SILENCE + CAUSE  # so long a silent host may go unnoticed
             blamed = watch(fleet.look, plan.run.timeout, cause, lambda: stacks(fleet))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from xdit_core.errors import UsageError
+from xdit_core.filesystem import read_text
 from xdit_core.settings import did_you_mean
 from xdit_launcher.fleet import Host
 
@@ -38,14 +39,7 @@ def read_hostfile(path: Path) -> list[Host]:
     Raises:
         UsageError: the file is missing, empty, or a line is something else.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(
-            f"the hostfile {path} cannot be read: {error.strerror}; write one with lines such as {LINE}."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the hostfile {path} is no text; write one with lines such as {LINE}.") from error
+    lines = read_text(path, f"the hostfile {path}", f"write one with lines such as {LINE}").splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         name, *words = line.split("#")[0].split() or [""]
@@ -53,6 +47,8 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         where = f"{path} line {number}"
         pairs = dict(word.partition("=")[::2] for word in words)
+        if len(pairs) < len(words):
+            raise UsageError(f"{where} gives a word twice; a line is {LINE}, and python=PATH if need be.")
         if unknown := sorted(set(pairs) - {"slots", "python"}):
             raise UsageError(f"{where} has {', '.join(unknown)}; a line is {LINE}, and python=PATH if need be.")
         found.append(
@@ -74,7 +70,7 @@ def checked(name: str, where: str) -> str:
 
 def count(text: str, where: str) -> int:
     """A number of slots."""
-    if not text.isdecimal() or not 0 < int(text) <= 4096:
+    if not (text.isascii() and text.isdecimal() and len(text) < 9) or not 0 < int(text) <= 4096:
         raise UsageError(f"{where}: {text or 'nothing'} is no number of slots; write 1 or more.")
     return int(text)
 
@@ -130,7 +126,7 @@ def parse_filter(text: str, option: str, hosts: Sequence[Host]) -> dict[str, tup
         if name not in known:
             raise UsageError(f"{option} {text}: {name or 'an empty word'} is not among the hosts; {did_you_mean(name, known)}")
         host, parts = known[name], [n for n in numbers.split(",") if n]
-        if not all(n.isdecimal() for n in parts):
+        if not all(n.isdecimal() and len(n) < 6 for n in parts):
             raise UsageError(f"{option} {text}: devices are numbers from 0; write for example {name}:0,1.")
         devices = tuple(sorted({int(n) for n in parts}))
         if host.slots is not None and devices and devices[-1] >= host.slots:

@@ -192,7 +192,7 @@ def address_of(place: str) -> tuple[str, int]:
         UsageError: it is something else.
     """
     address, _, port = place.rpartition(":")
-    if not address or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not address or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
         raise UsageError(
             f"--rdzv {place} is not HOST:PORT; write an address of machine 0 and a free port, such as 10.0.0.1:29500."
         )

@@ -31,6 +31,7 @@ def lines(values: Mapping[str, Any], names: Sequence[str] | None = None) -> Iter
         values: settings of the plans, at least ``model``.
         names: the strategies, by default the installed ones.
     """
+    make_plan((), values, devices=DEVICES)  # what is wrong without any strategy is no matter of combinations
     names = Registry().names(STRATEGIES) if names is None else names
     found = {(a, b): verdict(sorted({a, b}), values) for a in names for b in names if a <= b}
     reasons: dict[str, int] = {}

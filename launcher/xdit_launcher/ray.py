@@ -130,7 +130,7 @@ def knock(address: str) -> None:
         OSError: nobody does.
     """
     host, sign, port = address.removeprefix("ray://").rpartition(":")
-    if sign and port.isdecimal():
+    if sign and port.isdecimal() and len(port) < 6:
         socket.create_connection((host, int(port)), timeout=5).close()
 
 

@@ -175,7 +175,7 @@ def plugin_page(name: str) -> Iterator[str]:
         yield row("broken", seen.error)
         return
     if seen.text:
-        yield from ("", seen.text, "")
+        yield from ("", *seen.text.splitlines(), "")
     if seen.declaration:
         for axis in seen.declaration.axes:
             setting = f", set by {axis.setting}=" if axis.setting else ""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import atomically
+from xdit_core.printable import printable
 from xdit_core.settings import build
 from xdit_launcher import facts, fleet
 from xdit_launcher.fleet import Fleet, Host
@@ -110,10 +111,28 @@ def script(folder: str, settings: Settings) -> list[str]:
         "--ntasks-per-node=1",
         "--job-name=xdit",
         f"--output={log}",
-        *shlex.split(settings.options),
+        *options_of(settings),
     ]
     command = [sys.executable, "-P", "-m", "xdit_launcher.slurm", folder]
     return ["#!/bin/bash", *(f"#SBATCH {shlex.quote(word)}" for word in asked), f"exec {shlex.join(command)}"]
+
+
+def options_of(settings: Settings) -> list[str]:
+    """The user's options of sbatch.
+
+    Raises:
+        UsageError: they cannot stand in the lines of a script.
+    """
+    if printable(settings.options) != settings.options:
+        raise UsageError(
+            f"slurm.options={settings.options} holds control characters; write the options in one line, such as --partition=gpu."
+        )
+    try:
+        return shlex.split(settings.options)
+    except ValueError as error:
+        raise UsageError(
+            f"slurm.options={settings.options} cannot be read ({error}); write for example --partition=gpu."
+        ) from error
 
 
 def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
@@ -137,8 +156,9 @@ def check(plan: Plan, settings: Settings) -> None:
     """What can be said before anything is written.
 
     Raises:
-        UsageError: a plan for CPUs that nobody asked for, made where there is no GPU.
+        UsageError: options that cannot be read, or a plan for CPUs that nobody asked for, made where there is no GPU.
     """
+    options_of(settings)
     if "SLURM_JOB_ID" not in os.environ and (problem := facts.device_problem(plan, True, "the nodes may have some")):
         raise UsageError(problem)
 

@@ -14,6 +14,7 @@ from types import FrameType
 
 import click
 
+from xdit_core.printable import printable
 from xdit_launcher.report import Blame, Seen, blame, decided
 
 CAUSE = 2.0  # seconds in which the cause of a lost connection should show itself
@@ -97,7 +98,7 @@ def watch(
 def say(text: str) -> None:
     """On stderr, in place of a progress line that may stand there; a terminal that has gone must not stop the work."""
     with contextlib.suppress(OSError):
-        click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
+        click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + printable(text, keep="\n"), err=True)
 
 
 ENDING = tuple(s for name in ("SIGTERM", "SIGHUP") if (s := getattr(signal, name, None)) is not None)

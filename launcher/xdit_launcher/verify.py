@@ -19,6 +19,7 @@ from xdit_core.errors import UsageError
 from xdit_core.filesystem import make_folder
 from xdit_core.plan import Plan, make_plan
 from xdit_core.result_names import targets
+from xdit_launcher.printing import print_lines
 
 if TYPE_CHECKING:
     from xdit_launcher.backends import Backend
@@ -160,7 +161,7 @@ class Verify:
             if name in self.plans and (code := self.run(name)):
                 return code
         found = self.compare()
-        click.echo("\n".join(found.lines()))
+        print_lines(found.lines())
         return 0 if found.good else MISMATCH
 
     def plan(self, name: str, plugins: Sequence[str], values: Mapping[str, Any]) -> Plan:
@@ -237,6 +238,6 @@ def verify(chosen: Sequence[str], values: Mapping[str, Any], on: Backend, new_fo
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     for note in plan.notes:
-        click.echo(note, err=True)
+        print_lines([note], err=True)
     on.check(plan)
     return Verify(tuple(chosen), values, on, new_folder(plan))()

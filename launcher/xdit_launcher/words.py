@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from xdit_core.errors import UsageError
+from xdit_core.filesystem import read_text, user_path
 from xdit_core.settings import parse_words
 
+MOST = 2**20  # bytes of a config file
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 
 
@@ -31,7 +32,7 @@ def values_of(words: Iterable[str], config: str | None = None) -> tuple[dict[str
     """
     words = list(words)
     typed = parse_words(word if is_setting(word) else f"prompt={word}" for word in words)
-    values = {**(read_config(Path(config)) if config is not None else {}), **typed}
+    values = {**(read_config(user_path(config, "--config ")) if config is not None else {}), **typed}
     plugins = values.pop("plugins", ())
     for prompt in as_list(values.get("prompt", ())):
         if not prompt.strip():
@@ -68,12 +69,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     import yaml  # type: ignore[import-untyped]
 
+    text = read_text(path, f"--config {path}", "give a YAML file", MOST)
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}; give a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise UsageError(f"--config {path} nests too deep; write one setting a line, such as steps: 20.") from error
+    except yaml.YAMLError as error:
         raise UsageError(f"--config {path} is no YAML ({' '.join(str(error).split())}); correct the file.") from error
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"--config {path} holds no map; write one setting a line, such as steps: 20.")
