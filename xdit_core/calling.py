@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from xdit_core.errors import UsageError
+from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.records import ModelSpec
+from xdit_core.schedulers import check_scheduler
 from xdit_core.settings import RunSettings, did_you_mean
 
 
@@ -49,13 +50,11 @@ def scheduler_named(name: str, current: Any) -> Any:
     """A scheduler of another class with the configuration of the current one.
 
     Raises:
-        UsageError: diffusers has no such class.
+        PlanRefused: diffusers has no such class, or it does not fit what the model predicts.
     """
     import diffusers
 
-    cls: Any = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        same = ", ".join(c.__name__ for c in current.compatibles) if hasattr(current, "compatibles") else "see diffusers"
-        raise UsageError(f"scheduler={name} is no scheduler class of diffusers; this model's compatible ones: {same}.")
-    made: Any = cls
-    return made.from_config(current.config)
+    problems = check_scheduler(name, {**current.config, "_class_name": type(current).__name__})
+    if problems:
+        raise PlanRefused(problems)
+    return getattr(diffusers, name).from_config(current.config)

@@ -132,3 +132,20 @@ def check_size(run: RunSettings, facts: Facts) -> list[Problem]:
         what = f"frames={run.frames} is no multiple of {facts.frame_step} plus 1, as {facts.model} needs"
         found.append(Problem(what, f"nearest are {near}"))
     return found
+
+
+def check_lora_scale(run: RunSettings, call: Mapping[str, Any]) -> list[Problem]:
+    """LoRAs are added to the weights once, so that a call cannot scale them any more.
+
+    Args:
+        call: further arguments of the pipeline's ``__call__``.
+    """
+    found = []
+    for name, value in call.items():
+        scale = value.get("scale") if name.endswith("attention_kwargs") and isinstance(value, Mapping) else None
+        if run.lora and scale is not None and scale != 1:
+            fix = f"write the scale behind the path, lora={run.lora[0].partition(':')[0]}:{scale}"
+            found.append(
+                Problem(f"call.{name} scales a LoRA by {scale}, and lora= adds it to the weights before the first call", fix)
+            )
+    return found

@@ -21,7 +21,7 @@ from xdit_core.branches import Branches, watched
 from xdit_core.calling import call_arguments, check_call, scheduler_named
 from xdit_core.chain import nest
 from xdit_core.checkpoint import INDEX
-from xdit_core.checks import check_run, check_size
+from xdit_core.checks import check_lora_scale, check_run, check_size
 from xdit_core.easy import bar_for, plan_from
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint
@@ -261,7 +261,7 @@ class Engine:
                 "pipeline in call={...}; the rest is decided by the plan."
             )
         run = dataclasses.replace(self.plan.run, **changes)
-        problems = check_run(run) + check_size(run, self.plan.facts)
+        problems = check_run(run) + check_size(run, self.plan.facts) + check_lora_scale(run, more)
         if problems:
             raise PlanRefused(problems)
         jobs = jobs_for(prompts, run.images, skip)

@@ -14,10 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from xdit_core import checkpoint, degrees, hub, machine
-from xdit_core.checks import check_loras, check_run, check_size, check_subject, check_taken, needs_blocks, with_defaults
+from xdit_core.checks import (
+    check_lora_scale,
+    check_loras,
+    check_run,
+    check_size,
+    check_subject,
+    check_taken,
+    needs_blocks,
+    with_defaults,
+)
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
 from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
+from xdit_core.schedulers import check_scheduler
 from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys, parse_loras
 
 
@@ -168,7 +178,9 @@ def make_plan(
     facts = checkpoint.facts(spec, configs, {**dataclasses.asdict(run), **call_settings(values)})
     facts = dataclasses.replace(facts, loras=() if problems else checkpoint.fingerprints(parse_loras(run.lora)))
     problems += check_size(run, facts) + check_subject(run, spec, configs)
-    problems += spec.check(configs, {**dataclasses.asdict(run), **call_settings(values)}) if spec.check else ()
+    problems += check_scheduler(run.scheduler, configs.get("scheduler", {})) + check_lora_scale(run, call_settings(values))
+    with checkpoint.describing(spec):
+        problems += spec.check(configs, {**dataclasses.asdict(run), **call_settings(values)}) if spec.check else ()
 
     arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}
     declared: dict[str, Declaration] = registry.call("xdit_declare", arguments)

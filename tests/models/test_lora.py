@@ -129,3 +129,16 @@ def test_one_that_is_more_than_a_change_of_weights(sd3, tmp_path):
     dora = made(pipe, tmp_path / "dora", use_dora=True)
     with pytest.raises(ModelError, match="merge it into the checkpoint first"):
         generate([], sd3[0], {"lora": dora})
+
+
+def test_a_scale_that_comes_with_the_call(sd3):
+    """The LoRA is in the weights already: the scale was ignored without a word."""
+    folder, (one, _) = sd3
+    sentence = r"call.joint_attention_kwargs scales a LoRA by 0.5.*; write the scale behind the path, lora=.*:0.5"
+    values = {**SD3, "lora": one, "call.joint_attention_kwargs": '{"scale": 0.5}'}
+    with pytest.raises(PlanRefused, match=sentence):
+        plan_for([], folder, values)
+    with pytest.raises(PlanRefused, match=sentence):
+        generate([], folder, {**SD3, "lora": one}, changes={"call": {"joint_attention_kwargs": {"scale": 0.5}}})
+    plan_for([], folder, {**values, "call.joint_attention_kwargs": '{"scale": 1.0}'})
+    plan_for([], folder, {**values, "lora": ()})
