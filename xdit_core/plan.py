@@ -235,7 +235,7 @@ def make_plan(
         displaced=tuple(n for n, d in declared.items() if d.displaced and patches > 1),
         reference=reference,
         facts=facts,
-        notes=result.notes,
+        notes=(*result.notes, *filter(None, (spec.notes(configs, subject) for subject in run.prompt) if spec.notes else ())),
     )
     checks = registry.call("xdit_check", {n: {**arguments[n], "plan": plan} for n in chosen})
     problems = [p for name, found in checks.items() for p in of(name, found or ())]

@@ -243,6 +243,7 @@ class ModelSpec:
         drawn: from the component configs, the subject and the number of pictures, the value for the pipeline; by default the subject.
             Raises ValueError with what is wrong and what to give.
         check: from the component configs and what was asked, what this model cannot do.
+        notes: from the component configs and the subject, a line for the user about what is to be expected, "" if there is nothing to say.
         latent_output: the pipeline knows ``output_type=latent``; if not, latents are what its VAE is given.
     """
 
@@ -284,6 +285,7 @@ class ModelSpec:
     subject: str = "prompt"
     drawn: Callable[[Mapping[str, Any], str, int], Any] | None = None
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[Problem]] | None = None
+    notes: Callable[[Mapping[str, Any], str], str] | None = None
     latent_output: bool = True
 
     @property

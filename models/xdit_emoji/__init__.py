@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from xdit_core import ModelSpec, hookimpl
+from xdit_emoji.names import note, words
 from xdit_sd3 import xdit_model as sd3
 
 
@@ -19,6 +20,8 @@ def xdit_model() -> ModelSpec:
         sd3(),
         name="emoji",
         hub="",
+        drawn=words,
+        notes=note,
         path=str(Path(__file__).with_name("pipeline")),
         defaults={"steps": 20, "guidance": 3.0, "max_sequence_length": 0, "prompt": ("red heart",)},
     )
