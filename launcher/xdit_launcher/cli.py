@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from xdit_core.errors import UsageError, XditError
-from xdit_launcher import backends, hints
+from xdit_launcher import backends, completion, hints, listings
 from xdit_launcher.printing import UNEXPECTED, print_lines, report_unexpected
 from xdit_launcher.supervise import INTERRUPTED
 
@@ -30,6 +31,10 @@ class Main(click.Group):
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and what a run takes, since the command may be left out."""
+        return [*super().shell_complete(ctx, incomplete), *completion.words(ctx, self.commands["run"].params[0], incomplete)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of a run too: most people mean one."""
@@ -124,11 +129,15 @@ def cli() -> None:
 def shared(command: Any) -> Any:
     """The options and words that say what to run and where."""
     for option in (
-        click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]..."),
+        click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...", shell_complete=completion.words),
         backends.options,
         click.option("--config", metavar="FILE", help="YAML with settings; the command line wins."),
         click.option(
-            "--plugins", multiple=True, metavar="A,B", help="Parallel methods, in any order; none: one serial process."
+            "--plugins",
+            multiple=True,
+            metavar="A,B",
+            shell_complete=completion.plugins,
+            help="Parallel methods, in any order; none: one serial process.",
         ),
     ):
         command = option(command)
@@ -227,12 +236,14 @@ def verify(
     ctx.exit(command.verify(chosen, values, on, run_folder))
 
 
-@cli.command()
+@cli.command(cls=RunCommand)
 @shared
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
 def doctor(
     ctx: click.Context,
     /,
+    as_json: bool,
     words: tuple[str, ...],
     plugins: tuple[str, ...],
     config: str | None,
@@ -247,7 +258,11 @@ def doctor(
     from xdit_launcher import doctor as command
 
     chosen, values, on = asked(words, plugins, config, backend, options)
-    ctx.exit(command.doctor(on, make_plan(chosen, values, devices=on.devices(), weights=False) if values or chosen else None))
+    ctx.exit(
+        command.doctor(
+            on, make_plan(chosen, values, devices=on.devices(), weights=False) if values or chosen else None, as_json
+        )
+    )
 
 
 def tell(plan: Plan, words: Sequence[str], prompted: bool) -> None:
@@ -283,41 +298,13 @@ def run_folder(plan: Plan) -> Path:
     raise UsageError(f"runs={plan.run.runs} is full of runs of this second; choose another folder with runs=.")
 
 
-@cli.group(invoke_without_command=True)
-@click.option("--matrix", "table", is_flag=True, help="Which of them go together, as a Markdown table.")
-@click.option("--model", default="emoji", show_default=True, metavar="NAME", help="With --matrix: for which model.")
-@click.option("--device", default="cuda", show_default=True, metavar="NAME", help="With --matrix: on cpu or cuda.")
-@click.pass_context
-def plugins(ctx: click.Context, table: bool, model: str, device: str) -> None:
-    """List the parallel methods that are installed."""
-    from xdit_launcher import matrix, show
-
-    if table:
-        print_lines(matrix.lines({"model": model, "device": device}))
-        return
-    if ctx.invoked_subcommand is None:
-        print_lines(show.plugin_list())
-
-
-@plugins.command("show")
-@click.argument("name")
-def plugins_show(name: str) -> None:
-    """All about one of them: what it owns, its settings."""
-    from xdit_launcher import show
-
-    print_lines(show.plugin_page(name))
-
-
-@cli.command()
-def models() -> None:
-    """List the models that are installed."""
-    from xdit_launcher import show
-
-    print_lines(show.model_list())
+cli.add_command(listings.plugins)
+cli.add_command(listings.models)
 
 
 def main() -> None:
     """The console script."""
+    completion.install()
     try:
         cli(prog_name="xdit-launch")
     except BrokenPipeError:  # such as ``xdit-launch plugins | head -1``

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,13 @@ IMPORT = 120.0  # seconds for torch to be imported on a machine with slow disks
 TIGHT = 2 << 30  # bytes of disk below which results may not fit
 
 
-def doctor(on: Backend, plan: Plan | None) -> int:
+def doctor(on: Backend, plan: Plan | None, as_json: bool = False) -> int:
     """Print what is found.
 
     Args:
         on: the backend that would start the run.
         plan: of the run, None to look at the machines only.
+        as_json: as one JSON object with ``machines``, ``network``, ``notes`` and ``problems``.
 
     Returns:
         1 if something must be mended, else 0.
@@ -38,9 +40,10 @@ def doctor(on: Backend, plan: Plan | None) -> int:
     with on.connect() as fleet:
         found, problems = check(fleet, plan)
         names = {i: fleet.hosts[i].name for i in found}
-        for line in machines(found, names):
-            print_lines([line])
+        if not as_json:
+            print_lines(machines(found, names))
         notes: list[str] = []
+        lines: list[str] = []
         problems += imports(fleet, found, names)
         problems += ports(fleet, found, getattr(on.settings, "rdzv", ""))
         notes += clocks(fleet, names)
@@ -49,7 +52,12 @@ def doctor(on: Backend, plan: Plan | None) -> int:
             notes += resolving(fleet, found, names)
             lines, missing = network(fleet, found, names)
             problems += missing
-            print_lines(lines)
+            if not as_json:
+                print_lines(lines)
+    if as_json:
+        about = {"machines": {names[i]: facts for i, facts in found.items()}, "network": lines}
+        click.echo(json.dumps({**about, "notes": notes, "problems": problems}, indent=1, default=str))
+        return 1 if problems else 0
     for note in notes:
         print_lines([f"note: {note}"])
     for problem in problems:

@@ -39,15 +39,20 @@ def rows(name: str, texts: Sequence[object]) -> Iterator[str]:
 
 def settings_help(cls: type[Any] | None, prefix: str = "") -> Iterator[str]:
     """``usp.ulysses  int (default: chosen for you)  what it is`` for every setting of a class."""
-    if cls is None:
-        return
     shown = [
         (f"{prefix}{name}=", type_name(kind), default_of(f), f.metadata.get("help", ""))
-        for (name, kind), f in zip(fields_of(cls).items(), dataclasses.fields(cls), strict=True)
+        for name, kind, f in settings_fields(cls)
     ]
     wide = [max((len(s[i]) for s in shown), default=0) for i in range(3)]
     for key, kind, default, text in shown:
         yield f"{key:<{wide[0]}}  {kind:<{wide[1]}}  {default:<{wide[2]}}  {text}".rstrip()
+
+
+def settings_fields(cls: type[Any] | None) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Name, type and field of every setting of a class."""
+    if cls is not None:
+        for (name, kind), field in zip(fields_of(cls).items(), dataclasses.fields(cls), strict=True):
+            yield name, kind, field
 
 
 def type_name(kind: Any) -> str:
