@@ -24,9 +24,9 @@ SETTINGS = (
 )  # that a model may not take
 
 
-def as_json(data: object) -> str:
-    """Indented, as it is in files."""
-    return json.dumps(data, indent=1, ensure_ascii=False)
+def as_json(data: object) -> list[str]:
+    """Indented lines, as in files."""
+    return json.dumps(data, indent=1).split("\n")
 
 
 def strategies() -> list[dict[str, Any]]:

@@ -29,9 +29,9 @@ def plugins(ctx: click.Context, table: bool, model: str, device: str, as_json: b
 
     values = {"model": model, "device": device}
     if table:
-        print_lines([listing.as_json(listing.pairs(values))] if as_json else matrix.lines(values))
+        print_lines(listing.as_json(listing.pairs(values)) if as_json else matrix.lines(values))
     elif ctx.invoked_subcommand is None:
-        print_lines([listing.as_json(listing.strategies())] if as_json else show.plugin_list())
+        print_lines(listing.as_json(listing.strategies()) if as_json else show.plugin_list())
 
 
 @plugins.command("show")
@@ -43,7 +43,7 @@ def plugins_show(name: str, as_json: bool) -> None:
     from xdit_launcher import listing, show
 
     if as_json:
-        print_lines([listing.as_json(listing.strategy(show.look(Registry().pick(STRATEGIES, name))))])
+        print_lines(listing.as_json(listing.strategy(show.look(Registry().pick(STRATEGIES, name)))))
     else:
         print_lines(show.plugin_page(name))
 
@@ -56,7 +56,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
     from xdit_launcher import listing, show
 
     if ctx.invoked_subcommand is None:
-        print_lines([listing.as_json(listing.model_list())] if as_json else show.model_list())
+        print_lines(listing.as_json(listing.model_list()) if as_json else show.model_list())
 
 
 @models.command("show")
@@ -72,4 +72,4 @@ def models_show(name: str, words: tuple[str, ...], as_json: bool) -> None:
     from xdit_launcher import listing
 
     values = parse_words(words)
-    print_lines([listing.as_json(listing.model(name, values))] if as_json else listing.model_page(name, values))
+    print_lines(listing.as_json(listing.model(name, values)) if as_json else listing.model_page(name, values))
