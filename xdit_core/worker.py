@@ -14,16 +14,16 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xdit_core import machine, outputs
 from xdit_core.beat import WAITING, Beat, beat_path
 from xdit_core.errors import UsageError, XditError
 from xdit_core.failure import error_path, failure
 from xdit_core.files_there import FilesThere
-from xdit_core.filesystem import atomically
+from xdit_core.filesystem import atomically, read_text
 from xdit_core.place import Place, connect, die_with, everyones
 from xdit_core.plan import Plan, same_plan
 from xdit_core.printable import printable
@@ -101,15 +101,13 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
         same_plan(plan)
         files = FilesThere.here(plan) if plan.owns(place.rank) else FilesThere()
         if place.world > 1:
-            beat.doing(f"{WAITING} for the other ranks to start")
-            store = connect(place, plan.digest(), device_type(plan), plan.run.patience)
+            store = connect(place, plan.digest(), device_type(plan), plan.run.patience, beat.doing)
             files = files.with_others(everyones(store, "files", files.to_json(), place))
         if place.rank == 0:
             beat.wrote(len(files.kept))
             for line in files.lines(plan):
                 progress.say(line)
-        if files.left(plan):
-            draw(plan, progress, beat, folder, files)
+        write = draw(plan, progress, beat, folder, files) if files.left(plan) else None
         if dist.is_initialized():
             beat.doing(f"{WAITING} for the other ranks to finish")
             dist.barrier()
@@ -118,15 +116,13 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
             beat.doing("writing the contact sheet")
             if line := outputs.write_sheet(plan.run, targets(plan.run, plan.facts.video)):
                 print(printable(line), flush=True)
+        if write is not None:
+            write.check()  # not before the others are done
         beat.doing("done")
 
 
-def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesThere) -> None:
-    """Load the model and draw what is not there.
-
-    Raises:
-        XditError: among others, results that are not where they should be.
-    """
+def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesThere) -> Writer:
+    """Load the model and draw what is not there."""
     beat.doing("importing diffusers")
     import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
 
@@ -141,7 +137,7 @@ def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesT
         for output in engine.generate_all(plan.run.prompt, done, started, skip=files.skipped(plan)):
             write.rest(output)
     engine.close()
-    write.check()
+    return write
 
 
 @contextlib.contextmanager
@@ -170,10 +166,42 @@ def leave(error: BaseException, place: Place, beat: Beat, folder: Path) -> NoRet
     with contextlib.suppress(OSError), atomically(error_path(folder, place.rank)) as temporary:
         temporary.write_text(json.dumps(about, indent=1))
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(about["traceback"])
+        sys.stderr.write(by_hand(about, place, folder) if place.parent is None else printable(about["traceback"], keep="\n"))
         sys.stderr.flush()
         sys.stdout.flush()
     os._exit(about["exit_code"])
+
+
+def by_hand(about: Mapping[str, Any], place: Place, folder: Path) -> str:
+    """What somebody reads who started this rank without the launcher: a sentence, and where the traceback is if it is needed."""
+    said = printable(" ".join(str(about["message"]).split()))
+    if not about["known"]:
+        said = f"{about['type']}: {said}"
+        path = folder / f"rank{place.rank}.traceback.txt"
+        try:
+            path.write_text(about["traceback"], encoding="utf-8", errors="backslashreplace")
+            said += f"; the traceback is in {printable(str(path))}"
+        except OSError:
+            said += "\n" + printable(about["traceback"], keep="\n").rstrip()
+    if place.world > 1:
+        said = f"rank {place.rank} of {place.world} failed at: {printable(about['doing'])}\n  {said}"
+    return said + "\n"
+
+
+def read_plan(path: Path) -> tuple[Plan, Place]:
+    """The plan in a file, and this process' place in it.
+
+    Raises:
+        XditError: there is no plan, or the environment does not fit it.
+    """
+    fix = "write one with xdit-launch run --dry-run --json"
+    text = read_text(path, f"the plan {path}", fix)
+    try:
+        plan = Plan.from_json(text)
+        world = plan.world
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as a plan ({type(error).__name__}: {error}); {fix}.") from error
+    return plan, Place.of(os.environ, world)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -184,10 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("usage: python -m xdit_core.worker plan.json")
     path = Path(words[0])
     try:
-        plan = Plan.from_json(path.read_text(encoding="utf-8"))
-        place = Place.of(os.environ, plan.world)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        sys.exit(f"{path} cannot be read as a plan ({error}); write one with xdit-launch --dry-run --json.")
+        plan, place = read_plan(path)
     except XditError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -44,7 +44,7 @@ class Agent:
     """
 
     def __init__(self, send: Send) -> None:
-        self.send, self.workers, self.done = send, Workers(), False
+        self.send, self.workers, self.done, self.paused = send, Workers(), False, False
         self._server: socket.socket | None = None
         self._screens: dict[int, int] = {}  # file descriptor of a pipe from rank 0 to 1 or 2
         self._here: Here | None = None
@@ -156,6 +156,16 @@ class Agent:
         """Latency and bandwidth to a machine that does `do_echo`."""
         return speed.measure(addresses, port, seconds)
 
+    def do_pause(self) -> None:
+        """Stop the ranks until `do_resume`; the launcher is stopped too, so that its silence means nothing."""
+        self.paused = True
+        processes.pause(self.workers)
+
+    def do_resume(self) -> None:
+        """Go on."""
+        self.paused = False
+        processes.resume(self.workers)
+
     def do_stop(self) -> None:
         """End everything."""
         processes.stop(self.workers)
@@ -163,7 +173,9 @@ class Agent:
         self.done = True
 
     def turn(self) -> None:
-        """Tell what is new, or at least that there is still somebody here."""
+        """Tell what is new, or at least that there is still somebody here; nothing while nobody listens."""
+        if self.paused:
+            return
         for fd in list(self._screens):
             self._show(fd)
         news = {}
@@ -228,7 +240,7 @@ def serve(agent: Agent) -> None:
     buffer, heard = b"", time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
-        while not agent.done and time.monotonic() - heard < SILENCE:
+        while not agent.done and (agent.paused or time.monotonic() - heard < SILENCE):
             if selector.select(0.1):
                 data = os.read(0, 65536)
                 if not data:

@@ -62,6 +62,18 @@ def about(distributions: Iterable[str], modules: Iterable[str], model: str) -> d
     }
 
 
+def alike(theirs: Any, ours: Any) -> bool:
+    """An answer has the shape of ours: the same names, and values of the same types."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        without = {"model"}  # which one machine may lack
+        return set(ours) <= set(theirs) and all(
+            alike(theirs[name], value) or (name in without and theirs[name] is None) for name, value in ours.items()
+        )
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return all(alike(value, ours[0]) for value in theirs) if ours else True
+    return ours is None or isinstance(theirs, (int, float) if isinstance(ours, float) else type(ours))
+
+
 def version(distribution: str) -> str:
     """Its version, "" if it is not installed."""
     try:

@@ -25,12 +25,24 @@ from xdit_launcher import facts, layout, report
 from xdit_launcher.agent import ALIVE, SILENCE
 from xdit_launcher.processes import log_path
 from xdit_launcher.report import Seen
-from xdit_launcher.supervise import CAUSE, INTERRUPTED, say, signals_interrupt, stay_deaf, undisturbed, watch
+from xdit_launcher.supervise import (
+    ASLEEP,
+    CAUSE,
+    INTERRUPTED,
+    Suspension,
+    say,
+    signals_interrupt,
+    stay_deaf,
+    undisturbed,
+    watch,
+)
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
 PATIENCE = 60.0  # seconds for an agent to start and answer
+ODD = "its answer is not understood; install the same version of xdit there, and see whether something prints between"
+UNASKED = 0  # number of a request whose answer nobody waits for
 FAREWELL = 5.0  # seconds for an agent to end its processes
 
 Deliver = Callable[[int, Mapping[str, Any]], None]
@@ -85,6 +97,7 @@ class Fleet:
         self.places: list[range] = []
         self._asked = 0
         self._over = threading.Event()
+        self.suspension = Suspension(lambda: self._tell_all("pause"), self._resume)
         try:
             for i in range(len(hosts)):
                 self.links.append(connect(i, lambda j, message: self.inbox.put((j, message))))
@@ -99,18 +112,34 @@ class Fleet:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _tell_all(self, do: str) -> None:
+        """A request to all agents whose answer nobody waits for."""
+        for link in self.links:
+            link.send({"do": do, "id": UNASKED})
+
+    def _resume(self) -> None:
+        """After a stop, in which no host could be heard."""
+        self._tell_all("resume")
+        self.heard = dict.fromkeys(self.heard, time.monotonic())
+
     def _ping(self) -> None:
         while not self._over.wait(ALIVE):
             for link in self.links:
                 link.send({"do": "ping"})
 
     def ask(
-        self, do: str, each: Mapping[int, Mapping[str, Any]] | None = None, patience: float = PATIENCE, **same: Any
+        self,
+        do: str,
+        each: Mapping[int, Mapping[str, Any]] | None = None,
+        patience: float = PATIENCE,
+        kind: type = object,
+        **same: Any,
     ) -> tuple[dict[int, Any], list[str]]:
         """Ask agents and wait for their answers.
 
         Args:
             each: the hosts to ask, with arguments of their own; by default all.
+            kind: what an answer must be.
             same: arguments for all of them.
 
         Returns:
@@ -125,14 +154,19 @@ class Fleet:
         failed = {i: self.gone[i] for i in each if i in self.gone}
         end = time.monotonic() + patience
         while (open_ := set(each) - set(answers) - set(failed)) and time.monotonic() < end:
+            before = time.monotonic()
             for i, message in self.news(0.2):
                 if i in open_ and message.get("did") == number:
                     if "failed" in message:
-                        failed[i] = message["failed"]
-                    else:
+                        failed[i] = str(message["failed"])
+                    elif isinstance(message.get("result"), kind):
                         answers[i] = message["result"]
-                elif i in open_ and "gone" in message:
-                    failed[i] = message["gone"]
+                    else:
+                        failed[i] = ODD
+                elif i in open_ and i in self.gone:
+                    failed[i] = self.gone[i]
+            if (took := time.monotonic() - before) > ASLEEP:
+                end += took
         failed |= dict.fromkeys(
             set(each) - set(answers) - set(failed), f"no answer within {patience:g} s; see whether it is up and reachable"
         )
@@ -150,7 +184,8 @@ class Fleet:
         return answers
 
     def news(self, seconds: float) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """What came in, after waiting for the first for so long; keeps account of who is there."""
+        """What came in, after waiting for the first for so long; keeps account of who is there. Here Ctrl-Z takes effect."""
+        self.suspension.settle()
         with contextlib.suppress(queue.Empty):
             item = self.inbox.get(timeout=seconds)
             while True:
@@ -158,11 +193,14 @@ class Fleet:
                 self.heard[i] = time.monotonic()
                 if "gone" in message:
                     self.gone.setdefault(i, str(message["gone"]))
-                if "wall" in message:
-                    self.offset[i] = time.time() - message["wall"]
-                if "screen" in message:
-                    show(message["screen"], base64.b64decode(message["data"]))
-                self._note(i, message.get("seen", {}))
+                try:
+                    if "wall" in message:
+                        self.offset[i] = time.time() - message["wall"]
+                    if "screen" in message:
+                        show(message["screen"], base64.b64decode(message["data"]))
+                    self._note(i, message.get("seen", {}))
+                except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+                    self.gone.setdefault(i, ODD)
                 yield item
                 item = self.inbox.get_nowait()
 
@@ -228,11 +266,11 @@ class Fleet:
         """Where the first host listens and all others reach it."""
         given, wanted = rendezvous(rdzv)
         first, name = used[0], self.hosts[used[0]].name
-        port = int(self.must("serve", {first: {"port": wanted}})[first])
+        port = int(self.must("serve", {first: {"port": wanted}}, kind=int)[first])
         if all(self.hosts[i].name == name for i in used):
             return given or "127.0.0.1", port
         choices = [given] if given else [name.rpartition("@")[2], facts_[first]["host"], *facts_[first]["addresses"]]
-        found = self.must("reach", {i: {"addresses": choices, "port": port} for i in used})
+        found = self.must("reach", {i: {"addresses": choices, "port": port} for i in used}, kind=dict)
         for choice in choices:
             ways = [found[i].get(choice, "") for i in used]
             if all(
@@ -318,8 +356,16 @@ def check(fleet: Fleet, plan: Plan | None) -> tuple[dict[int, Any], list[str]]:
     model, device = (plan.folder, plan.run.device) if plan else ("", None)
     ours = facts.about(distributions, modules, model)
     found, problems = fleet.ask(
-        "hello", distributions=distributions, modules=modules, plan=plan.to_json() if plan else "", folder=os.getcwd()
+        "hello",
+        kind=dict,
+        distributions=distributions,
+        modules=modules,
+        plan=plan.to_json() if plan else "",
+        folder=os.getcwd(),
     )
+    odd = [i for i, theirs in found.items() if not facts.alike(theirs, ours)]
+    problems += [f"{fleet.hosts[i].name}: {ODD}" for i in odd]
+    found = {i: theirs for i, theirs in found.items() if i not in odd}
     names = {i: fleet.hosts[i].name for i in found}
     problems += facts.same_machine(found, names) if fleet.typed else ()
     for i, theirs in sorted(found.items()):
@@ -351,7 +397,7 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
     passed = chosen(env)
     write_text(folder / "plan.json", plan.to_json(), "runs")
     try:
-        with signals_interrupt():
+        with signals_interrupt(), fleet.suspension.installed():
             found, problems = check(fleet, plan)
             if problems:
                 raise UsageError(*problems)
@@ -388,7 +434,7 @@ def bring(fleet: Fleet, rank: int, folder: Path) -> str:
     if path.exists():
         return str(path)
     host = next(i for i, ranks in enumerate(fleet.places) if rank in ranks)
-    answers, _ = fleet.ask("bring", {host: {"rank": rank}}, patience=3.0)
+    answers, _ = fleet.ask("bring", {host: {"rank": rank}}, patience=3.0, kind=str)
     if not answers.get(host):
         return ""
     try:

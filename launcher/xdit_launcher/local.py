@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING
 from xdit_core import machine, outputs
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import write_text
+from xdit_core.place import not_started
+from xdit_core.records import listed
 from xdit_launcher import layout, processes, report
 from xdit_launcher.processes import Here, Share, Workers
-from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, stay_deaf, watch
+from xdit_launcher.report import Seen
+from xdit_launcher.supervise import INTERRUPTED, Suspension, say, signals_interrupt, stay_deaf, watch
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -75,18 +79,25 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     write_text(folder / "plan.json", plan.to_json(), "runs")
     workers: Workers = {}
     here = Here(folder, workers, socket.gethostname())
+    suspension = Suspension(lambda: processes.pause(workers), lambda: processes.resume(workers))
+
+    def look() -> Mapping[int, Seen]:
+        suspension.settle()
+        return here.look()
+
     try:
-        with signals_interrupt():
+        with signals_interrupt(), suspension.installed():
             with node.server(2 * plan.world) as server:
                 port = server.getsockname()[1] if server else node.port
                 with duplicates(1, 2) as screen:
                     share = Share(folder, ranks, plan.world, node.address, port, plan.run.threads)
                     processes.spawn(share, workers, server, screen)
             found = watch(
-                here.look,
+                look,
                 plan.run.timeout,
                 ask_for_stacks=lambda: processes.ask_for_stacks(workers),
                 elsewhere=node.count > 1,
+                absent=(lambda seen: node.absent(seen, plan.world)) if node.count > 1 else None,
             )
     except KeyboardInterrupt:
         stay_deaf()
@@ -171,6 +182,19 @@ class Node:
         each = world // self.count
         return range(self.index * each, (self.index + 1) * each)
 
+    def absent(self, seen: Mapping[int, Seen], world: int) -> str:
+        """A sentence about the nodes that have not come, "" if all have, or if ranks of this one are not ready themselves."""
+        waits = [not_started(s.doing) for s in seen.values()]
+        ranks = {rank for ranks in waits for rank in ranks} - set(seen)
+        nodes = [k for k in range(self.count) if k != self.index and ranks & set(Node(k, self.count).ranks(world))]
+        if not nodes or not all(waits):
+            return ""
+        if 0 in nodes and self.index:  # nobody else is known while rank 0 is not there
+            nodes = [0]
+        which = f"node {nodes[0]} has" if len(nodes) == 1 else f"nodes {listed(nodes)} have"
+        each = "it with: " if len(nodes) == 1 else "each with its own --node-rank, such as: "
+        return f"{which} not come to {self.address}:{self.port}; start {each}{command_for(nodes[0], sys.argv[1:])}"
+
     @contextlib.contextmanager
     def server(self, backlog: int) -> Iterator[socket.socket | None]:
         """Where rank 0 will be met. None on the other nodes.
@@ -183,6 +207,20 @@ class Node:
             return
         with listening(HOST if self.count == 1 else "", self.port, backlog) as server:
             yield server
+
+
+def command_for(index: int, words: Sequence[str]) -> str:
+    """The command of this node as another one needs it."""
+    found, number = list(words), str(index)
+    for i, word in enumerate(words):
+        if word == "--node-rank" and i + 1 < len(words):
+            found[i + 1] = number
+        for start in ("--node-rank=", "local.node_rank="):
+            if word.startswith(start):
+                found[i] = start + number
+    if found == list(words):  # it is in a config file, or this is no command line
+        return f"the same command and --node-rank {index}"
+    return shlex.join(["xdit-launch", *found])
 
 
 def address_of(place: str) -> tuple[str, int]:

@@ -86,9 +86,9 @@ class Pipe:
 
 
 def read(text: str) -> dict[str, Any] | None:
-    """A line of JSON, None if it is broken."""
+    """A line of JSON that is a map, None if it is something else."""
     try:
-        found: dict[str, Any] = json.loads(text)
-    except ValueError:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         return None
-    return found
+    return found if isinstance(found, dict) else None

@@ -193,13 +193,29 @@ def stop(workers: Workers) -> None:
     """End every worker and what it started; returns when none is left. Not to be interrupted: it takes a second at most."""
     with undisturbed():
         for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10.0)):
-            for pid in pids(workers.values()):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, number)
+            signal_all(workers, number)
+            resume(workers)  # one that is stopped takes no other signal
             end = time.monotonic() + patience
             for w in workers.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     w.wait(max(0.0, end - time.monotonic()))
+
+
+def pause(workers: Workers) -> None:
+    """Stop every worker and what it started, until `resume`. SIGTSTP would not do: nobody could continue a session without a terminal."""
+    signal_all(workers, signal.SIGSTOP)
+
+
+def resume(workers: Workers) -> None:
+    """Let them go on."""
+    signal_all(workers, signal.SIGCONT)
+
+
+def signal_all(workers: Workers, number: int) -> None:
+    """A signal to every worker and what it started."""
+    for pid in pids(workers.values()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)
 
 
 def pids(workers: Iterable[subprocess.Popen[bytes]]) -> list[int]:

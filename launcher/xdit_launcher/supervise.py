@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import re
 import signal
 import sys
@@ -17,6 +19,8 @@ import click
 from xdit_core.printable import printable
 from xdit_launcher.report import Blame, Seen, blame, decided
 
+NOTICE = 10.0  # seconds after which it is said that a machine has not come
+ASLEEP = 5.0  # seconds that no look takes unless the whole run was stopped
 CAUSE = 2.0  # seconds in which the cause of a lost connection should show itself
 INTERRUPTED = 130
 
@@ -61,6 +65,7 @@ def watch(
     cause: float = CAUSE,
     ask_for_stacks: Callable[[], None] | None = None,
     elsewhere: bool = False,
+    absent: Callable[[Mapping[int, Seen]], str] | None = None,
 ) -> Blame | None:
     """Wait until all ranks are done, one has failed, or none moves any more.
 
@@ -70,14 +75,23 @@ def watch(
         cause: seconds to wait for a cause when only ranks that lost their peers were seen.
         ask_for_stacks: makes the ranks write into their logs where they are.
         elsewhere: there are ranks that ``look`` cannot see.
+        absent: a sentence about machines that have not come, "" if all have.
 
     Returns:
         Whom to blame, None if all went well.
     """
     counts: list[int] = []
     moved, pace = time.monotonic(), Pace(timeout)
+    notice = moved + NOTICE
     while True:
+        before = time.monotonic()
         seen = look()
+        took = time.monotonic() - before
+        moved += took if took > ASLEEP else 0.0
+        if absent and time.monotonic() > notice:
+            notice = math.inf
+            if text := absent(seen):
+                say(f"waiting: {text}")
         if any(s.failed for s in seen.values()):
             end = time.monotonic() + cause
             while time.monotonic() < end and not decided(seen):
@@ -92,6 +106,9 @@ def watch(
         elif time.monotonic() - moved > pace.limit:
             if ask_for_stacks:
                 ask_for_stacks()
+            if absent and (text := absent(seen)):
+                rank, s = next(iter(seen.items()))
+                return Blame(rank, s.host, s.doing, text, 1, s.log)
             return blame(seen, stuck_for=pace.limit, elsewhere=elsewhere)
 
 
@@ -120,6 +137,52 @@ def signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Suspension:
+    """Ctrl-Z stops the processes of a run together with the launcher, and ``fg``, ``bg`` or SIGCONT lets all go on.
+
+    The processes have sessions of their own, which a terminal does not stop.
+
+    Args:
+        pause, resume: stop the processes, and let them go on.
+    """
+
+    def __init__(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        self.pause, self.resume, self._wanted = pause, resume, False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take the signal, where signals come and nobody ignores it."""
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTSTP) != signal.SIG_DFL:
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._wanted = True  # no more: what is being done may hold a lock
+
+        signal.signal(signal.SIGTSTP, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+
+    def settle(self) -> float:
+        """Stop here if it is wanted.
+
+        Returns:
+            For how many seconds everything stood still.
+        """
+        if not self._wanted:
+            return 0.0
+        self._wanted = False
+        began = time.monotonic()
+        self.pause()
+        try:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        finally:
+            self.resume()
+        return time.monotonic() - began
 
 
 def stay_deaf() -> None:

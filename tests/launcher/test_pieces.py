@@ -16,7 +16,7 @@ from xdit_core.beat import SIZE, Beat, beat_path, read_beat
 from xdit_core.errors import ModelError, UsageError, XditError
 from xdit_core.failure import error_path, failure
 from xdit_core.filesystem import atomically
-from xdit_core.place import Place, compare
+from xdit_core.place import Place, compare, not_started
 from xdit_core.result_names import slug, targets
 from xdit_core.screen import Progress, Tee
 from xdit_core.settings import RunSettings
@@ -185,10 +185,12 @@ def test_ranks_with_another_plan_are_named() -> None:
         def wait(self, keys: list[str], patience: object) -> None:
             assert all(key in self for key in keys)
 
+    said: list[str] = []
     shelf = Shelf({"digest/0": b"x", "digest/2": b"y"})
     with pytest.raises(XditError, match="ranks 1 and 2 of 3 got another plan than rank 0; copy one plan"):
-        compare(shelf, "z", Place(rank=1, world=3), None)
-    compare(Shelf({"digest/0": b"x"}), "x", Place(rank=1, world=2), None)
+        compare(shelf, "z", Place(rank=1, world=3), timedelta(0), said.append)
+    compare(Shelf({"digest/0": b"x"}), "x", Place(rank=1, world=2), timedelta(0), said.append)
+    assert not said
 
     class Empty(Shelf):
         """Some never come."""
@@ -199,8 +201,9 @@ def test_ranks_with_another_plan_are_named() -> None:
         def check(self, keys: list[str]) -> bool:
             return keys[0] in self
 
-    with pytest.raises(XditError, match="ranks 0 and 2 of 3 did not come within 9 s; start all nodes"):
-        compare(Empty(), "x", Place(rank=1, world=3), timedelta(seconds=9))
+    with pytest.raises(XditError, match="ranks 0 and 2 of 3 did not come within 0 s; start all nodes"):
+        compare(Empty(), "x", Place(rank=1, world=3), timedelta(0), said.append)
+    assert [not_started(text) for text in said] == [(0, 2)] and not_started("waiting for the ring") == ()
 
 
 @pytest.mark.parametrize(
@@ -210,11 +213,29 @@ def test_ranks_with_another_plan_are_named() -> None:
         ({"WORLD_SIZE": "4"}, "needs 2 processes but WORLD_SIZE is 4"),
         ({"WORLD_SIZE": "2"}, "must be numbers"),
         ({"WORLD_SIZE": "2", "RANK": "x"}, "must be numbers"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "9"},
+            "RANK=5 is none of the 2 from 0 to 1; start it",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "9"}, "RANK=-1 is none of the 2"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"},
+            "LOCAL_RANK=2 is none of",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "9"}, "MASTER_ADDR and MASTER_PORT do not say where rank 0 is met"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a"}, "MASTER_ADDR and MASTER_PORT do not say"),
     ],
 )
 def test_a_wrong_environment(env: dict[str, str], part: str) -> None:
     with pytest.raises(UsageError, match=part):
         Place.of(env, 2)
+
+
+def test_one_rank_of_a_world_of_one() -> None:
+    assert Place.of({}, 1) == Place.of({"RANK": "0"}, 1) == Place()
+    for env in ({"RANK": "5"}, {"RANK": "5", "WORLD_SIZE": "1"}):
+        with pytest.raises(UsageError, match="RANK=5 is none of the 1"):
+            Place.of(env, 1)
 
 
 def test_progress_in_a_log_and_on_a_terminal() -> None:
