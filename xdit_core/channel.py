@@ -6,6 +6,8 @@ ranks come to evaluate what they send and receive.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,17 @@ class Channel:
             work.wait()
         self._older, self._sends = self._sends, []
 
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a call of the pipeline: behind one that went through wait for every handle.
+
+        Behind one that failed nothing is waited for, as the other rank may be gone; the handles are kept until the next request, because
+        a send whose handle is dropped before the other rank receives is never delivered.
+        """
+        self.forget()
+        yield
+        self.finish()
+
     def finish(self) -> None:
         """Wait for whatever is still under way."""
         self.turn()
@@ -100,7 +113,7 @@ class Channel:
             receive.wait()
 
     def forget(self) -> None:
-        """Drop the handles of a request that failed."""
+        """Drop all handles."""
         self._sends, self._older = [], []
         self._receives.clear()
 

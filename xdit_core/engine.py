@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -294,16 +295,12 @@ class Engine:
         self.rank.now.grid = ((run.height or 0) // side, (run.width or 0) // side)
         self.rank.now.pictures = len(job.numbers)
         self.rank.seconds.clear()
-        self.branches.clear()
         self.rank.now.step = 0
-        for point in self.forwards:
-            point.clear()
-        for begin in self._each("begin"):
-            begin()
         self._marks = {"start": time.perf_counter()}
         self.rank.doing("encoding the prompt")
         self._wants_latents = run.output_type == "latent"
         with (
+            self._request(),
             watched(self.pipe.scheduler, self.branches.stepped),
             torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
         ):
@@ -319,16 +316,27 @@ class Engine:
             except _Latents as found:
                 self.pipe.maybe_free_model_hooks()
                 (output.latents,) = found.args
-        for end in self._each("end"):
-            end()
         if self.rank.trace:
             self.rank.trace.phases(self._marks)
         output.seconds = self._seconds()
         return output
 
-    def _each(self, what: str) -> Iterator[Callable[[], None]]:
-        """What the strategies have to do at one moment of a request."""
-        return (do for built in self._built.values() if (do := getattr(built, what)))
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """Around a call of the pipeline: strategies release behind it what they acquired before it, and nothing of it is kept."""
+        with ExitStack() as stack:
+            stack.callback(self._forget_request)
+            self._forget_request()
+            for built in self._built.values():
+                if built.request:
+                    stack.enter_context(built.request())
+            yield
+
+    def _forget_request(self) -> None:
+        """Drop the tensors of a request."""
+        self.branches.clear()
+        for point in self.forwards:
+            point.clear()
 
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies for it."""

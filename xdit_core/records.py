@@ -8,6 +8,7 @@ only one plugin may own; a *wrap* is middleware ``f(inner, x) -> y`` at one of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
@@ -350,15 +351,15 @@ class Built:
     Args:
         wraps: for each declared wrap, under ``point/level``, the callable ``f(inner, x) -> y``.
         transforms: for each declared transform, under its phase, a callable ``f(denoiser) -> None`` or ``f(pipe) -> None``, see ``PHASES``.
-        begin: called before every call of the pipeline.
-        end: called after one that went through; here handles are waited for.
+        request: makes a context manager that is entered before every call of the pipeline and left behind it: what it acquires, it
+            releases. Where the call went through, handles are waited for; where it failed, the exception comes out of the ``yield``, and
+            no other rank may be waited for, because it may be gone.
         close: called when the engine is closed.
     """
 
     wraps: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     transforms: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
-    begin: Callable[[], None] | None = None
-    end: Callable[[], None] | None = None
+    request: Callable[[], AbstractContextManager[None]] | None = None
     close: Callable[[], None] | None = None
 
 

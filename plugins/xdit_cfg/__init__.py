@@ -41,4 +41,4 @@ def xdit_build(settings: None, rank: Rank) -> Built:
     from xdit_cfg.strategy import Guidance
 
     guidance = Guidance(rank)
-    return Built(wraps={"forward/split": guidance}, begin=guidance.begin, end=guidance.end)
+    return Built(wraps={"forward/split": guidance}, request=guidance.request)

@@ -5,7 +5,8 @@ Shapes: latents and prediction ``[B, C, h, w]``; with batched guidance ``B`` is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,15 +30,11 @@ class Guidance:
         self.there = Channel(rank, groups[self.index], "cfg")
         self.here = Channel(rank, groups[1 - self.index], "cfg")
 
-    def begin(self) -> None:
-        """A new request."""
-        for channel in (self.there, self.here):
-            channel.forget()
-
-    def end(self) -> None:
-        """Wait for every handle."""
-        for channel in (self.there, self.here):
-            channel.finish()
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a call of the pipeline."""
+        with self.here.request(), self.there.request():
+            yield
 
     def __call__(self, inner: ForwardRun, call: Call) -> torch.Tensor:
         """One call of the denoiser.

@@ -67,4 +67,4 @@ def xdit_build(settings: Settings, rank: Rank) -> Built:
     from xdit_compile.strategy import Compile
 
     compiler = Compile(settings, rank)
-    return Built(transforms={"compile": compiler}, begin=compiler.begin, end=compiler.end, close=compiler.end)
+    return Built(transforms={"compile": compiler}, request=compiler.request)

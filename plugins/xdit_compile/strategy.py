@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +33,6 @@ class Compile:
         if settings.backend not in known:
             raise UsageError(f"compile.backend={settings.backend} is unknown to torch; {did_you_mean(settings.backend, known)}")
         self._began = 0.0
-        self._limits: Any = None
 
     def __call__(self, pipe: Any) -> None:
         """Replace the calls of the blocks, or of the whole denoiser, by compiled ones."""
@@ -49,21 +50,16 @@ class Compile:
             if not isinstance(block, Absent):
                 block.compile(**options)
 
-    def begin(self) -> None:
-        """Listen to the compiler for the length of a request."""
-        self.end()
-        callback_handler.register_start_callback(self._start)
-        callback_handler.register_end_callback(self._stop)
-        self._limits = torch._dynamo.config.patch(recompile_limit=VARIANTS)  # type: ignore[no-untyped-call]
-        self._limits.__enter__()
-
-    def end(self) -> None:
-        """Listen no more."""
-        if self._limits is not None:
-            self._limits.__exit__(None, None, None)
-            self._limits = None
-            callback_handler.remove_start_callback(self._start)
-            callback_handler.remove_end_callback(self._stop)
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a call of the pipeline: listen to the compiler, and let it make more variants than it would; both hold process-wide."""
+        with ExitStack() as stack:
+            callback_handler.register_start_callback(self._start)
+            stack.callback(callback_handler.remove_start_callback, self._start)
+            callback_handler.register_end_callback(self._stop)
+            stack.callback(callback_handler.remove_end_callback, self._stop)
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))  # type: ignore[no-untyped-call]
+            yield
 
     def _start(self, _: Any) -> None:
         self._began = time.perf_counter()

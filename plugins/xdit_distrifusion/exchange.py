@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,12 +43,16 @@ class Exchange:
         """What is shared under that key in the branch in hand."""
         return self.shared.setdefault(self.now.branch, {}).setdefault(key, Kept())
 
-    def end(self) -> None:
-        """A request went through: wait for every handle, free the buffers."""
-        for shared in self.shared.values():
-            for kept in shared.values():
-                self.arrived(kept)
-        self.shared.clear()
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a call of the pipeline: nothing is shared before it or behind it."""
+        try:
+            yield
+            for shared in self.shared.values():
+                for kept in shared.values():
+                    self.arrived(kept)
+        finally:
+            self.shared.clear()
 
     def whole(self, key: Any, cut: Callable[[], dict[int, torch.Tensor]]) -> None:
         """In warm-up on one rank all patches are computed at once; the last time, keep what the next step will want of each."""

@@ -115,11 +115,11 @@ class KeysAndValues:
 def build(warmup: int, rank: Rank) -> Built:
     """The wraps of one rank, for a stack of transformer blocks or for a U-Net."""
     exchange = Exchange(warmup, rank)
-    begin, end = exchange.shared.clear, exchange.end
     if rank.plan.facts.blocks:
         wraps = {"forward/patches": Patches(exchange, False), "attention/cache": KeysAndValues(exchange)}
-        return Built(wraps=wraps, begin=begin, end=end)
+        return Built(wraps=wraps, request=exchange.request)
     from xdit_distrifusion.unet import neighbours
 
     wraps = {"forward/patches": Patches(exchange, True)}
-    return Built(wraps=wraps, transforms={"adapt": lambda denoiser: neighbours(denoiser, exchange)}, begin=begin, end=end)
+    transforms = {"adapt": lambda denoiser: neighbours(denoiser, exchange)}
+    return Built(wraps=wraps, transforms=transforms, request=exchange.request)

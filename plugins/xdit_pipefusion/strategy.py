@@ -5,7 +5,8 @@ Shapes: latents ``[B, C, h, w]``, rows of the trunk ``[B, n, width]``, keys and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -126,23 +127,22 @@ class PipeFusion:
             "trunk/stage": self.one_stage,
             "attention/cache": self.cached,
         }
-        return Built(wraps=wraps, begin=self.begin, end=self.end)
+        return Built(wraps=wraps, request=self.request)
 
-    def begin(self) -> None:
-        """A new request: no branch, no keys, no values."""
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a call of the pipeline: no branch, no keys, no values before it or behind it."""
+        with ExitStack() as stack:
+            stack.callback(self.forget)
+            for channel in reversed(self.channels):
+                stack.enter_context(channel.request())
+            yield
+
+    def forget(self) -> None:
+        """Free the buffers."""
         self.buffers.clear()
         self._places.clear()
         self._ahead = self._blank = None
-        for channel in self.channels:
-            channel.forget()
-
-    def end(self) -> None:
-        """A request went through: wait for every handle, free the buffers."""
-        for channel in self.channels:
-            channel.finish()
-        self.buffers.clear()
-        self._places.clear()
-        self._blank = None
 
     # forward
 
