@@ -46,9 +46,12 @@ def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.M
     Raises:
         ModelError: it cannot be read; tensors are missing or have another shape.
     """
-    words = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "ignore_mismatched_sizes": True}
+    words: dict[str, Any] = (
+        {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "ignore_mismatched_sizes": True}
+    )
+    words |= {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     try:
-        model, report = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **words)
+        model, report = cls.from_pretrained(folder, **words)
     except Exception as error:  # whatever a config or a file can make a constructor raise
         other = re.search(r"because (\S+) expected shape (.+?), but got (.+?)\. ", str(error))
         if other:
@@ -58,11 +61,21 @@ def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.M
         ) from error
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         raise wrong_shape(folder, library, name, tuple(stored), tuple(wanted))
-    missing = set(report["missing_keys"]) | {name for name, p in model.named_parameters() if p.is_meta}
-    if missing:
-        raise lacking(folder, missing)
+    if report["missing_keys"]:
+        raise lacking(folder, set(report["missing_keys"]))
     loaded: nn.Module = model
     return loaded
+
+
+def check_filled(folder: Path, model: nn.Module) -> None:
+    """Every tensor must have values.
+
+    Raises:
+        ModelError: some are on the meta device still.
+    """
+    missing = {name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta}
+    if missing:
+        raise lacking(folder, missing)
 
 
 def first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from xdit_core.checkpoint import INDEX
-from xdit_core.components import another_shape, first_line, lacking, load_components
+from xdit_core.components import another_shape, check_filled, first_line, lacking, load_components
 from xdit_core.errors import ModelError
 from xdit_core.lora import Delta, Deltas, load_loras
 from xdit_core.quiet import quiet
@@ -92,8 +92,11 @@ def load_pipeline(
         more = {"trust_remote_code": True} if trust_remote_code else {}
         try:
             pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {first_line(error)}") from error
+        except Exception as error:  # whatever the files of tokenizers, schedulers and the like can make their libraries raise
+            raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {first_line(error)}.") from error
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and name not in parts:
+                check_filled(folder / name, part)
         return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
 
 
