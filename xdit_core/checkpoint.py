@@ -45,7 +45,6 @@ def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict
         wanted = " or ".join(spec.pipelines)
         raise ModelError(f"{folder} holds a {found} but model={spec.name} needs a {wanted}; choose the model that fits.")
     configs: dict[str, Any] = {"_index": index}
-    tensors = 0
     for name, library in components(folder, index).items():
         component = folder / name
         if not component.is_dir():
@@ -53,22 +52,34 @@ def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict
         config, scheduler = component / "config.json", component / "scheduler_config.json"
         if config.is_file() or scheduler.is_file():
             configs[name] = read_json(config if config.is_file() else scheduler)
-        for key in ("num_layers", "num_hidden_layers"):  # libraries take none or fewer for no layers at all
-            if isinstance(configs.get(name, {}).get(key), int):
-                natural(configs[name][key], f"{name}/config.json", key)
         there = weights or bool(weight_files(component, library))
-        stored = check_weights(component, library, configs[name] if config.is_file() else {}) if there else 0
-        tensors = stored if name == spec.denoiser else tensors
+        model = configs[name] if config.is_file() else {}
+        check_layers(config, model, check_weights(component, library, model) if there else 0)
     if spec.denoiser not in configs:
         raise ModelError(f"{folder} has no {spec.denoiser}/config.json; model={spec.name} cannot run without it.")
-    for part in spec.blocks:
-        blocks = whole_number(configs, spec.denoiser, part.count)
-        if tensors and blocks > tensors:
-            raise ModelError(
-                f"{folder / spec.denoiser}/config.json says {part.count}={blocks}, but the weights beside it are {tensors} tensors, "
-                "too few for so many blocks; fetch the model again."
-            )
     return configs
+
+
+def check_layers(file: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Numbers of layers that no weights can be for: libraries take one below 0 for none, and build a huge one until memory ends.
+
+    Args:
+        file: of the config.
+        tensors: how many the weights beside it have, 0 if they are not there.
+
+    Raises:
+        ModelError: names the number.
+    """
+    for key, value in config.items():
+        if "layers" not in key or not isinstance(value, int):
+            continue
+        if key in ("num_layers", "num_hidden_layers"):
+            natural(value, str(file), key)
+        if tensors and value > tensors:
+            raise ModelError(
+                f"{file} says {key}={value}, but the weights beside it are {tensors} tensors, too few for so many layers; "
+                "fetch the model again."
+            )
 
 
 def components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
@@ -79,7 +90,7 @@ def components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     """
     listed = {}
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list) or entry[:1] == [None]:
             continue
         if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise ModelError(

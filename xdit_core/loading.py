@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_core.checkpoint import INDEX
+from xdit_core.checkpoint import INDEX, components
 from xdit_core.components import another_shape, check_filled, first_line, lacking, load_components
 from xdit_core.errors import ModelError
 from xdit_core.lora import Delta, Deltas, load_loras
@@ -76,9 +76,9 @@ def load_pipeline(
     index = read_json(folder / INDEX)
     cls = getattr(diffusers, index["_class_name"])
     absent: dict[str, Any] = absent_components(cls, index)
-    parts = {}
+    parts, there = {}, components(folder, index)
     for name in spec.denoisers:
-        if name in index and name not in absent:
+        if name in there:
             model = getattr(diffusers, str(index[name][1]), None)
             if not (isinstance(model, type) and issubclass(model, diffusers.ModelMixin)):
                 raise ModelError(f"{folder / INDEX} says {name}={index[name]}, which is no model of diffusers; fetch it again.")

@@ -188,7 +188,7 @@ def test_odd_numbers_of_a_text_encoder(folder, key, value):
 
 
 @pytest.mark.parametrize(
-    "entry", [["diffusers"], ["diffusers", None], ["diffusers", 7], ["diffusers", "A", "B"], [7, "A"]], ids=str
+    "entry", [[], ["diffusers"], ["diffusers", None], ["diffusers", 7], ["diffusers", "A", "B"], [7, "A"]], ids=str
 )
 def test_odd_entries_of_the_index(folder, entry):
     change(folder / "model_index.json", transformer=entry)
