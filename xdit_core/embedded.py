@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -22,9 +24,13 @@ UNTOLD = (
     "overwrite",
     "resume",
     "runs",
+    "keep_runs",
+    "model.download_dir",
     "trace",
     "profile",
 )  # settings that do not make the picture
+TEXTS = ("negative", "class")  # settings that name no file, whatever they begin with
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 OF_THE_RUN = ("images", "seed", "timeout")  # settings that make no difference to one picture, whose own seed is told
 KEY = "xdit"  # of the settings in a PNG and a safetensors file
 FORMAT = "xdit result"  # says that a JSON file is one of ours
@@ -33,7 +39,10 @@ FPS = 16  # of a model that names no other
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """What made a result: plugins, axes and settings, as JSON."""
+    """What made a result: plugins, axes and settings, as JSON.
+
+    A picture is shown to others, so it names files and folders by their last part only; fingerprints tell whether they are the same.
+    """
     run = plan.run
     return {
         "model": plan.model,
@@ -42,7 +51,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "blocks per stage": list(plan.split),
         "patches": plan.patches,
         "displaced": list(plan.displaced),
-        "settings": {k: v for k, v in plan.values.items() if k not in UNTOLD},
+        "settings": {k: without_folders(k, v) for k, v in plan.values.items() if k not in UNTOLD},
+        "checkpoint": plan.checkpoint,
+        "loras": list(plan.facts.loras),
         "steps": run.steps,
         "guidance": run.guidance,
         "height": run.height,
@@ -50,6 +61,34 @@ def describe(plan: Plan) -> dict[str, Any]:
         **({"frames": run.frames, "fps": run.fps or FPS} if plan.facts.video else {}),
         "digest": plan.digest(),
     }
+
+
+def without_folders(key: str, value: Any) -> Any:
+    """The value of a setting as it is shown to others: of files and folders the last part, hub ids as they are.
+
+    Args:
+        key: the setting.
+        value: its value as given; values inside of lists and mappings, and of JSON, are changed likewise.
+    """
+    if isinstance(value, (list, tuple)):
+        return [without_folders(key, item) for item in value]
+    if isinstance(value, dict):
+        return {name: without_folders(key, item) for name, item in value.items()}
+    if isinstance(value, os.PathLike):
+        return Path(value).name
+    if not isinstance(value, str) or key in TEXTS:
+        return value
+    if key == "lora":
+        path, _, scale = value.rpartition(":")
+        with contextlib.suppress(ValueError):
+            return f"{Path(path).name}:{float(scale):g}" if path else Path(value).name
+        return Path(value).name
+    if key == "model.path":
+        return value if HUB_ID.fullmatch(value) else os.path.basename(os.path.abspath(os.path.expanduser(value)))
+    if value.startswith(("{", "[")):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.dumps(without_folders(key, json.loads(value)))
+    return Path(value).name if value.startswith(("/", "~")) else value
 
 
 def versions() -> dict[str, str]:

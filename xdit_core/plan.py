@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from xdit_core import checkpoint, degrees, hub, machine
@@ -25,6 +27,7 @@ from xdit_core.checks import (
     with_defaults,
 )
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
+from xdit_core.fingerprints import checkpoint_fingerprint
 from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
 from xdit_core.schedulers import check_scheduler
@@ -116,6 +119,11 @@ class Plan:
         """The rank writes results."""
         place = self.coordinates(rank)
         return all(place[a.name] == 0 for a in self.axes if not a.own_outputs)
+
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """What tells the contents of the checkpoint from others, None if it cannot be read here."""
+        return checkpoint_fingerprint(Path(self.folder))
 
     def digest(self) -> str:
         """Equal digests compute the same thing (where the files lie on each machine does not enter)."""
