@@ -27,7 +27,7 @@ KERNELS = ("flash", "cudnn", "efficient", "flash_attn", "flash_attn_3")
 def pipeline(model: str, small: bool, device: str, dtype: torch.dtype) -> Any:
     """A tiny pipeline with a transformer of the real size."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-    from tiny import flux
+    from tiny_images import flux
 
     from xdit_core.testing.models import tiny_sd3
 
@@ -51,7 +51,7 @@ def pipeline(model: str, small: bool, device: str, dtype: torch.dtype) -> Any:
 
 def folder_of(pipe: Any, model: str, where: Path) -> str:
     """A folder that a plan can be made from: the tiny checkpoint with the configuration of the large transformer."""
-    from tiny import flux
+    from tiny_images import flux
 
     from xdit_core.testing.models import tiny_sd3
 

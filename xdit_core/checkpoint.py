@@ -71,7 +71,8 @@ def check_layers(file: Path, config: Mapping[str, Any], tensors: int) -> None:
         ModelError: names the number.
     """
     for key, value in config.items():
-        if "layers" not in key or not isinstance(value, int):
+        counts = key == "layers_per_block" or (key.startswith(("num_", "n_")) and key.endswith("layers"))
+        if not counts or not isinstance(value, int):
             continue
         if key in ("num_layers", "num_hidden_layers"):
             natural(value, str(file), key)

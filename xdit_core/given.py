@@ -29,6 +29,7 @@ NO_HOOKS = SimpleNamespace(hooks=())  # diffusers leaves an empty registry on ev
 HARMLESS = frozenset(("training", "gradient_checkpointing", "lora_scale"))
 
 
+@quiet()
 def adopt_pipeline(
     spec: ModelSpec,
     pipe: Any,
@@ -48,19 +49,18 @@ def adopt_pipeline(
     """
     mine = copy.copy(pipe)
     given = {name: part for name in spec.denoisers if (part := getattr(pipe, name, None)) is not None}
-    with quiet():
-        shapes = {name: twin(part, hollow) for name, part in given.items()}
-        others = {
-            name: twin(part, shared) if isinstance(part, nn.Module) else copy.deepcopy(part)
-            for name, part in pipe.components.items()
-            if part is not None and name not in given and (isinstance(part, nn.Module) or hasattr(part, "set_timesteps"))
-        }
-        mine.register_modules(**shapes, **others)
-        parts = {
-            name: Part(partial(twin, part, hollow), partial(ModuleTensors, part), f"the given {type(part).__name__}")
-            for name, part in given.items()
-        }
-        return fill(mine, spec, parts, shapes, blocks, changes, loras).to(device)
+    shapes = {name: twin(part, hollow) for name, part in given.items()}
+    others = {
+        name: twin(part, shared) if isinstance(part, nn.Module) else copy.deepcopy(part)
+        for name, part in pipe.components.items()
+        if part is not None and name not in given and (isinstance(part, nn.Module) or hasattr(part, "set_timesteps"))
+    }
+    mine.register_modules(**shapes, **others)
+    parts = {
+        name: Part(partial(twin, part, hollow), partial(ModuleTensors, part), f"the given {type(part).__name__}")
+        for name, part in given.items()
+    }
+    return fill(mine, spec, parts, shapes, blocks, changes, loras).to(device)
 
 
 def twin(module: nn.Module, of: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:

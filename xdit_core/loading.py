@@ -48,6 +48,7 @@ class Part:
     origin: str
 
 
+@quiet()
 def load_pipeline(
     spec: ModelSpec,
     folder: Path,
@@ -74,30 +75,43 @@ def load_pipeline(
     import diffusers
 
     index = read_json(folder / INDEX)
-    cls = getattr(diffusers, index["_class_name"])
+    cls = getattr(diffusers, index["_class_name"], None)
+    if cls is None:
+        raise ModelError(f"the installed diffusers has no {index['_class_name']}, which {folder} needs; install a newer one.")
     absent: dict[str, Any] = absent_components(cls, index)
-    parts, there = {}, components(folder, index)
-    for name in spec.denoisers:
-        if name in there:
-            model = getattr(diffusers, str(index[name][1]), None)
-            if not (isinstance(model, type) and issubclass(model, diffusers.ModelMixin)):
-                raise ModelError(f"{folder / INDEX} says {name}={index[name]}, which is no model of diffusers; fetch it again.")
-            fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-            make = partial(empty, index[name][1], folder / name, dtype)
-            parts[name] = Part(make, partial(FileTensors, folder / name, dtype, fp32), str(folder / name))
-    with quiet():
-        # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
-        shapes = {name: part.make() for name, part in parts.items()}
-        models = load_components(folder, index, dtype, {**absent, **shapes})
-        more = {"trust_remote_code": True} if trust_remote_code else {}
-        try:
-            pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
-        except Exception as error:  # whatever the files of tokenizers, schedulers and the like can make their libraries raise
-            raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {first_line(error)}.") from error
-        for name, part in pipe.components.items():
-            if isinstance(part, nn.Module) and name not in parts:
-                check_filled(folder / name, part)
-        return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
+    listed = components(folder, index)
+    parts = {name: folder_part(folder, name, index[name][1], dtype) for name in spec.denoisers if name in listed}
+    # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
+    shapes = {name: part.make() for name, part in parts.items()}
+    models = load_components(folder, index, dtype, {**absent, **shapes})
+    more = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
+    except Exception as error:  # whatever the files of tokenizers, schedulers and the like can make their libraries raise
+        raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {first_line(error)}.") from error
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and name not in parts:
+            check_filled(folder / name, component)
+    return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
+
+
+def folder_part(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Part:
+    """A denoiser whose tensors are in the files of a folder.
+
+    Raises:
+        ModelError: its class is no model of diffusers.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ModelError(
+            f"{folder / INDEX} says that {name} is a {class_name}, which is no model of diffusers; fetch it again."
+        )
+    fp32 = getattr(cls, "_keep_in_fp32_modules", None) or ()
+    fp32 = (fp32,) if isinstance(fp32, str) else tuple(fp32)
+    where = folder / name
+    return Part(partial(empty, class_name, where, dtype), partial(FileTensors, where, dtype, fp32), str(where))
 
 
 def fill(

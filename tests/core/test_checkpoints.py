@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -221,3 +223,13 @@ def test_loading_says_nothing(tiny_sd3_folder, capfd):
     load(tiny_sd3_folder)
     assert capfd.readouterr() == ("", "")
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
+
+
+def test_the_first_loading_of_a_process_says_nothing(tiny_sd3_folder):
+    """diffusers and transformers are imported by it, and tell of what is not installed."""
+    code = (
+        "from xdit_core import Engine, make_plan\n"
+        f"Engine(make_plan([], {{'model': 'sd3', 'model.path': {str(tiny_sd3_folder)!r}, 'device': 'cpu'}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
