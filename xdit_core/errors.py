@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from xdit_core.printable import printable
 
+LONGEST = 2000  # characters of a sentence
+
 
 class XditError(Exception):
     """Base class. ``str(error)`` is for the user to read; no traceback is needed to act on it.
@@ -20,7 +22,12 @@ class XditError(Exception):
         super().__init__(*map(str, sentences))
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, self.args))
+        return "\n".join(shortened(printable(sentence)) for sentence in self.args)
+
+
+def shortened(sentence: str) -> str:
+    """A sentence with a very long value of the user in it keeps its beginning, and its end, which says what to do."""
+    return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST // 2]} ... {sentence[-LONGEST // 2 :]}"
 
 
 class UsageError(XditError):
