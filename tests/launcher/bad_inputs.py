@@ -102,6 +102,43 @@ NUMBERS = (
     "1_000",
     " 4 ",
 )
+PLAUSIBLE = (
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "8",
+    "15",
+    "16",
+    "32",
+    "100",
+    "4096",
+    "100000",
+    "1000000000",
+    "-3",
+    "18446744073709551616",
+    "0.5",
+    "yes",
+)
+NUMERIC = (
+    "steps",
+    "guidance",
+    "height",
+    "width",
+    "frames",
+    "fps",
+    "images",
+    "seed",
+    "threads",
+    "nproc",
+    "max_sequence_length",
+    "timeout",
+)
+NUMERIC += tuple(
+    name for name in OWN if name.split(".")[0] in PLUGINS and name.split(".")[1] not in ("scope", "mode", "backend", "kernel")
+)
 WORDS = (
     "",
     " ",
@@ -229,6 +266,8 @@ class Generator:
     def word(self) -> list[str]:
         """One or two words of a command line."""
         draw = self.random.random()
+        if draw < 0.3:
+            return [f"{self.random.choice(NUMERIC)}={self.random.choice(PLAUSIBLE)}"]
         if draw < 0.6:
             return [f"{self.key()}={self.value()}"]
         if draw < 0.8:
@@ -249,11 +288,17 @@ class Generator:
         if draw < 0.2:
             model = "changed"
             case.files |= self.changed_checkpoint()
+        extra = [word for _ in range(self.random.choice((1, 1, 1, 2, 3))) for word in self.word()]
         good = ["model=sd3", f"model.path={model}", "steps=3", "device=cpu", "a fox"]
-        if self.random.random() < 0.4:
-            good = ["--plugins", ",".join(self.random.sample(PLUGINS, self.random.randrange(1, 3))), *good]
+        plugins = [
+            name for name in PLUGINS if any(word.startswith(f"{name}.") for word in extra) and self.random.random() < 0.9
+        ]
+        if self.random.random() < 0.3:
+            plugins += self.random.sample(PLUGINS, self.random.randrange(1, 3))
+        good = ["--plugins", ",".join(plugins), *good] if plugins else good
+        if any(word.startswith("steps=") for word in extra):
+            good.remove("steps=3")
         good = [word for word in good if self.random.random() < 0.97]
-        extra = [word for _ in range(self.random.randrange(1, 4)) for word in self.word()]
         if self.random.random() < 0.15:
             case.files["c.yaml"] = self.yaml()
             extra += ["--config", "c.yaml"]
@@ -463,8 +508,8 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def wrong_with(case: Case, folder: Path, alone: bool = False) -> str:
-    """What is wrong with the answer to an input, "" if nothing."""
+def wrong_with(case: Case, folder: Path, counts: Counter[str] | None = None, alone: bool = False) -> str:
+    """What is wrong with the answer to an input, "" if nothing; counts exit codes."""
     shutil.rmtree("changed", ignore_errors=True)
     for name, data in case.files.items():
         if name.startswith("changed/") and not Path("changed").exists():
@@ -479,7 +524,9 @@ def wrong_with(case: Case, folder: Path, alone: bool = False) -> str:
         return f"no answer within {SLOW:.0f} s"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    took, found = time.monotonic() - began, []
+    took, found = time.monotonic() - began, list[str]()
+    if counts is not None:
+        counts[f"exit {code}"] += 1
     if code not in CODES:
         found.append(f"exit code {code}")
     if "Traceback" in out + err or "unexpected: " in err:
@@ -514,7 +561,7 @@ def run(count: int, seed: int, checkpoint: Path, plan: str, tell: Callable[[str]
         for number in range(count):
             case = generator.case()
             problem = wrong_with(
-                case, folder, alone=number % 50 == 49 and "doctor" not in case.words and "verify" not in case.words
+                case, folder, counts, alone=number % 50 == 49 and "doctor" not in case.words and "verify" not in case.words
             )
             counts["inputs"] += 1
             if problem:
