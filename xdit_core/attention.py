@@ -117,10 +117,18 @@ class AttentionPoint:
         kernels: Sequence[Callable[[Kernel, Attend], Any]] = (),
     ) -> None:
         self.now = now
-        self.run: Kernel = nest([*chain, self.select_mask, *kernels], sdpa)
+        wraps = [*chain, self.select_mask, *kernels]
+        self.run: Kernel = nest(wraps, sdpa, checked=False)
+        self._run_checked: Kernel = nest(wraps, sdpa)
+        self._sizes: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
+        self._checked: set[tuple[int, int]] = set()
         self.active = bool(chain or kernels)
         self.pattern: tuple[str, ...] = ()
         self.calls = 0
+
+    def enter_blocks(self, *size: Any) -> None:
+        """The blocks run on rows of some size; each of their calls is checked the first time that it has it."""
+        self._checked = self._sizes.setdefault(size, set())
 
     def enter_block(self, index: int, pattern: tuple[str, ...]) -> None:
         """Expect the attention calls of one block."""
@@ -155,7 +163,12 @@ class AttentionPoint:
         else:
             mask = None
         call = Attend(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,), mask=mask)
-        out: torch.Tensor = self.run(call)
+        use = (call.block, ordinal)
+        if use in self._checked:
+            out: torch.Tensor = self.run(call)
+        else:
+            out = self._run_checked(call)
+            self._checked.add(use)
         return out
 
     def select_mask(self, inner: Kernel, call: Attend) -> Any:

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from xdit_core.attention import AttentionPoint
 from xdit_core.branches import Branches, watched
 from xdit_core.calling import call_arguments, check_call, scheduler_named
-from xdit_core.chain import nest
+from xdit_core.chain import OwnedWrap, nest
 from xdit_core.checkpoint import INDEX
 from xdit_core.checks import check_lora_scale, check_run, check_size
+from xdit_core.contracts import contract
 from xdit_core.easy import bar_for, plan_from
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint
@@ -32,6 +33,7 @@ from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
 from xdit_core.mesh import Mesh
+from xdit_core.owners import OwnedRequest, Owner
 from xdit_core.plan import Plan
 from xdit_core.rank import Rank, ignore
 from xdit_core.records import PHASES, Built, ModelSpec
@@ -169,15 +171,19 @@ class Engine:
         own = {name: build(classes.get(name), name + ".", plan.values) for name in plan.plugins}
         return registry.call("xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins})
 
+    def _owner_of(self, plugin: str) -> Owner:
+        """A plugin, for messages."""
+        return Owner("plugin", plugin, *self.plan.plugins[plugin])
+
     def _transforms(self, phases: Collection[str]) -> list[Callable[[Any], None]]:
         """The changes of the modules in some phases, in the plan's order."""
-        found = []
+        found: list[Callable[[Any], None]] = []
         for phase, name in self.plan.transforms:
             change = self._built[name].transforms.get(phase) if name in self._built else None
             if change is None:
                 raise PluginError(f"plugin {name} declares a transform in the phase {phase} but xdit_build gave none.")
             if phase in phases:
-                found.append(change)
+                found.append(partial(self._owner_of(name).call, f"its transform in the phase {phase}", change))
         return found
 
     def _weave(self, spec: ModelSpec) -> None:
@@ -191,7 +197,9 @@ class Engine:
                 wrap = built[name].wraps.get(f"{point}/{level}") if name in built else None
                 if wrap is None:
                     raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
-                chains.setdefault("kernel" if level == "kernel" else point, []).append(wrap)
+                check = contract(self.rank, point, level, self.owner)
+                owned = OwnedWrap(wrap, self._owner_of(name), f"{point}/{level}", check)
+                chains.setdefault("kernel" if level == "kernel" else point, []).append(owned)
         woven = bool(spec.blocks) and bool(plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys())
         trace = self.rank.trace
         self._decoders = len(chains.get("decode", []))
@@ -327,9 +335,9 @@ class Engine:
         with ExitStack() as stack:
             stack.callback(self._forget_request)
             self._forget_request()
-            for built in self._built.values():
+            for name, built in self._built.items():
                 if built.request:
-                    stack.enter_context(built.request())
+                    stack.enter_context(OwnedRequest(built.request, self._owner_of(name)))
             yield
 
     def _forget_request(self) -> None:
@@ -381,9 +389,9 @@ class Engine:
 
     def close(self) -> None:
         """Release process groups and buffers; the pipeline stays woven and must not be used again."""
-        for built in self._built.values():
+        for name, built in self._built.items():
             if built.close:
-                built.close()
+                self._owner_of(name).call("its close", built.close)
         self.rank.mesh.close()
 
 

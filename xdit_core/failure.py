@@ -46,6 +46,21 @@ def lost_peer(error: BaseException) -> bool:
     return False
 
 
+def no_memory(error: BaseException) -> bool:
+    """Memory ran out."""
+    return any(isinstance(e, MemoryError) or any(words in str(e).lower() for words in NO_MEMORY) for e in chain(error))
+
+
+def full_disk(error: BaseException) -> OSError | None:
+    """The error that says that a disk is full."""
+    return next((e for e in chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
+
+
+def fault_of_machine(error: BaseException) -> bool:
+    """Another rank, the memory or the disk is at fault, and not the code that met it."""
+    return lost_peer(error) or no_memory(error) or full_disk(error) is not None
+
+
 def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
     """What the launcher needs for its report.
 
@@ -59,13 +74,13 @@ def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) and error.code else 1
         message, known = f"the process left with exit code {error.code} before its work was done", True
-    if any(isinstance(e, MemoryError) or any(words in str(e).lower() for words in NO_MEMORY) for e in chain(error)):
+    if no_memory(error):
         code, known = OUT_OF_MEMORY, True
         message = (
             f"out of memory ({message.splitlines()[0][:160]}); lower height, width or images, use dtype=bfloat16, "
             "or divide the model over more processes with --plugins pipefusion."
         )
-    if full := next((e for e in chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None):
+    if full := full_disk(error):
         where = full.filename or (doing.removeprefix(WRITING) if doing.startswith(WRITING) else "a file")
         message, known = f"{where} cannot be written: {full.strerror}; make room, or choose another disk with out=.", True
     return {

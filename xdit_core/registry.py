@@ -14,6 +14,7 @@ import pluggy
 
 from xdit_core import hookspecs
 from xdit_core.errors import PluginError, UsageError
+from xdit_core.owners import owned_spec
 from xdit_core.records import ModelSpec
 from xdit_core.settings import did_you_mean
 
@@ -130,7 +131,7 @@ class Registry:
     def model(self, name: str) -> tuple[ModelSpec, tuple[str, str]]:
         """The adapter of that name and its (distribution, version)."""
         if name in self.extra_models:
-            return self.extra_models[name], ("(given)", "0")
+            return owned_spec(self.extra_models[name], ("(given)", "0")), ("(given)", "0")
         found = self.pick(MODELS, name)
         module = self.load(found)
         manager = pluggy.PluginManager(hookspecs.PROJECT)
@@ -141,7 +142,8 @@ class Registry:
             raise PluginError(
                 f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}."
             )
-        return specs[0], (found.distribution, found.version)
+        origin = (found.distribution, found.version)
+        return owned_spec(specs[0], origin), origin
 
     def model_for(self, pipeline: str) -> tuple[ModelSpec, tuple[str, str]]:
         """The adapter for a class of pipelines; a bundled checkpoint's own adapter is not one for others.

@@ -218,6 +218,7 @@ class Trunk(nn.Module):
     def run_blocks(self, rows: Rows) -> Rows:
         """The blocks of this rank, one after the other, on the rows in hand."""
         stream, point, skip = self.stream, self._point, self._now.skip
+        point.enter_blocks(rows.tokens.shape, None if rows.text is None else rows.text.shape[1], self._now.patch)
         with self._redirect if point.active else nullcontext():
             for index, block, pattern in self._order:
                 if index in skip:
