@@ -99,6 +99,7 @@ def check_run(run: RunSettings) -> list[Problem]:
         ("fps", 1),
         ("threads", 1),
         ("nproc", 1),
+        ("keep_runs", 0),
         ("max_sequence_length", 0),
     ):
         value = getattr(run, name)

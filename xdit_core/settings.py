@@ -62,6 +62,7 @@ class RunSettings:
     trace: bool = field(default=False, metadata={"help": "write what every rank did and when into the run folder"})
     profile: bool = field(default=False, metadata={"help": "trace, with torch's profiler on every rank"})
     runs: str = field(default="runs", metadata={"help": "folder for logs; each run makes a folder in it"})
+    keep_runs: int = field(default=20, metadata={"help": "how many of these folders are kept; 0: all"})
 
     @property
     def patience(self) -> float:

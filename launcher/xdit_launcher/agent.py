@@ -24,6 +24,7 @@ from xdit_core.outputs import check_writable
 from xdit_launcher import facts, processes, speed
 from xdit_launcher.local import listening
 from xdit_launcher.processes import Here, Share, Workers
+from xdit_launcher.run_folders import remove_old
 from xdit_launcher.supervise import signals_interrupt
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Agent:
         """Start the ranks of this machine; the answer is the run folder."""
         found, place = located(plan), Path(folder)
         make_folder(place, "runs", folder)
+        remove_old(place.parent, found.run.keep_runs)
         with atomically(place / "plan.json") as temporary:
             temporary.write_text(found.to_json(), encoding="utf-8")
         for name in marks:

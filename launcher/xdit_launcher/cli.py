@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-import time
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,11 +15,15 @@ from click.shell_completion import CompletionItem
 from xdit_core.errors import UsageError, XditError
 from xdit_launcher import backends, completion, hints, listings
 from xdit_launcher.printing import UNEXPECTED, print_lines, report_unexpected
+from xdit_launcher.run_folders import run_folder
 from xdit_launcher.supervise import INTERRUPTED
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_launcher.backends import Backend
+
+
+COMMAND_LINE = "xdit.command_line"  # of the words, in what click keeps for a call
 
 
 class Main(click.Group):
@@ -30,6 +33,7 @@ class Main(click.Group):
         """Put ``run`` in where it was left out."""
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
             args = ["run", *args]
+        ctx.meta[COMMAND_LINE] = [ctx.info_name or "xdit-launch", *args]
         return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -208,9 +212,9 @@ def run(
             print_lines(show.plan_lines(plan, all_files(plan.run, files), plain, on, where))
         return
     on.check(plan)
-    folder = run_folder(plan)
-    tell(plan, words, bool(values.get("prompt") or values.get("prompts")))
-    ctx.exit(on.start(plan, folder))
+    with run_folder(plan, ctx.meta[COMMAND_LINE]) as folder:
+        tell(plan, words, bool(values.get("prompt") or values.get("prompts")))
+        ctx.exit(on.start(plan, folder))
 
 
 @cli.command(cls=RunCommand)
@@ -233,7 +237,8 @@ def verify(
     from xdit_launcher import verify as command
 
     chosen, values, on = asked(words, plugins, config, backend, options)
-    ctx.exit(command.verify(chosen, values, on, run_folder))
+    with contextlib.ExitStack() as stack:
+        ctx.exit(command.verify(chosen, values, on, lambda plan: stack.enter_context(run_folder(plan, ctx.meta[COMMAND_LINE]))))
 
 
 @cli.command(cls=RunCommand)
@@ -275,27 +280,6 @@ def tell(plan: Plan, words: Sequence[str], prompted: bool) -> None:
         print_lines([f"no prompt given; drawing {plan.model}'s sample: {plan.run.prompt[0]}"], err=True)
     for note in plan.notes:
         print_lines([note], err=True)
-
-
-def run_folder(plan: Plan) -> Path:
-    """A new folder for the plan and the logs of this run.
-
-    Raises:
-        UsageError: it cannot be made.
-    """
-    from xdit_core.filesystem import make_folder, user_path
-
-    parent = user_path(plan.run.runs, "runs=").absolute()
-    make_folder(parent, "runs", plan.run.runs)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.model}"
-    for n in range(1, 1000):
-        folder = parent / (name if n == 1 else f"{name}-{n}")
-        try:
-            folder.mkdir()
-        except FileExistsError:  # another run of this second
-            continue
-        return folder
-    raise UsageError(f"runs={plan.run.runs} is full of runs of this second; choose another folder with runs=.")
 
 
 cli.add_command(listings.plugins)

@@ -23,6 +23,7 @@ from xdit_core.settings import build
 from xdit_launcher import facts, fleet
 from xdit_launcher.fleet import Fleet, Host
 from xdit_launcher.pipe import Pipe
+from xdit_launcher.run_folders import QUEUED, note_end, queued
 from xdit_launcher.supervise import INTERRUPTED, say, signals_interrupt, stay_deaf
 from xdit_launcher.words import names_in
 
@@ -166,7 +167,8 @@ def check(plan: Plan, settings: Settings) -> None:
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
     """Run a plan on the nodes of this allocation, or submit it as a batch job."""
     if "SLURM_JOB_ID" not in os.environ:
-        return submit(plan, folder, settings)
+        with queued(folder, ends=settings.wait):
+            return submit(plan, folder, settings)
     with connect(settings) as found:
         return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
 
@@ -217,6 +219,7 @@ def submit(plan: Plan, folder: Path, settings: Settings) -> int:
     except KeyboardInterrupt:
         stay_deaf()
         subprocess.run(["scancel", number], capture_output=True)
+        (folder / QUEUED).unlink(missing_ok=True)
         say(f"interrupted; batch job {number} is cancelled.")
         return INTERRUPTED
 
@@ -232,6 +235,8 @@ def main(folder: Path) -> int:
     except XditError as error:
         say(str(error))
         return error.exit_code
+    finally:
+        note_end(folder)
 
 
 if __name__ == "__main__":

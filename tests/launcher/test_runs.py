@@ -43,7 +43,7 @@ def test_two_ranks_draw_what_one_draws(launch: Launch, tiny: tuple[str, ...]) ->
     assert beside["plan"]["axes"] == {"ring": 1, "ulysses": 2} and beside["prompt"] == "a red fox"
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     kept = sorted(p.name for p in max((folder / "runs").iterdir(), key=lambda p: p.stat().st_mtime).iterdir())
-    assert kept == ["plan.json", "rank0.beat", "rank0.log", "rank1.beat", "rank1.log"]
+    assert kept == ["command.json", "plan.json", "rank0.beat", "rank0.log", "rank1.beat", "rank1.log"]
     assert two.none_left()
 
 
