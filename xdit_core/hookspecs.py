@@ -66,7 +66,8 @@ def xdit_declare(settings: Any, facts: Facts) -> Declaration:  # type: ignore[em
         facts: heads, blocks and token grid of the model.
 
     Returns:
-        A ``Declaration``. Nothing means that the plugin declares nothing, which is an error for a selected strategy.
+        A ``Declaration``. Nothing means that the plugin declares nothing, which is an error for a selected strategy. What only one
+        plugin may do follows from it (``records.SLOTS``); a claim is needed for what does not follow, or to say why in other words.
 
     Example::
 

@@ -28,14 +28,24 @@ from xdit_core.checks import (
 )
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
 from xdit_core.fingerprints import checkpoint_fingerprint
+from xdit_core.frozen import Record
 from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
 from xdit_core.schedulers import check_scheduler
-from xdit_core.settings import ModelSettings, RunSettings, build, call_settings, check_class, check_keys, parse_loras
+from xdit_core.settings import (
+    SIDE_SETTINGS,
+    ModelSettings,
+    RunSettings,
+    build,
+    call_settings,
+    check_class,
+    check_keys,
+    parse_loras,
+)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     """Everything that decides what a run computes.
 
     Args:
@@ -126,11 +136,16 @@ class Plan:
         return checkpoint_fingerprint(Path(self.folder))
 
     def digest(self) -> str:
-        """Equal digests compute the same thing (where the files lie on each machine does not enter)."""
+        """Equal digests compute the same thing: where files lie or are written, and how a run is watched, does not enter."""
         data = json.loads(self.to_json())
         for key in ("folder", "notes"):
             del data[key]
-        data["values"] = {k: v for k, v in data["values"].items() if k not in ("model.path", "model.download_dir")}
+        for key in SIDE_SETTINGS:
+            data["run"].pop(key, None)
+        own = {f.name.rstrip("_") for f in dataclasses.fields(RunSettings)}  # these are in ``run``, with their defaults
+        data["values"] = {
+            k: v for k, v in data["values"].items() if k not in own and k not in ("model.path", "model.download_dir")
+        }
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -262,7 +277,7 @@ def settle_claims(declared: Mapping[str, Declaration]) -> tuple[dict[str, str], 
     owners: dict[str, tuple[str, str]] = {}
     problems = []
     for name in sorted(declared):
-        for claim in declared[name].claims:
+        for claim in declared[name].owns:
             if claim.slot in owners:
                 other, why = owners[claim.slot]
                 problems.append(

@@ -14,6 +14,8 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
+from xdit_core.frozen import Record
+
 
 class Traffic(IntEnum):
     """How often the ranks of an axis talk; the mesh is ordered by it, outermost first."""
@@ -33,6 +35,29 @@ POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "trunk": ("gather", "stage", "reuse"),
         "attention": ("exchange", "cache", "ring", "kernel"),
         "decode": ("split",),
+    }
+)
+
+
+# The slots that follow from what a strategy declares: by a field of the declaration, a property of an axis, a level or a phase, the slot
+# and why only one can have it. At a level that is not here wraps of several plugins nest.
+SLOTS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "stages": ("blocks", "it divides the blocks among stages"),
+        "patches": ("patches", "it cuts the picture into patches"),
+        "shards_tokens": ("tokens", "it divides the tokens among ranks"),
+        "forward/split": ("guidance", "it divides the calls of the denoiser among ranks"),
+        "forward/patches": ("patches", "it gives the denoiser the patches of the picture"),
+        "trunk/gather": ("tokens", "it brings the tokens of the ranks together"),
+        "trunk/stage": ("blocks", "it takes the tokens from stage to stage"),
+        "attention/exchange": ("exchange", "it exchanges heads for tokens"),
+        "attention/cache": ("kv", "it keeps keys and values from step to step"),
+        "attention/ring": ("ring", "it passes keys and values around"),
+        "attention/kernel": ("kernel", "it computes the attention"),
+        "decode/split": ("decode", "it divides the decoding of a picture"),
+        "shard": ("weights", "it divides the matrices of the blocks"),
+        "compile": ("code", "it compiles the denoiser"),
+        "offload": ("placement", "it moves weights between the CPU and the device"),
     }
 )
 
@@ -113,7 +138,7 @@ class Declaration:
 
     Args:
         axes: its mesh axes.
-        claims: slots that it must own alone.
+        claims: slots that it must own alone, beside those that follow from the rest (``SLOTS``).
         wraps: where it attaches.
         transforms: what it does to the modules once.
         stages: name of the axis along which the blocks are divided, or "".
@@ -136,9 +161,20 @@ class Declaration:
     reference: Callable[[Mapping[str, int]], Mapping[str, Any]] | None = None
     problems: tuple[Problem, ...] = ()
 
+    @property
+    def owns(self) -> tuple[Claim, ...]:
+        """Its claims, and those that follow from what it declares."""
+        declared = [name for name in ("stages", "patches") if getattr(self, name)]
+        declared += ["shards_tokens" for axis in self.axes if axis.shards_tokens]
+        declared += [f"{wrap.point}/{wrap.level}" for wrap in self.wraps] + [transform.phase for transform in self.transforms]
+        found = {claim.slot: claim for claim in self.claims}
+        for slot, why in (SLOTS[name] for name in declared if name in SLOTS):
+            found.setdefault(slot, Claim(slot, why))
+        return tuple(found.values())
+
 
 @dataclass(frozen=True)
-class Stream:
+class Stream(Record):
     """How one block is called: names of its arguments and the order of what it returns.
 
     Where arguments are named with a dim, ``NAME.1`` stands for item 1 of a tuple, and ``(dim, dims)`` for a tensor that is aligned only if
@@ -191,7 +227,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Record):
     """A model family, as data. An adapter builds one of these and nothing else.
 
     Args:
@@ -345,7 +381,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Built:
+class Built(Record):
     """What a strategy puts onto a rank.
 
     Args:

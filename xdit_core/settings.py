@@ -70,6 +70,10 @@ class RunSettings:
         return 600.0 if self.timeout is None else self.timeout
 
 
+# Shared settings that change nothing of what is computed.
+SIDE_SETTINGS = ("prompts", "out", "overwrite", "resume", "nproc", "timeout", "trace", "profile", "runs", "lockstep")
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """Where the checkpoint comes from (``model.path=`` ...)."""

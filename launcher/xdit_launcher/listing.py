@@ -49,7 +49,7 @@ def strategy(seen: Look) -> dict[str, Any]:
     about |= {"summary": seen.summary, "settings": settings(seen.settings, f"{found.name}.")}
     if declared:
         about["axes"] = [{"name": a.name, "traffic": a.traffic.name.lower(), "setting": a.setting} for a in declared.axes]
-        about["owns"] = {claim.slot: claim.why for claim in declared.claims}
+        about["owns"] = {claim.slot: claim.why for claim in declared.owns}
         about["wraps"] = [f"{wrap.point}/{wrap.level}" for wrap in declared.wraps]
     return about
 

@@ -159,8 +159,8 @@ def plugin_list() -> Iterator[str]:
         yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {text}".rstrip()
         if seen.error:
             yield f"{'':<{wide}}  {seen.error}"
-        elif seen.declaration and seen.declaration.claims:
-            yield f"{'':<{wide}}  owns {', '.join(c.slot for c in seen.declaration.claims)}"
+        elif seen.declaration and seen.declaration.owns:
+            yield f"{'':<{wide}}  owns {', '.join(c.slot for c in seen.declaration.owns)}"
     if not everyone:
         yield "no plugin is installed; install xdit again, or a distribution with entry points in the group xdit.plugins."
 
@@ -185,7 +185,7 @@ def plugin_page(name: str) -> Iterator[str]:
         for axis in seen.declaration.axes:
             setting = f", set by {axis.setting}=" if axis.setting else ""
             yield row("axis", f"{axis.name} ({axis.traffic.name.lower().replace('_', ' ')}){setting}")
-        for claim in seen.declaration.claims:
+        for claim in seen.declaration.owns:
             yield row("owns", f"{claim.slot}: {claim.why}")
         for wrap in seen.declaration.wraps:
             yield row("wraps", f"{wrap.point}, level {wrap.level}")
