@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from xdit_core import checkpoint
+from xdit_core.degrees import MOST_RANKS
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import read_text, user_path
 from xdit_core.records import Declaration, Facts, ModelSpec, Problem, listed
@@ -17,6 +18,23 @@ from xdit_core.settings import RunSettings, parse_loras
 SUBJECTS: Mapping[str, str] = MappingProxyType(
     {"prompt": "prompt", "class": "class_"}
 )  # what to draw, and its field of RunSettings
+BOUNDS: Mapping[str, tuple[int, int]] = (
+    MappingProxyType(  # far above what makes sense, and below what hangs or breaks something
+        {
+            "steps": (1, 100_000),
+            "images": (1, 100_000),
+            "height": (1, 65_536),
+            "width": (1, 65_536),
+            "frames": (1, 100_000),
+            "fps": (1, 1000),
+            "threads": (1, 4096),
+            "nproc": (1, MOST_RANKS),
+            "keep_runs": (0, 1_000_000),
+            "max_sequence_length": (0, 1_000_000),
+        }
+    )
+)
+LONGEST_WAIT = 31_536_000  # seconds
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -90,27 +108,20 @@ def needs_blocks(name: str, declared: Declaration, facts: Facts) -> list[Problem
 def check_run(run: RunSettings) -> list[Problem]:
     """Values that no run can have."""
     found = []
-    for name, least in (
-        ("steps", 1),
-        ("images", 1),
-        ("height", 1),
-        ("width", 1),
-        ("frames", 1),
-        ("fps", 1),
-        ("threads", 1),
-        ("nproc", 1),
-        ("keep_runs", 0),
-        ("max_sequence_length", 0),
-    ):
+    for name, (least, most) in BOUNDS.items():
         value = getattr(run, name)
         if value is not None and value < least:
             found.append(Problem(f"{name}={value} is too small", f"give {least} or more"))
+        if value is not None and value > most:
+            found.append(Problem(f"{name}={value} is too large", f"give {most} or less"))
     if run.output_type not in ("image", "latent"):
         found.append(Problem(f"output_type={run.output_type} is unknown", "use image or latent"))
     if run.dtype is not None and run.dtype not in DTYPES:
         found.append(Problem(f"dtype={run.dtype} is unknown", f"use one of {', '.join(DTYPES)}"))
     if run.device is not None and run.device not in ("cpu", "cuda"):
         found.append(Problem(f"device={run.device} is unknown", "use cpu or cuda"))
+    if run.patience > LONGEST_WAIT:
+        found.append(Problem(f"timeout={run.timeout:g} is too large", f"give at most {LONGEST_WAIT} seconds, which is a year"))
     if run.patience <= 0:
         found.append(Problem(f"timeout={run.timeout} is too small", "give the seconds to wait, such as 600"))
     if not -(2**63) <= run.seed < 2**64:

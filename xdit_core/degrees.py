@@ -25,6 +25,9 @@ def product(values: Iterable[int]) -> int:
     return math.prod(values)
 
 
+MOST_RANKS = 65_536  # more than any cluster has; above it only hangs or breaks something
+
+
 def ordered(axes: Iterable[Axis]) -> tuple[Axis, ...]:
     """Chatty axes innermost, so that their ranks are neighbours; ties by name."""
     return tuple(sorted(axes, key=lambda a: (a.traffic, a.name)))
@@ -56,6 +59,9 @@ def complete(
     if problems:
         return Completed(problems=tuple(problems))
     fixed = product(a.degree for a in axes if a.degree is not None)
+    if fixed > MOST_RANKS:
+        given = " and ".join(f"{a.setting or a.name}={a.degree}" for a in axes if a.degree is not None and a.degree > 1)
+        return Completed(problems=(Problem(f"{given} need {fixed} processes", f"lower them to at most {MOST_RANKS} together"),))
     open_axes = [a for a in axes if a.degree is None]
     if nproc is not None:
         sizes: Sequence[int] = (nproc,)

@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from xdit_core.errors import UsageError, XditError
+from xdit_core.printable import printable
 from xdit_launcher import backends, completion, hints, listings
 from xdit_launcher.printing import UNEXPECTED, print_lines, report_unexpected
 from xdit_launcher.run_folders import run_folder
@@ -56,7 +57,10 @@ class Main(click.Group):
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+        except click.ClickException as error:
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
+        except (click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as error:
             report_unexpected(error)
@@ -66,6 +70,9 @@ class Main(click.Group):
         """The command line is read; Ctrl-C meanwhile is no other than later."""
         try:
             return super().make_context(*args, **more)
+        except click.ClickException as error:
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 

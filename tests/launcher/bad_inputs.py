@@ -539,9 +539,7 @@ def wrong_with(case: Case, folder: Path, counts: Counter[str] | None = None, alo
         found.append(f"{len(err.splitlines())} lines, {len(err)} characters")
     if took > SLOW:
         found.append(f"{took:.0f} s")
-    if (code or "runs=" not in "".join(case.words)) and (
-        changes := sorted(set(before.items()) ^ set(snapshot(folder).items()))
-    ):
+    if (code or "runs" not in str(case)) and (changes := sorted(set(before.items()) ^ set(snapshot(folder).items()))):
         found.append(f"changed {[name for name, _ in changes][:3]}")
     return f"{', '.join(found)}: {(err or out)[-700:]!r}" if found else ""
 

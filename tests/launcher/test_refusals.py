@@ -51,6 +51,14 @@ def refused(result: Result, code: int, *parts: str) -> None:
         (["runs=/proc/nope"], 2, ["runs=/proc/nope cannot be written", "choose another place with runs=."]),
         (["--json", "a fox"], 2, ["--json shows a plan; add --dry-run."]),
         (["--on", "locl"], 2, ["unknown backend 'locl'", "did you mean local?"]),
+        (["nproc=10000000000"], 3, ["nproc=10000000000 is too large; give 65536 or less."]),
+        (["images=1000000000", "height=1000000000"], 3, ["images=1000000000 is too large", "height=1000000000 is too large"]),
+        (["threads=100000", "timeout=1e300"], 3, ["threads=100000 is too large", "timeout=1e+300 is too large; give at most"]),
+        (
+            ["--plugins", "dp", "dp.degree=1000000000000"],
+            3,
+            ["dp.degree=1000000000000 need 1000000000000 processes; lower them"],
+        ),
         (["output_type=film"], 3, ["output_type=film is unknown; use image or latent."]),
     ],
 )

@@ -64,7 +64,14 @@ def test_nothing_of_a_prompt_moves_the_cursor(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "words", [[FORGED, "--dry-run"], ["a", f"out=o/{FORGED}.png", "--dry-run"], [f"steps={FORGED}"], [f"{FORGED}=1"]]
+    "words",
+    [
+        [FORGED, "--dry-run"],
+        ["a", f"out=o/{FORGED}.png", "--dry-run"],
+        [f"steps={FORGED}"],
+        [f"{FORGED}=1"],
+        ["--dry-run", f"--{FORGED}"],
+    ],
 )
 def test_a_command_line_with_control_characters(say: Say, tiny: tuple[str, ...], words: list[str]) -> None:
     output = say(*[w for w in tiny if not w.startswith("steps")], *words).output
@@ -157,3 +164,10 @@ def test_without_docstrings(tiny: tuple[str, ...], tmp_path: Path) -> None:
     worker = [sys.executable, "-OO", "-m", "xdit_core.worker", str(plan)]
     done = subprocess.run(worker, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "out.png").is_file(), done.stderr
+
+
+def test_what_click_says_holds_no_control_characters(say: Say) -> None:
+    for words in (["plugins", "show", "usp", FORGED], ["models", FORGED], [f"--{FORGED}"], ["models", f"--{FORGED}"]):
+        result = say(*words)
+        assert result.exit_code == 2 and printable(result.output, keep="\n") == result.output
+        assert not any(line.startswith("rank 0 of 2") for line in result.output.splitlines())
