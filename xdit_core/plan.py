@@ -200,9 +200,10 @@ def make_plan(
     problems = check_run(run) + check_taken(given, spec) + check_loras(run)
     facts = checkpoint.facts(spec, configs, {**dataclasses.asdict(run), **call_settings(values)})
     facts = dataclasses.replace(facts, loras=() if problems else checkpoint.fingerprints(parse_loras(run.lora)))
-    problems += check_size(run, facts) + check_subject(run, spec, configs)
+    problems += check_size(run, facts)
     problems += check_scheduler(run.scheduler, configs.get("scheduler", {})) + check_lora_scale(run, call_settings(values))
     with checkpoint.describing(spec):
+        problems += check_subject(run, spec, configs)
         problems += spec.check(configs, {**dataclasses.asdict(run), **call_settings(values)}) if spec.check else ()
 
     arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}
