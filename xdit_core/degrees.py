@@ -89,7 +89,7 @@ def most_processes(declared: Mapping[str, Sequence[Axis]], fixed: int, devices: 
 
 def notes_on(declared: Mapping[str, Sequence[Axis]], done: Sequence[Axis], size: int) -> Iterator[str]:
     """What was decided, for the screen."""
-    yield f"{size} process{'es' if size > 1 else ''}: {describe(done)}"
+    yield processes(done, size)
     degree = {a.name: a.degree for a in done}
     for name, group in sorted(declared.items()):
         if size > 1 and group and all(degree[a.name] == 1 for a in group):
@@ -171,6 +171,11 @@ def misfit(
         f"nproc={nproc} does not fit the degrees ({because or 'nothing can use more than one process'})",
         f"{choice}, or leave nproc out" if near else "leave nproc out",
     )
+
+
+def processes(axes: Sequence[Axis], size: int) -> str:
+    """``4 processes: stages 2 x ulysses 2``, and of one only that it is one."""
+    return f"{size} processes: {describe(axes)}" if size > 1 else describe(axes)
 
 
 def describe(axes: Sequence[Axis]) -> str:

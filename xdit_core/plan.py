@@ -130,6 +130,11 @@ class Plan(Record):
         place = self.coordinates(rank)
         return all(place[a.name] == 0 for a in self.axes if not a.own_outputs)
 
+    @property
+    def dtype(self) -> str:
+        """In what the denoiser runs: as given, or what suits the device."""
+        return self.run.dtype or ("float32" if self.run.device == "cpu" else "bfloat16")
+
     @cached_property
     def checkpoint(self) -> str | None:
         """What tells the contents of the checkpoint from others, None if it cannot be read here."""

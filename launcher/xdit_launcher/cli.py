@@ -197,7 +197,8 @@ def run(
         raise UsageError("--json shows a plan; add --dry-run.")
     chosen, values, on = asked(words, plugins, config, backend, options)
     values |= {name: "yes" for name, wanted in (("trace", trace), ("profile", profile)) if wanted}
-    plan = make_plan(chosen, values, devices=on.devices(), weights=not dry_run)
+    devices = on.devices()
+    plan = make_plan(chosen, values, devices=devices, weights=not dry_run)
     files = targets(plan.run, plan.facts.video)
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
@@ -216,7 +217,7 @@ def run(
         if document:
             click.echo(document)
         else:
-            print_lines(show.plan_lines(plan, all_files(plan.run, files), plain, on, where))
+            print_lines(show.plan_lines(plan, all_files(plan.run, files), plain, on, where, here=devices is None))
         return
     on.check(plan)
     with run_folder(plan, ctx.meta[COMMAND_LINE]) as folder:

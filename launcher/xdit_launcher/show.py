@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdit_core.degrees import describe
+from xdit_core import machine
+from xdit_core.degrees import processes
+from xdit_core.embedded import FPS
 from xdit_core.errors import XditError
 from xdit_core.records import Declaration, Facts
 from xdit_core.registry import MODELS, STRATEGIES, Found, Registry
@@ -70,7 +72,7 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 
 def plan_lines(
-    plan: Plan, files: Sequence[Path], command: Sequence[str], on: Backend, target: Sequence[str] = ()
+    plan: Plan, files: Sequence[Path], command: Sequence[str], on: Backend, target: Sequence[str] = (), here: bool = True
 ) -> Iterator[str]:
     """A plan for a person.
 
@@ -79,20 +81,22 @@ def plan_lines(
         command: the words of the command line that say what to run.
         on: the backend that would start it.
         target: the words that are for the backend.
+        here: all processes run on this machine.
     """
     run, facts = plan.run, plan.facts
     yield row("model", f"{plan.model} ({' '.join(plan.model_origin)}) in {plan.folder}")
-    guidance = "" if run.guidance is None else f", guidance {run.guidance:g}"
-    yield row("picture", f"{run.width} x {run.height}, {run.steps} steps{guidance}, seed {run.seed}")
-    several = f"  ({run.images} pictures)" if run.images > 1 else ""
+    yield row("video" if facts.video else "picture", subject_line(plan))
+    several = f"  ({run.images} {'videos' if facts.video else 'pictures'})" if run.images > 1 else ""
     yield from rows("prompt", [prompt + several for prompt in run.prompt])
     yield from (row("writes", file) for file in files)  # all of them: none is to come as a surprise
     yield row("tokens", f"{facts.rows} x {facts.columns} = {facts.tokens}, and at most {facts.text_tokens} of text")
-    yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
-    yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none: one serial process")
-    yield row("mesh", f"{plan.world} process{'es' if plan.world > 1 else ''}: {describe(plan.axes)}")
+    if facts.blocks:
+        yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
+    yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none")
+    yield row("runs in", f"{plan.dtype} on {run.device}, {threads_line(plan, here)}")
+    yield row("mesh", processes(plan.axes, plan.world))
     starts = [sum(plan.split[:i]) for i in range(len(plan.split) + 1)]
-    for rank in range(plan.world):
+    for rank in range(plan.world if plan.world > 1 else 0):
         place = plan.coordinates(rank)
         stage = place.get(plan.stages, 0)
         where = ", ".join(f"{name} {i}" for name, i in place.items() if plan.degree(name) > 1) or "alone"
@@ -101,18 +105,50 @@ def plan_lines(
         yield row("", f"rank {rank}: {where}; blocks {starts[stage]} to {starts[stage + 1] - 1}{owner}")
     if plan.patches > 1:
         yield row("patches", f"{plan.patches} in time")
-    if plan.displaced:
-        yield row("displaced", f"{', '.join(plan.displaced)}: the picture differs a little from a serial run's")
+    yield row("exactness", exactness_line(plan))
     for point, pairs in plan.wraps.items():
         yield row("at " + point, " > ".join(f"{name} ({level})" for level, name in pairs))
     for slot, name in sorted(plan.claims.items()):
         yield row("slot", f"{slot}: {name}")
     for note in plan.notes:
-        yield row("note", note)
+        if note != processes(plan.axes, plan.world):  # which the mesh has said
+            yield row("note", note)
     yield row("command", shlex.join(["xdit-launch", *target, *command]))
     yield from (row(f"on {on.name}" if i == 0 else "", line) for i, line in enumerate(on.show(plan, command)))
     words = shlex.join(["xdit-launch", "run", "--dry-run", "--json", *command])
     yield row("by hand", f"{words} > plan.json; torchrun --nproc-per-node {plan.world} -m xdit_core.worker plan.json")
+
+
+def subject_line(plan: Plan) -> str:
+    """Size, length, steps, guidance and seed of what is drawn."""
+    run = plan.run
+    parts = [f"{run.width} x {run.height}"]
+    if plan.facts.video:
+        frames, fps = run.frames or 1, run.fps or FPS
+        parts.append(f"{frames} frame{'s' if frames > 1 else ''} at {fps} a second ({frames / fps:.1f} s)")
+    parts.append(f"{run.steps} steps")
+    parts += [f"guidance {run.guidance:g}"] if run.guidance is not None else []
+    return ", ".join([*parts, f"seed {run.seed}"])
+
+
+def threads_line(plan: Plan, here: bool) -> str:
+    """CPU threads of each process.
+
+    Args:
+        here: all processes run on this machine.
+    """
+    if plan.run.threads is None and not here:
+        return "each host's cores shared among the threads of its processes"
+    count = plan.run.threads or machine.threads(plan.world)
+    return f"{count} CPU thread{'s' if count > 1 else ''}{' each' if plan.world > 1 else ''}"
+
+
+def exactness_line(plan: Plan) -> str:
+    """How the result compares with that of one process without plugins."""
+    thing = "video" if plan.facts.video else "picture"
+    if plan.displaced:
+        return f"displaced ({', '.join(plan.displaced)}): the {thing} differs a little from that of one process"
+    return f"the {thing} of one process, within rounding" if plan.plugins else f"the {thing} of plain diffusers"
 
 
 @dataclasses.dataclass(frozen=True)

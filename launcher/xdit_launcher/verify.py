@@ -191,7 +191,7 @@ class Verify:
                     "when its launcher ends (slurm.wait=yes): give such a folder with runs=."
                 )
         plan, other = self.plans["plan"], "reference" if "reference" in self.plans else "serial"
-        dtype = plan.run.dtype or ("float32" if plan.run.device == "cpu" else "bfloat16")
+        dtype = plan.dtype
         ours = latents(self.folder / "plan")
         found = Finding(
             dtype=dtype,

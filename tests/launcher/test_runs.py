@@ -23,7 +23,7 @@ def test_two_ranks_draw_what_one_draws(launch: Launch, tiny: tuple[str, ...]) ->
     assert code == 0, err
     names = ["a-red-fox-7.png", "a-red-fox-8.png", "blue-heart-7.png", "blue-heart-8.png"]
     assert [line.split()[0] for line in out.splitlines()] == [f"serial/{name}" for name in (*names, "sheet.png")]
-    assert "1 process: one process" in err
+    assert "one process" in err.splitlines()
 
     two = launch("--plugins", "usp", "a red fox", *tiny, "blue heart", "usp.ulysses=2", "out=two.png", "seed=7", "images=2")
     code, out, err = two.wait()
