@@ -31,15 +31,17 @@ def user_path(text: str, setting: str) -> Path:
         setting: what gave it, as it is written: ``out=`` or ``--config``.
 
     Raises:
-        UsageError: there is no such user, or the text can be no path.
+        UsageError: there is no such user, or the text can be no path: a zero byte, a name too long.
     """
     if "\0" in text:
         raise UsageError(f"{setting}{text} holds a zero byte, which no path can have; write another path.")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
         who = Path(text).parts[0]
         raise UsageError(f"{setting}{text}: the home folder of {who} is not known; write the whole path.") from error
+    check_names([path], f"{setting}{text}")  # Python has no answer to whether such a file is there, but an error
+    return path
 
 
 def read_text(path: Path, setting: str, fix: str, most: int = MOST_TEXT) -> str:

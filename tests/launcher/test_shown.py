@@ -105,6 +105,8 @@ def test_a_mistake_of_ours_is_told_in_a_sentence(say: Say, monkeypatch: pytest.M
         (["out=" + "x" * 300], "has 300 bytes and "),
         (["out=" + "x" * 300 + ".png"], "has 304 bytes and "),
         (["runs=" + "x" * 300], "has 300 bytes and "),
+        (["lora=" + "x" * 300], "has 300 bytes and "),
+        (["prompts=" + "x" * 300], "has 300 bytes and "),
         (["call.x=" + "[" * 100000], "call.x nests too deep"),
         (["--config", "deep.yaml"], "--config deep.yaml nests too deep"),
         (["--config", "/dev/zero"], "--config /dev/zero holds more than 1 MiB; give a YAML file."),
