@@ -6,7 +6,7 @@ A library fills tensors that a checkpoint lacks with random numbers and a warnin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ import torch
 from torch import nn
 
 from xdit_core.errors import ModelError
+from xdit_core.rank import ignore
 from xdit_core.weights import read_header, weight_files
 
 
-def load_components(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, but: Mapping[str, Any]) -> dict[str, nn.Module]:
+def load_components(
+    folder: Path, index: Mapping[str, Any], dtype: torch.dtype, but: Mapping[str, Any], doing: Callable[[str], None] = ignore
+) -> dict[str, nn.Module]:
     """The models that ``model_index.json`` lists, by component name; what has no weights is left to the pipeline.
 
     Args:
         but: components that are not to be loaded.
+        doing: told which one is being loaded.
 
     Raises:
         ModelError: one cannot be read, or is not complete.
@@ -36,6 +40,7 @@ def load_components(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, 
             continue
         cls = getattr(libraries[entry[0]], entry[1], None)
         if isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel)):
+            doing(f"loading the model: {name}")
             found[name] = load_model(cls, folder / name, entry[0], dtype)
     return found
 

@@ -110,7 +110,7 @@ class Engine:
         where, loras = torch.device("cpu") if late else device, parse_loras(plan.run.lora)
         if pipe is None:
             trust = build(ModelSettings, "model.", plan.values).trust_remote_code
-            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras)
+            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras, doing)
         else:
             pipe = adopt_pipeline(spec, pipe, self.rank.blocks, where, early, loras)
         self.pipe = self.rank.pipe = pipe
@@ -291,10 +291,11 @@ class Engine:
             outputs.append(self._draw(job, request))
             if self.owner and request.done:
                 request.done(outputs[-1])
-        return joined(outputs) if single else outputs
+        return joined(outputs, in_turn=True) if single else outputs
 
     def _draw(self, job: Job, request: Request) -> Output:
         """One call of the pipeline."""
+        self._marks = {"start": time.perf_counter()}
         run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
         subject = spec.drawn(self._configs, job.prompt, len(job.numbers)) if spec.drawn else job.prompt
         arguments = {**call_arguments(run, spec, job.numbers), **self._extra, **request.more}
@@ -304,7 +305,6 @@ class Engine:
         self.rank.now.pictures = len(job.numbers)
         self.rank.seconds.clear()
         self.rank.now.step = 0
-        self._marks = {"start": time.perf_counter()}
         self.rank.doing("encoding the prompt")
         self._wants_latents = run.output_type == "latent"
         with (
@@ -350,7 +350,9 @@ class Engine:
         """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies for it."""
         self.rank.doing("gathering the latents")
         latents = materialized(latents)
-        self._mark("denoised")
+        if "decoding" not in self._marks:  # else the pipeline decodes in parts
+            self._mark("denoised")
+            self._marks["decoding"] = self._marks["denoised"]
         if self._wants_latents:
             raise _Latents(latents)
         if self.decode is None:
@@ -380,6 +382,7 @@ class Engine:
         self._marks[name] = time.perf_counter()
 
     def _seconds(self) -> dict[str, float]:
+        """Seconds of the phases of a request; their sum is its wall time."""
         m, end = self._marks, time.perf_counter()
         encoded = m.get("encoded", m["start"])
         denoised = m.get("denoised", end)

@@ -99,8 +99,12 @@ def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
     return tuple(found)
 
 
-def joined(outputs: Iterable[Output]) -> list[Output]:
-    """One output for each prompt, its pictures in order, from outputs that came in parts."""
+def joined(outputs: Iterable[Output], in_turn: bool = False) -> list[Output]:
+    """One output for each prompt, its pictures in order, from outputs that came in parts.
+
+    Args:
+        in_turn: the parts were made one after the other, so that their times add up; else at once, and the longest counts.
+    """
     result: list[Output] = []
     for part in sorted(outputs, key=lambda o: (o.index, o.numbers.start)):
         if not result or result[-1].index != part.index or result[-1].numbers.stop != part.numbers.start:
@@ -112,5 +116,6 @@ def joined(outputs: Iterable[Output]) -> list[Output]:
             whole.images = whole.images + part.images
         if whole.latents is not None and part.latents is not None:
             whole.latents = torch.cat((whole.latents, part.latents))
-        whole.seconds = {k: max(v, part.seconds.get(k, 0.0)) for k, v in whole.seconds.items()}
+        pairs = {k: (whole.seconds.get(k, 0.0), part.seconds.get(k, 0.0)) for k in {**whole.seconds, **part.seconds}}
+        whole.seconds = {k: sum(pair) if in_turn else max(pair) for k, pair in pairs.items()}
     return result

@@ -25,6 +25,7 @@ from xdit_core.components import another_shape, check_filled, first_line, lackin
 from xdit_core.errors import ModelError
 from xdit_core.lora import Delta, Deltas, load_loras
 from xdit_core.quiet import quiet
+from xdit_core.rank import ignore
 from xdit_core.records import ModelSpec
 from xdit_core.tensors import FileTensors, Tensors
 from xdit_core.trunk import Absent
@@ -58,6 +59,7 @@ def load_pipeline(
     changes: Sequence[Change] = (),
     trust_remote_code: bool = False,
     loras: Mapping[str, float] = MappingProxyType({}),
+    doing: Callable[[str], None] = ignore,
 ) -> Any:
     """The pipeline of a local checkpoint folder.
 
@@ -68,6 +70,7 @@ def load_pipeline(
         changes: what strategies do to the denoiser while its parameters are on the meta device.
         trust_remote_code: Python code that lies in the folder may run.
         loras: path to scale, to be added to the weights.
+        doing: told which component is being loaded.
 
     Raises:
         ModelError: a component cannot be read.
@@ -83,7 +86,7 @@ def load_pipeline(
     parts = {name: folder_part(folder, name, index[name][1], dtype) for name in spec.denoisers if name in listed}
     # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
     shapes = {name: part.make() for name, part in parts.items()}
-    models = load_components(folder, index, dtype, {**absent, **shapes})
+    models = load_components(folder, index, dtype, {**absent, **shapes}, doing)
     more = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
@@ -92,6 +95,7 @@ def load_pipeline(
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in parts:
             check_filled(folder / name, component)
+    doing(f"loading the model: {', '.join(parts)}")
     return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
 
 

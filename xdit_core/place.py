@@ -27,6 +27,9 @@ MOST_NAMED = 32  # ranks
 NOT_STARTED = re.compile(rf"{WAITING} for ranks? ([\d, ]+) to start")
 
 
+COLUMNS_VARIABLE = "XDIT_COLUMNS"  # of the environment: columns of the terminal at the launcher, if it has one
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a process stands among the others.
@@ -36,6 +39,7 @@ class Place:
         listen: file descriptor on which the launcher already listens for rank 0, so that no port can be lost to others.
         screen: file descriptors of the terminal's stdout and stderr, if the process' own go to a log.
         parent: process id of the launcher.
+        columns: of the terminal to which the launcher passes on what is written to the second of ``screen``, None if it is none.
     """
 
     rank: int = 0
@@ -47,6 +51,7 @@ class Place:
     listen: int | None = None
     screen: tuple[int, ...] = ()
     parent: int | None = None
+    columns: int | None = None
 
     @staticmethod
     def of(env: Mapping[str, str], world: int) -> Place:
@@ -73,7 +78,7 @@ class Place:
             raise UsageError(f"MASTER_ADDR and MASTER_PORT do not say where rank 0 is met; start it with {by_hand}.")
         screen = tuple(int(fd) for fd in env.get("XDIT_SCREEN", "").split(",") if fd)
         listen = env.get("XDIT_LISTEN")
-        parent = env.get("XDIT_PARENT")
+        parent, columns = env.get("XDIT_PARENT"), env.get(COLUMNS_VARIABLE)
         return Place(
             rank=rank,
             world=world,
@@ -84,6 +89,7 @@ class Place:
             listen=int(listen) if listen else None,
             screen=screen,
             parent=int(parent) if parent else None,
+            columns=int(columns) if columns else None,
         )
 
 

@@ -12,6 +12,17 @@ from typing import Any, TextIO
 from xdit_core.printable import cut, printable
 
 SELDOM = 10.0  # seconds between lines in a log
+LOADING = "loading "  # what a rank says it does begins so while it loads
+
+
+def duration(seconds: float) -> str:
+    """``12 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class Progress:
@@ -19,16 +30,22 @@ class Progress:
 
     Args:
         screen: where it goes; None shows nothing.
+        width: columns of the terminal to which somebody else passes on what is written; None: see whether ``screen`` is one.
     """
 
-    def __init__(self, screen: TextIO | None) -> None:
-        self.screen = screen
-        self.tty = screen is not None and screen.isatty()
+    def __init__(self, screen: TextIO | None, width: int | None = None) -> None:
+        self.screen, self._width = screen, width
+        self.tty = screen is not None and (width is not None or screen.isatty())
         self._title, self._first, self._shown, self._last = "", 0.0, 0.0, ""
 
     def status(self, text: str) -> None:
         """Words for a phase without steps; only where somebody watches."""
         if self.tty:
+            self._put(text)
+
+    def loading(self, text: str) -> None:
+        """Show what is being loaded, of all the words that tell what a rank does."""
+        if self.tty and text.startswith(LOADING):
             self._put(text)
 
     def begin(self, title: str) -> None:
@@ -43,8 +60,10 @@ class Progress:
         now = time.monotonic()
         if step == 1:
             self._first = now
-        pace = f"{(now - self._first) / (step - 1):.2f} s/step  " if step > 1 else ""
-        words = f"step {step}/{steps}  {pace}peak {self.peak() / 2**30:.2f} GiB  {self._title}"
+        seconds = (now - self._first) / (step - 1) if step > 1 else 0.0
+        pace = f"{seconds:.2f} s/step  " if step > 1 else ""
+        left = f"about {duration(seconds * (steps - step))} left  " if 1 < step < steps else ""
+        words = f"step {step}/{steps}  {left}{pace}peak {self.peak() / 2**30:.2f} GiB  {self._title}"
         if self.tty:
             full = 20 * step // steps
             self._put(f"[{'#' * full}{'.' * (20 - full)}] {words}")
@@ -72,7 +91,7 @@ class Progress:
             return
         line = printable(line)
         with contextlib.suppress(OSError):
-            line = cut(line, (os.get_terminal_size(self.screen.fileno()).columns or 80) - 1)
+            line = cut(line, (self._width or os.get_terminal_size(self.screen.fileno()).columns or 80) - 1)
         self._last = line
         self._write("\r\x1b[K" + line)
 

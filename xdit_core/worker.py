@@ -131,7 +131,12 @@ def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesT
     from xdit_core.verify import recording
 
     progress.status(f"loading {plan.model}")
-    engine = Engine(plan, progress=progress, doing=beat.doing)
+
+    def doing(text: str) -> None:
+        beat.doing(text)
+        progress.loading(text)
+
+    engine = Engine(plan, progress=progress, doing=doing)
     write = Writer(plan, engine, progress, beat, folder, files.kept)
     with recording(engine, folder, write.title, write) as (started, done), tracing(engine, folder):
         for output in engine.generate_all(plan.run.prompt, done, started, skip=files.skipped(plan)):
@@ -151,7 +156,7 @@ def screens(place: Place) -> Iterator[Progress]:
         return
     # left open: closing would complain about a terminal that has gone
     out, err = (os.fdopen(fd, "w", encoding="utf-8", errors="replace", closefd=False) for fd in place.screen)
-    progress, own = Progress(err), sys.stdout
+    progress, own = Progress(err, place.columns), sys.stdout
     sys.stdout = Tee(own, out, before=progress.clear)
     try:
         yield progress

@@ -52,7 +52,8 @@ class Writer:
             paths = paths[output.numbers.start : output.numbers.stop]
         self._settled |= set(paths)
         seconds = {"load": self.engine.load_seconds, **output.seconds}
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in output.seconds.items())
+        shown += f"; loading took {self.engine.load_seconds:.1f} s before"
         for op, times in self.engine.rank.slow.items():
             print(f"slow path: {op} needed the whole picture {times} times, and every stage waited", flush=True)
         for i, path in enumerate(paths):

@@ -20,6 +20,7 @@ from xdit_core.beat import Pulse
 from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import write_text
 from xdit_core.outputs import RECORD
+from xdit_core.place import COLUMNS_VARIABLE
 from xdit_core.records import listed
 from xdit_launcher import facts, layout, report
 from xdit_launcher.agent import ALIVE, SILENCE
@@ -260,7 +261,16 @@ class Fleet:
             for i in used
         }
         marks = [RECORD] if (folder / RECORD).exists() else []
-        self.must("go", each, plan=plan.to_json(), folder=str(folder), address=address, port=port, env=env, marks=marks)
+        self.must(
+            "go",
+            each,
+            plan=plan.to_json(),
+            folder=str(folder),
+            address=address,
+            port=port,
+            env={**env, **terminal()},
+            marks=marks,
+        )
 
     def meet(self, used: Sequence[int], rdzv: str | None, facts_: Mapping[int, Any]) -> tuple[str, int]:
         """Where the first host listens and all others reach it."""
@@ -326,10 +336,21 @@ def slots(host: Host, about: Mapping[str, Any], device: str | None) -> int:
     return host.slots or len(host.devices) or gpus or int(about["cores"])
 
 
+def terminal() -> dict[str, str]:
+    """Tells rank 0, which sees a pipe, that its progress is shown on a terminal; empty if it is not."""
+    try:
+        return {COLUMNS_VARIABLE: str(os.get_terminal_size(sys.stderr.fileno()).columns or 80)}
+    except (OSError, ValueError):  # ValueError: there is no such stream
+        return {}
+
+
 def show(screen: int, data: bytes) -> None:
     """What rank 0 prints, on this terminal."""
     stream = sys.stdout if screen == 1 else sys.stderr
     with contextlib.suppress(OSError, ValueError):
+        if screen == 1 and sys.stderr.isatty():  # what takes the bar away may be on its way yet
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
         stream.flush()
         if hasattr(stream, "buffer"):  # as it came: it may be cut in the middle of a character
             stream.buffer.write(data)
