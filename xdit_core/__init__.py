@@ -13,6 +13,7 @@ from xdit_core.checkpoint import default_size, latent_factor
 from xdit_core.errors import (
     GuardError,
     LazyError,
+    LockstepError,
     ModelError,
     PlanRefused,
     PluginError,
@@ -124,6 +125,7 @@ __all__ = [
     "Job",
     "LazyError",
     "LocalWorld",
+    "LockstepError",
     "Mesh",
     "Message",
     "ModelError",

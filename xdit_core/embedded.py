@@ -25,6 +25,7 @@ UNTOLD = (
     "resume",
     "runs",
     "keep_runs",
+    "lockstep",
     "model.download_dir",
     "trace",
     "profile",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -32,6 +32,7 @@ from xdit_core.jobs import Done, Job, Output, Request, Started, jobs_for, joined
 from xdit_core.jobs import Run as RequestRun
 from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
+from xdit_core.lockstep import Lockstep
 from xdit_core.mesh import Mesh
 from xdit_core.owners import OwnedRequest, Owner
 from xdit_core.plan import Plan
@@ -276,7 +277,8 @@ class Engine:
         jobs = jobs_for(prompts, run.images, skip)
         self.rank.slow.clear()
         self._broken = self.plan.world > 1
-        outputs = self._run(Request(jobs, run, more, started, done))
+        with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
+            outputs = self._run(Request(jobs, run, more, started, done))
         self._broken = False
         return outputs
 

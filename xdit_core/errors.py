@@ -66,5 +66,9 @@ class UnsupportedCall(XditError):
     """The pipeline passed the denoiser an argument that the engine cannot honour."""
 
 
+class LockstepError(XditError):
+    """Ranks that must do the same have come to different collectives, or to none."""
+
+
 class LazyError(XditError):
     """A patch tensor was used in a way that cannot be right."""

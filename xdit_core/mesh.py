@@ -85,6 +85,18 @@ class Mesh:
         groups = [dist.new_group(line) for line in lines]  # every rank must enter every new_group
         return self._keep(groups, lines) if any(self.rank in line for line in lines) else None
 
+    def decision_group(self, axes: Sequence[str]) -> dist.ProcessGroup | None:
+        """A communicator of the host over ``joint_group(axes)``, for small numbers; None if that is this rank alone.
+
+        Only the ranks in it need to call this, all at the same time.
+        """
+        line = next((line for line in self.lines(axes) if self.rank in line), []) if self.device_mesh is not None else []
+        if len(line) < 2:
+            return None
+        group: dist.ProcessGroup = dist.new_group(line, backend="gloo", use_local_synchronization=True)
+        self._own.append(group)
+        return group
+
     def lines(self, axes: Sequence[str]) -> list[list[int]]:
         """All sets of global ranks that differ along ``axes`` only, each in mesh order."""
         names = list(self.degrees)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from xdit_core.branches import Branch
+from xdit_core.errors import LockstepError, PluginError
 from xdit_core.mesh import Mesh
 from xdit_core.records import ModelSpec
 from xdit_core.tokens import TokenLayout
@@ -19,6 +21,14 @@ from xdit_core.tokens import TokenLayout
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_core.trace import Trace
+
+
+Decision = TypeVar("Decision", bool, int, float)
+
+
+def first(values: Sequence[Decision]) -> Decision:
+    """That of the first rank."""
+    return values[0]
 
 
 def ignore(doing: str) -> None:
@@ -103,6 +113,7 @@ class Rank:
     doing: Callable[[str], None] = ignore
     pipe: Any = None
     trace: Trace | None = None
+    _deciders: tuple[dist.ProcessGroup | None] | None = field(default=None, init=False, repr=False)
 
     def began(self) -> int:
         """The moment at which something is begun that will be waited for later, if a trace wants to know."""
@@ -135,6 +146,56 @@ class Rank:
     def degree(self, axis: str) -> int:
         """Size of an axis, 1 if there is no such axis."""
         return self.mesh.degrees.get(axis, 1)
+
+    def agree(self, value: Decision, choose: Callable[[Sequence[Decision]], Decision] = first) -> Decision:
+        """One decision for all ranks that share a picture, where each may have come to another.
+
+        All of them must do the same at the same time, or they wait for each other in vain. So what a strategy decides from the numbers
+        that it sees (a step cache that leaves out the blocks, say) it lets the ranks agree on. Call it on every rank equally often: in a
+        wrap of ``forward``, before the blocks run. Inside the trunk a stage would wait for the one behind it, which waits for its rows.
+        It costs one small exchange, for which the host waits.
+
+        Args:
+            value: of this rank: a bool or a number that a float64 holds exactly.
+            choose: makes one of the values of all ranks, in their order: by default the first, or ``max``, ``min``, ``any``, ``all``.
+
+        Returns:
+            The same on all ranks that share a picture, of the type that ``choose`` makes of values of this type.
+
+        Raises:
+            PluginError: ``value`` is no number, or the ranks asked in different steps.
+            LockstepError: not all of them asked within half of the run's ``timeout``.
+        """
+        if not isinstance(value, (bool, int, float)):
+            raise PluginError(f"rank.agree takes a bool or a number, and was given {value!r:.60}; decide on one of these.")
+        if self._deciders is None:
+            axes = [a.name for a in self.plan.axes if not a.own_outputs]
+            self._deciders = (self.mesh.decision_group(axes),)
+        (group,) = self._deciders
+        if group is None:
+            return choose([value])
+        mine = torch.tensor([value, self.now.step], dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        patience = timedelta(seconds=self.plan.run.patience / 2)
+        with self.waiting("all ranks of a picture to agree", "agree", group):
+            work = dist.all_gather(everyone, mine, group=group, async_op=True)
+            try:
+                work.wait(patience)
+            except RuntimeError as error:
+                if "time" not in str(error).lower():
+                    raise  # a rank has gone
+                raise LockstepError(
+                    f"rank {self.mesh.rank} asked in step {self.now.step + 1} for an agreement that others did not ask for within "
+                    f"{patience.total_seconds():g} s; call rank.agree on every rank equally often, in a wrap of the forward."
+                ) from error
+        ranks = dist.get_process_group_ranks(group)
+        steps = {r: int(x[1]) for r, x in zip(ranks, everyone, strict=True)}
+        if len(set(steps.values())) > 1:
+            asked = ", ".join(f"rank {r} in step {s + 1}" for r, s in steps.items())
+            raise PluginError(
+                f"the ranks of a picture asked for an agreement in different steps ({asked}); call rank.agree equally often."
+            )
+        return choose([type(value)(x[0].item()) for x in everyone])
 
     @property
     def blocks(self) -> range:

@@ -61,6 +61,9 @@ class RunSettings:
     )
     trace: bool = field(default=False, metadata={"help": "write what every rank did and when into the run folder"})
     profile: bool = field(default=False, metadata={"help": "trace, with torch's profiler on every rank"})
+    lockstep: bool = field(
+        default=False, metadata={"help": "compare what the ranks do before each collective; slow, for authors of plugins"}
+    )
     runs: str = field(default="runs", metadata={"help": "folder for logs; each run makes a folder in it"})
     keep_runs: int = field(default=20, metadata={"help": "how many of these folders are kept; 0: all"})
 
@@ -71,7 +74,19 @@ class RunSettings:
 
 
 # Shared settings that change nothing of what is computed.
-SIDE_SETTINGS = ("prompts", "out", "overwrite", "resume", "nproc", "timeout", "trace", "profile", "runs", "lockstep")
+SIDE_SETTINGS = (
+    "prompts",
+    "out",
+    "overwrite",
+    "resume",
+    "nproc",
+    "timeout",
+    "trace",
+    "profile",
+    "runs",
+    "keep_runs",
+    "lockstep",
+)
 
 
 @dataclass(frozen=True)
