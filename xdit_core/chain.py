@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from xdit_core.errors import PluginError
+from xdit_core.errors import PluginFailed
 from xdit_core.owners import Owner
 
 
@@ -20,12 +20,14 @@ class OwnedWrap:
         owner: whose it is.
         place: ``point/level``.
         check: given the first of ``args`` and the result, what is wrong with the result, "" if nothing.
+        check_given: given what the wrap calls its inner with, what is wrong with that.
     """
 
     wrap: Callable[..., Any]
     owner: Owner
     place: str
     check: Callable[[Any, Any], str] | None = None
+    check_given: Callable[[tuple[Any, ...]], str] | None = None
 
 
 def nest(wraps: Sequence[Callable[..., Any] | OwnedWrap], base: Callable[..., Any], checked: bool = True) -> Callable[..., Any]:
@@ -56,14 +58,22 @@ def bind_owned(owned: OwnedWrap, inner: Callable[..., Any], within: CodeType | N
         within: code of what lies innermost.
 
     Raises:
-        PluginError: from the wrap's own error, or if it returned something else than the point allows.
+        PluginFailed: from the wrap's own error, or if it returned something else than the point allows.
     """
     wrap, what = owned.wrap, f"its wrap at {owned.place}"
-    check = owned.check if checked else None
+    check, check_given = (owned.check, owned.check_given) if checked else (None, None)
+
+    def checked_inner(*args: Any, **kwargs: Any) -> Any:
+        wrong = check_given(args) if check_given is not None else ""
+        if wrong:
+            raise PluginFailed(f"{owned.owner} passed on {wrong} in {what}; correct {owned.owner.name}, or run without it.")
+        return inner(*args, **kwargs)
+
+    passed = inner if check_given is None else checked_inner
 
     def bound(*args: Any, **kwargs: Any) -> Any:
         try:
-            result = wrap(inner, *args, **kwargs)
+            result = wrap(passed, *args, **kwargs)
         except Exception as error:
             if raised_by(error, within):
                 raise
@@ -74,7 +84,9 @@ def bind_owned(owned: OwnedWrap, inner: Callable[..., Any], within: CodeType | N
         if check is not None:
             wrong = check(args[0], result)
             if wrong:
-                raise PluginError(f"{owned.owner} returned {wrong} from {what}; correct {owned.owner.name}, or run without it.")
+                raise PluginFailed(
+                    f"{owned.owner} returned {wrong} from {what}; correct {owned.owner.name}, or run without it."
+                )
         return result
 
     return bound

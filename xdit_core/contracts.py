@@ -35,6 +35,29 @@ def contract(rank: Rank, point: str, level: str, owner: bool) -> Check:
     return attention_contract if point == "attention" else request_contract
 
 
+def given_contract(point: str) -> Callable[[tuple[Any, ...]], str]:
+    """What is wrong with what a wrap calls its inner with."""
+    wanted: type = {"attention": Attend, "trunk": Rows, "forward": Call, "decode": torch.Tensor, "request": Request}[point]
+
+    def check(args: tuple[Any, ...]) -> str:
+        if not args:
+            return "nothing"
+        value = args[0]
+        if not isinstance(value, wanted) or (point != "decode" and len(args) > 1):
+            return f"{' and '.join(map(kind, args))} where one {wanted.__name__} is expected"
+        if not isinstance(value, Attend):
+            return ""
+        q, k, v = value.q, value.k, value.v
+        fits = k.shape[:-1] == v.shape[:-1] and (q.shape[0], q.shape[-1], q.dtype) == (k.shape[0], k.shape[-1], k.dtype)
+        return (
+            ""
+            if fits and k.dtype == v.dtype
+            else f"queries, keys and values that do not fit: {kind(q)}, {kind(k)} and {kind(v)}"
+        )
+
+    return check
+
+
 def kind(value: Any) -> str:
     """A value in words."""
     if value is None:

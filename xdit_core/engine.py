@@ -23,7 +23,7 @@ from xdit_core.calling import call_arguments, check_call, scheduler_named
 from xdit_core.chain import OwnedWrap, nest
 from xdit_core.checkpoint import INDEX
 from xdit_core.checks import check_lora_scale, check_run, check_size
-from xdit_core.contracts import contract
+from xdit_core.contracts import contract, given_contract
 from xdit_core.easy import bar_for, plan_from
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint
@@ -199,7 +199,7 @@ class Engine:
                 if wrap is None:
                     raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
                 check = contract(self.rank, point, level, self.owner)
-                owned = OwnedWrap(wrap, self._owner_of(name), f"{point}/{level}", check)
+                owned = OwnedWrap(wrap, self._owner_of(name), f"{point}/{level}", check, given_contract(point))
                 chains.setdefault("kernel" if level == "kernel" else point, []).append(owned)
         woven = bool(spec.blocks) and bool(plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys())
         trace = self.rank.trace

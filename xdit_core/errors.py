@@ -52,6 +52,12 @@ class PluginError(XditError):
     exit_code = 2
 
 
+class PluginFailed(PluginError):
+    """Code of a plugin or an adapter failed while a plan was made or a run was under way; names it, its distribution and version."""
+
+    exit_code = 1
+
+
 class ModelError(XditError):
     """The checkpoint is missing, unreadable or not what the adapter expects."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from xdit_core.errors import PluginError, XditError
+from xdit_core.errors import PluginFailed, XditError
 from xdit_core.failure import fault_of_machine
 from xdit_core.records import ModelSpec
 
@@ -57,7 +57,7 @@ class Owner:
             what: of the owner's code failed.
 
         Returns:
-            A ``PluginError``; or ``error`` itself, if it is a sentence for the user already, or if the machine or another rank is at
+            A ``PluginFailed``; or ``error`` itself, if it is a sentence for the user already, or if the machine or another rank is at
             fault, which the report of failures tells by the type: then it gets a note.
         """
         if isinstance(error, XditError):
@@ -66,7 +66,7 @@ class Owner:
             error.add_note(f"This happened in {what} of {self}.")
             return error
         text = str(error).strip().rstrip(".")
-        return PluginError(f"{self} failed in {what}: {type(error).__name__}{f': {text}' if text else ''}{line_of(error)}.")
+        return PluginFailed(f"{self} failed in {what}: {type(error).__name__}{f': {text}' if text else ''}{line_of(error)}.")
 
     def call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, its errors explained."""
@@ -118,7 +118,7 @@ class AdapterCall:
         wanted = RESULTS.get(self.field, object)
         if not isinstance(result, wanted):
             names = " or ".join(k.__name__ for k in (wanted if isinstance(wanted, tuple) else (wanted,)))
-            raise PluginError(f"{self.owner} returned {result!r:.60} from its {self.field}, where {names} is expected.")
+            raise PluginFailed(f"{self.owner} returned {result!r:.60} from its {self.field}, where {names} is expected.")
         return result
 
 

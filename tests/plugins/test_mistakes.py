@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 
 import pytest
 import torch
@@ -249,3 +250,65 @@ def test_what_is_no_wrap_is_named_too(tiny_sd3_folder, what, says):
         engine = Engine(plan_for(["odd"], str(tiny_sd3_folder), extra=extra), Registry(extra))
         engine.generate("a red fox", steps=1)
         engine.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "wrap", "says"),
+    [
+        ("attention/exchange", lambda inner, call: inner(call.q), "a tensor of shape .* where one Attend is expected"),
+        (
+            "attention/ring",
+            lambda inner, call: inner(call.but(k=call.k[:, :, 1:])),
+            "queries, keys and values that do not fit: ",
+        ),
+        (
+            "attention/kernel",
+            lambda inner, call: inner(call.but(q=call.q.half())),
+            "queries, keys and values that do not fit: ",
+        ),
+        ("trunk/reuse", lambda inner, rows: inner(rows, rows), "a Rows and a Rows where one Rows is expected"),
+        ("forward/split", lambda inner, call: inner(), "nothing"),
+        ("forward/reuse", lambda inner, call: inner(call.latents), "a tensor of shape .* where one Call is expected"),
+        ("request/split", lambda inner, request: inner(request.jobs), "a tuple where one Request is expected"),
+        ("decode/split", lambda inner, x, **more: inner(None, **more), "None.* where one Tensor is expected"),
+    ],
+)
+def test_what_a_wrap_passes_on(tiny_sd3_folder, place, wrap, says):
+    """Else the error would come out of the core or the model, and name nobody."""
+    with pytest.raises(
+        PluginError, match=f"^plugin odd passed on {says}.* in its wrap at {place}; correct odd, or run without it"
+    ):
+        generate(tiny_sd3_folder, place, wrap, output_type="image")
+
+
+def test_a_trace_names_plugins_too(tiny_sd3_folder):
+    """Tracing puts its own wraps between those of the plugins."""
+
+    def broken(inner, rows):
+        inner(rows)
+        raise ZeroDivisionError
+
+    with pytest.raises(PluginError, match=r"^plugin odd failed in its wrap at trunk/reuse: ZeroDivisionError \("):
+        generate(tiny_sd3_folder, "trunk/reuse", broken, settings={"trace": True})
+
+
+def test_a_strategy_cannot_swallow_the_error_of_a_request(tiny_sd3_folder):
+    """The request would end without pictures and without a word."""
+
+    class Swallows:
+        @hookimpl
+        def xdit_declare(self, settings, facts):
+            return Declaration()
+
+        @hookimpl
+        def xdit_build(self, settings, rank):
+            return Built(request=lambda: suppress(Exception))
+
+    def stop(pipe, i, t, values):
+        raise KeyError("stop")
+
+    extra = {"odd": Swallows()}
+    with pytest.raises(KeyError, match="stop"):
+        Engine(plan_for(["odd"], str(tiny_sd3_folder), extra=extra), Registry(extra)).generate(
+            "a red fox", call={"callback_on_step_end": stop}
+        )
