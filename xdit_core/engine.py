@@ -375,6 +375,8 @@ class Engine:
     def _step(self, done: int, steps: int) -> None:
         """A step of the pipeline is done."""
         self.rank.now.step = done
+        if self.rank.trace:
+            self.rank.trace.step(done)
         if self.progress:
             self.progress(done, steps)
 

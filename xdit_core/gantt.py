@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from xdit_core.sheet import shortened
 from xdit_core.timeline import common, waits_of
 
 if TYPE_CHECKING:
-    from xdit_core.trace import Record
+    from xdit_core.trace import Record, Span
 
-WIDTH, LEFT, RIGHT, TOP, ROW, GAP = 1600, 170, 30, 60, 34, 10  # pixels
+WIDTH, LEFT, RIGHT, TOP, ROW, GAP = 1600, 170, 30, 96, 34, 22  # pixels
+KEYS = 52  # pixels from the top to the middle of the legend
 COLOURS: Mapping[str, str] = MappingProxyType(
     {
         "encode": "#b9c7d6",
@@ -26,14 +28,20 @@ COLOURS: Mapping[str, str] = MappingProxyType(
 INK, PAPER, LINE = "#202020", "#ffffff", "#d8d8d8"
 
 
-def draw(records: Sequence[Record]) -> Image.Image:
-    """The time line of all ranks by the clock of rank 0."""
+def draw(records: Sequence[Record], title: str = "") -> Image.Image:
+    """The time line of all ranks by the clock of rank 0.
+
+    Args:
+        title: what was run; it is cut where it does not fit.
+    """
     spans = {r.rank: common(r) for r in sorted(records, key=lambda r: r.rank)}
     everything = [s for all_ in spans.values() for s in all_]
     zero, end = min((s.start for s in everything), default=0), max((s.end for s in everything), default=1)
     height = TOP + len(spans) * (ROW + GAP) + 50
     picture = Image.new("RGB", (WIDTH, height), PAPER)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    heading = ImageFont.load_default(size=18)
+    pen.text((LEFT, 20), shortened(title, heading, WIDTH - LEFT - RIGHT), INK, heading, anchor="lm")
     legend(pen, font)
 
     def x(t: int) -> float:
@@ -51,6 +59,7 @@ def draw(records: Sequence[Record]) -> Image.Image:
             if w.rank == rank:
                 bar(pen, x(w.start), x(w.begun), top, COLOURS["bubble"])
                 bar(pen, x(w.begun), x(w.end), top, COLOURS["exposed communication"])
+        steps(pen, [s for s in all_ if s.kind == "step"], x, top)
     return picture
 
 
@@ -60,13 +69,27 @@ def bar(pen: Any, start: float, end: float, top: int, colour: str) -> None:
         pen.rectangle((start, top, end, top + ROW), colour)
 
 
+def steps(pen: Any, spans: Sequence[Span], x: Any, top: int) -> None:
+    """A line where each step ends, with its number below where there is room; a rank may be ahead of the others."""
+    font, free = ImageFont.load_default(size=11), float("-inf")
+    for s in spans:
+        at, number = x(s.end), s.name.rpartition(" ")[2]
+        pen.line((at, top - 3, at, top + ROW + 4), INK)
+        width = pen.textlength(number, font)
+        if at - width / 2 > free:
+            pen.text((at, top + ROW + 11), number, INK, font, anchor="mm")
+            free = at + width / 2 + 4
+
+
 def legend(pen: Any, font: Any) -> None:
     """What the colours mean."""
     at = float(LEFT)
     for name, colour in COLOURS.items():
-        pen.rectangle((at, 18, at + 18, 36), colour, LINE)
-        pen.text((at + 26, 27), name, INK, font, anchor="lm")
+        pen.rectangle((at, KEYS - 9, at + 18, KEYS + 9), colour, LINE)
+        pen.text((at + 26, KEYS), name, INK, font, anchor="lm")
         at += 26 + pen.textlength(name, font) + 34
+    pen.line((at + 9, KEYS - 11, at + 9, KEYS + 11), INK)
+    pen.text((at + 20, KEYS), "end of a step", INK, font, anchor="lm")
 
 
 def ticks(pen: Any, font: Any, zero: int, end: int, x: Any, height: int) -> None:

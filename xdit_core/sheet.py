@@ -64,11 +64,11 @@ def thumbnail(path: Path) -> Any:
     return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
 
 
-def shortened(text: str, font: Any) -> str:
-    """As much of a text as fits under a thumbnail."""
-    text = " ".join(text[: 4 * SIDE].split())  # no more can fit, and each try measures all that is left
-    if font.getlength(text) <= SIDE:
+def shortened(text: str, font: Any, width: int = SIDE) -> str:
+    """As much of a text as fits under a thumbnail, or into so many pixels."""
+    text = " ".join(text[: 4 * width].split())  # no more can fit, and each try measures all that is left
+    if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > SIDE:
+    while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"

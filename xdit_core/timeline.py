@@ -14,7 +14,7 @@ from xdit_core.filesystem import atomically
 if TYPE_CHECKING:
     from xdit_core.trace import Record, Span
 
-TRACKS = ("phase", "request", "forward", "trunk", "block", "attention", "decode", "send", "wait")
+TRACKS = ("phase", "step", "request", "forward", "trunk", "block", "attention", "decode", "send", "wait")
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,11 @@ def write_chrome(records: Sequence[Record], path: Path) -> None:
     path.write_text(json.dumps({"traceEvents": list(events(records)), "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
-def write(records: Sequence[Record], folder: Path) -> list[str]:
+def write(records: Sequence[Record], folder: Path, title: str = "") -> list[str]:
     """Write all files.
+
+    Args:
+        title: of the picture: what was run.
 
     Returns:
         Lines for the terminal: the summary and where the files are.
@@ -232,7 +235,7 @@ def write(records: Sequence[Record], folder: Path) -> list[str]:
     with atomically(folder / "summary.txt") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with atomically(folder / "timeline.png") as temporary:
-        draw(records).save(temporary, format="PNG")
+        draw(records, title).save(temporary, format="PNG")
     files = (
         ("trace.json", "open it in ui.perfetto.dev"),
         ("timeline.png", "who waited when"),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from xdit_core.degrees import processes
 from xdit_core.failure import HOST_VARIABLE
 from xdit_core.filesystem import atomically
 
@@ -37,7 +38,7 @@ class Span:
 
     Args:
         name: what.
-        kind: an extension point, ``block``, ``send``, ``wait`` or ``phase``.
+        kind: an extension point, ``block``, ``send``, ``wait``, ``phase`` or ``step``.
         start, end: nanoseconds of this rank's clock.
         axis: of the mesh, for sends and waits.
         about: ``bytes``, ``channel``, ``peer`` and ``number`` of a message; ``ranks`` of a collective, and when it ``began`` if that was
@@ -58,6 +59,7 @@ class Trace:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self._groups: dict[Any, list[int]] = {}
+        self._steps: list[tuple[int, int]] = []  # of this request: number, and when it was done
 
     @contextlib.contextmanager
     def span(self, name: str, kind: str, axis: str = "", **about: Any) -> Iterator[None]:
@@ -142,13 +144,22 @@ class Trace:
             self._groups[group] = dist.get_process_group_ranks(group)
         return self._groups[group]
 
+    def step(self, number: int) -> None:
+        """A step of the pipeline is done, counted from 1."""
+        self._steps.append((number, clock()))
+
     def phases(self, marks: dict[str, float]) -> None:
-        """Encoding, denoising and decoding of a request, from its marks in seconds of the same clock."""
+        """Encoding, denoising and decoding of a request, from its marks in seconds of the same clock, and its steps."""
         end = clock() / 1e9
         encoded = marks.get("encoded", end)
         denoised = marks.get("denoised", end)
         times = (("encode", marks["start"], encoded), ("denoise", encoded, denoised), ("decode", denoised, end))
         self.spans += [Span(name, "phase", int(a * 1e9), int(b * 1e9)) for name, a, b in times if b > a]
+        starts = [int(encoded * 1e9), *(moment for _, moment in self._steps)]
+        self.spans += [
+            Span(f"step {n}", "step", start, moment) for (n, moment), start in zip(self._steps, starts, strict=False)
+        ]
+        self._steps.clear()
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,15 @@ def offset(rank: int, world: int, group: Any) -> tuple[int, int]:
     return found
 
 
+def title_of(plan: Plan) -> str:
+    """What a picture of a run is a picture of."""
+    run = plan.run
+    several = f"{len(run.prompt)} prompts, " if len(run.prompt) > 1 else ""
+    size = f"{run.width} x {run.height}" + (f" x {run.frames} frames" if plan.facts.video else "")
+    methods = f"with {', '.join(plan.plugins)}" if plan.plugins else "without plugins"
+    return f"{plan.model} {methods}, {processes(plan.axes, plan.world)}; {several}{size}, {run.steps} steps, {plan.dtype} on {run.device}"
+
+
 @contextlib.contextmanager
 def tracing(engine: Engine, folder: Path) -> Iterator[None]:
     """Around the requests of a run: at the end rank 0 writes ``trace.json``, ``summary.txt`` and ``timeline.png``.
@@ -235,7 +255,7 @@ def tracing(engine: Engine, folder: Path) -> Iterator[None]:
     else:
         records = [mine]
     if records is not None:
-        for line in write(records, folder):
+        for line in write(records, folder, title_of(engine.plan)):
             print(line, flush=True)
         if engine.plan.run.profile:
             print(f"{folder / 'rank*.profile.json'}  torch's profiler, a file a rank", flush=True)

@@ -71,8 +71,10 @@ def test_an_output_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     from xdit_core.jobs import Output
 
     run = RunSettings(prompt=("a fox",), images=2, seed=3, frames=3, fps=5, out=str(tmp_path / "v.mp4"), height=32, width=48)
-    plan: Any = SimpleNamespace(run=run, facts=SimpleNamespace(video=True), model="wan", plugins={}, axes=(), split=(4,))
-    plan.patches, plan.displaced, plan.values, plan.digest = 1, (), {}, lambda: "0"
+    plan: Any = SimpleNamespace(
+        run=run, facts=SimpleNamespace(video=True, loras=()), model="wan", plugins={}, axes=(), split=(4,)
+    )
+    plan.patches, plan.displaced, plan.values, plan.digest, plan.checkpoint = 1, (), {}, lambda: "0", None
     videos = [[plain(c)] * 3 for c in ("red", "blue")]
     paths = targets(run, video=True)[0]
     for i, path in enumerate(paths):
