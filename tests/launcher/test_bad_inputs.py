@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from bad_inputs import Case, good_plan, odd_folder, run, wrong_with
+from bad_inputs import good_plan, odd_folder, run, wrong_with
+from bad_words import Case
 
 
 def test_bad_inputs_are_answered_with_sentences(tiny_sd3_folder: Path) -> None:

@@ -20,7 +20,7 @@ def test_after_a_failure_it_is_said_what_there_is_and_resume_draws_the_rest(laun
     words = (*tiny, "a", "b", "c", "out=o")
     run = launch("--plugins", "faulty", *words, "faulty.rank=0", "faulty.step=8")  # 3 steps a prompt
     code, out, err = run.wait()
-    assert code == 1 and err.endswith("2 of 3 are in o/; resume=yes draws the rest\n"), err
+    assert code != 0 and err.endswith("2 of 3 are in o/; resume=yes draws the rest\n"), err
     folder = run.folder / "o"
     times = {name: (folder / name).stat().st_mtime_ns for name in ("a-0.png", "b-0.png")}
     code, out, err = launch(*words, "resume=yes").wait()  # with other plugins: other pictures

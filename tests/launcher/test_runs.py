@@ -54,7 +54,7 @@ def test_finished_pictures_survive_a_later_failure(launch: Launch, tiny: tuple[s
     run = launch("--config", "c.yaml", *tiny, "faulty.step=4", "a", "b")  # 3 steps a prompt
     (run.folder / "c.yaml").write_text("plugins: [faulty]\nfaulty: {rank: 0, how: raise}\noutput_type: latent\nout: kept\n")
     code, out, err = run.wait()
-    assert code == 1 and "ValueError" in err
+    assert code != 0 and "ValueError" in err
     assert out.split()[0] == "kept/a-0.safetensors"
     with safe_open(run.folder / "kept" / "a-0.safetensors", "pt") as file:
         assert file.get_slice("latents").get_shape() == [1, 4, 16, 16]

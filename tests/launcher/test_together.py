@@ -231,12 +231,26 @@ def test_a_worker_by_hand_says_sentences(launch: Launch, tiny: tuple[str, ...], 
     two.write_text(launch("--dry-run", "--json", "--plugins", "usp", "usp.ulysses=2", *tiny, "timeout=1", "a fox").wait()[1])
     path = os.pathsep.join([str(Path(__file__).with_name("faulty")), os.environ.get("PYTHONPATH", "")])
     found = worker(plan, PYTHONPATH=path)
-    assert found.returncode == 1 and "Traceback" not in found.stderr, found.stderr
-    last = found.stderr.splitlines()[-1]
-    assert last == f"ValueError: a number that is no number; the traceback is in {tmp_path / 'rank0.traceback.txt'}"
-    assert "Traceback" in (tmp_path / "rank0.traceback.txt").read_text()
+    assert found.returncode != 0 and "Traceback" not in found.stderr, found.stderr
+    assert "ValueError: a number that is no number" in found.stderr.splitlines()[-1]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     found = worker(two, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert "rank 1 waits for rank 0 at 127.0.0.1:" in found.stderr and "Traceback" not in found.stderr
     assert f"  rank 0 does not answer at 127.0.0.1:{port} (" in found.stderr.splitlines()[-1]
+
+
+def test_an_unknown_error_of_a_worker_by_hand(tmp_path: Path) -> None:
+    """The sentence comes with a file that holds the traceback; one that is meant for users needs none."""
+    from xdit_core.errors import UsageError
+    from xdit_core.failure import failure
+    from xdit_core.place import Place
+    from xdit_core.worker import by_hand
+
+    said = by_hand(failure(KeyError("x\n\x1b"), 1, "step 1 of 2"), Place(rank=1, world=2), tmp_path)
+    path = tmp_path / "rank1.traceback.txt"
+    first, second = said.splitlines()
+    assert first == "rank 1 of 2 failed at: step 1 of 2" and second.endswith(f"; the traceback is in {path}")
+    assert second.startswith("  KeyError: ") and "KeyError" in path.read_text()
+    assert by_hand(failure(UsageError("out=x is wrong."), 0, "starting"), Place(), tmp_path) == "out=x is wrong.\n"
+    assert "KeyError" in by_hand(failure(KeyError("x"), 0, "starting"), Place(), tmp_path / "no")
