@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,11 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @contextmanager
-def watched(scheduler: Any, stepped: Callable[[], None]) -> Iterator[None]:
+def watched(scheduler: Any, stepped: Callable[[], None], around: AbstractContextManager[Any] | None = None) -> Iterator[None]:
     """Call ``stepped`` behind every ``scheduler.step`` inside the block.
+
+    Args:
+        around: entered for each step, again and again.
 
     The class is exchanged and not the method of the instance, so that a copy that the pipeline makes steps on its own state.
     """
@@ -111,7 +114,8 @@ def watched(scheduler: Any, stepped: Callable[[], None]) -> Iterator[None]:
 
     @functools.wraps(original.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original.step(self, *args, **kwargs)
+        with around or nullcontext():
+            result = original.step(self, *args, **kwargs)
         stepped()
         return result
 

@@ -38,6 +38,11 @@ LONGEST_WAIT = 31_536_000  # seconds
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def prompts_in(text: str) -> tuple[str, ...]:
+    """The prompts of a text, one a line; lines that begin with ``#`` are comments."""
+    return tuple(line for part in text.split("\n") if (line := part.strip()) and not line.startswith("#"))
+
+
 def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> RunSettings:
     """The model's defaults where nothing was given; the size defaults to the pipeline's own."""
     side = checkpoint.default_size(configs[spec.denoiser], configs)
@@ -46,11 +51,13 @@ def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
     prompt = run.prompt
     if run.prompts is not None:
         path = user_path(run.prompts, "prompts=")
-        lines = read_text(path, f"prompts={run.prompts}", "give a text file").split("\n")
-        prompt += tuple(line.strip() for line in lines if line.strip())
+        text = read_text(path, f"prompts={run.prompts}", "give a text file")
+        prompt += prompts_in(text)
         if not prompt:
             raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")
     subjects = tuple(getattr(run, SUBJECTS[spec.subject])) if spec.subject != "prompt" else prompt
+    if len(run.seed) > 1 and run.images == 1:
+        filled["images"] = len(run.seed)
     return dataclasses.replace(run, prompt=subjects or tuple(spec.defaults.get("prompt", ())), **filled)
 
 
@@ -124,8 +131,22 @@ def check_run(run: RunSettings) -> list[Problem]:
         found.append(Problem(f"timeout={run.timeout:g} is too large", f"give at most {LONGEST_WAIT} seconds, which is a year"))
     if run.patience <= 0:
         found.append(Problem(f"timeout={run.timeout} is too small", "give the seconds to wait, such as 600"))
-    if not -(2**63) <= run.seed < 2**64:
-        found.append(Problem(f"seed={run.seed} does not fit into 64 bits", "give a number from 0 to 2**64 - 1"))
+    found += check_seeds(run)
+    return found
+
+
+def check_seeds(run: RunSettings) -> list[Problem]:
+    """Seeds are numbers of 64 bits; several are one for each picture."""
+    found = []
+    wrong = [seed for seed in run.seed if not -(2**63) <= seed < 2**64]
+    if wrong:
+        found.append(Problem(f"seed={wrong[0]} does not fit into 64 bits", "give a number from 0 to 2**64 - 1"))
+    if not run.seed:
+        found.append(Problem("seed= names no number", "give one, such as seed=5"))
+    if len(run.seed) > 1 and run.images != len(run.seed):
+        found.append(
+            Problem(f"seed= names {len(run.seed)} seeds for images={run.images}", "leave out images=, or give one seed")
+        )
     return found
 
 

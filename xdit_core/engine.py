@@ -19,13 +19,12 @@ import torch.distributed as dist
 
 from xdit_core.attention import AttentionPoint
 from xdit_core.branches import Branches, watched
-from xdit_core.calling import call_arguments, check_call, scheduler_named
+from xdit_core.calling import call_arguments, call_values, scheduler_named, without_texts
 from xdit_core.chain import OwnedWrap, nest
 from xdit_core.checkpoint import INDEX
-from xdit_core.checks import check_lora_scale, check_run, check_size
 from xdit_core.contracts import contract, given_contract
 from xdit_core.easy import bar_for, plan_from
-from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
+from xdit_core.errors import PluginError, UsageError, XditError
 from xdit_core.forward import ForwardPoint
 from xdit_core.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.jobs import Done, Job, Output, Request, Started, jobs_for, joined
@@ -34,20 +33,17 @@ from xdit_core.lazy import materialized
 from xdit_core.loading import load_pipeline
 from xdit_core.lockstep import Lockstep
 from xdit_core.mesh import Mesh
+from xdit_core.noise import PictureStreams
 from xdit_core.owners import OwnedRequest, Owner
 from xdit_core.plan import Plan
 from xdit_core.rank import Rank, ignore
 from xdit_core.records import PHASES, Built, ModelSpec
 from xdit_core.registry import Registry
-from xdit_core.settings import ModelSettings, build, call_settings, parse_loras
+from xdit_core.request import plan_of_request
+from xdit_core.settings import ModelSettings, build, parse_loras
 from xdit_core.trace import Trace
 from xdit_core.trunk import Trunk, replace_blocks
 from xdit_core.weights import read_json
-
-# What may differ from request to request; everything else is decided by the plan.
-PER_REQUEST = frozenset(
-    ("negative", "steps", "guidance", "height", "width", "frames", "images", "seed", "output_type", "max_sequence_length")
-)
 
 BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
 AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of the strategies
@@ -84,7 +80,7 @@ class Engine:
         progress: Progress | bool | None = None,
         doing: Callable[[str], None] = ignore,
     ) -> None:
-        registry = registry or Registry()
+        self._registry = registry = registry or Registry()
         registry.select(plan.plugins)
         spec, _ = registry.model(plan.model)
         self.plan = plan
@@ -92,7 +88,7 @@ class Engine:
         device = torch.device(plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, plan.run.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
         if pipe is not None:
-            asked = {**dataclasses.asdict(plan.run), **call_settings(plan.values)}
+            asked = {**dataclasses.asdict(plan.run), **plan.call}
             check_given(pipe, spec, plan.facts, asked, plan.values.get("dtype"))
             dtype = precision(pipe, spec)
         if device.type == "cuda":
@@ -122,9 +118,8 @@ class Engine:
         self._weave(spec)
         for change in late:
             change(self.pipe)
-        self._extra, self._wants_latents = call_settings(plan.values), False
+        self._wants_latents = False
         self._configs = configs_of(self.pipe, read_json(Path(plan.folder) / INDEX))
-        check_call(self._extra, self.pipe)
         self.load_seconds = time.perf_counter() - started
         self._marks: dict[str, float] = {}
         self._broken = False
@@ -224,21 +219,25 @@ class Engine:
         self._run: RequestRun = nest(chains.get("request", []), self._one_by_one)
 
     @overload
-    def generate(self, prompt: str, **changes: Any) -> Output: ...
+    def generate(self, prompt: str | None = None, **changes: Any) -> Output: ...
 
     @overload
     def generate(self, prompt: Sequence[str], **changes: Any) -> list[Output]: ...
 
-    def generate(self, prompt: str | Sequence[str], **changes: Any) -> Output | list[Output]:
-        """One prompt, ``images`` pictures of it, or a list of prompts and an output for each; as ``generate_all``."""
-        if isinstance(prompt, str):
+    def generate(self, prompt: str | Sequence[str] | None = None, **changes: Any) -> Output | list[Output]:
+        """One prompt, ``images`` pictures of it, or a list of prompts and an output for each; as ``generate_all``.
+
+        Args:
+            prompt: None if ``call={"prompt_embeds": ...}`` says what to draw.
+        """
+        if prompt is None or isinstance(prompt, str):
             return self.generate_all([prompt], **changes)[0]
         return self.generate_all(prompt, **changes)
 
     @torch.no_grad()
     def generate_all(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | None],
         done: Done | None = None,
         started: Started | None = None,
         skip: Collection[tuple[int, int]] = (),
@@ -247,11 +246,11 @@ class Engine:
         """Some prompts, ``images`` pictures of each; every rank of the plan must call it with the same arguments.
 
         Args:
-            prompts: what to draw.
+            prompts: what to draw; ``[None]`` if embeddings in ``call`` say so.
             done: called with each output, or part of one, when it is there; on the ranks that own it.
             started: called with each job that this rank begins.
             skip: pictures that are not drawn, as (prompt, picture); what is left of a prompt may come in several outputs.
-            changes: any of ``PER_REQUEST``, and ``call={...}`` with further arguments of the pipeline's ``__call__``.
+            changes: any of ``xdit_core.request.PER_REQUEST``, and ``call={...}`` with further arguments of the pipeline's ``__call__``.
 
         Returns:
             An output for each prompt. Pictures are on rank 0, latents on all ranks.
@@ -263,18 +262,9 @@ class Engine:
         """
         if self._broken:
             raise XditError("an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine.")
-        more = changes.pop("call", {})
-        unknown = sorted(set(changes) - PER_REQUEST)
-        if unknown:
-            raise UsageError(
-                f"generate takes no {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other arguments of the "
-                "pipeline in call={...}; the rest is decided by the plan."
-            )
-        run = dataclasses.replace(self.plan.run, **changes)
-        problems = check_run(run) + check_size(run, self.plan.facts) + check_lora_scale(run, more)
-        if problems:
-            raise PlanRefused(problems)
-        jobs = jobs_for(prompts, run.images, skip)
+        asked = plan_of_request(self.plan, self.rank.spec, self._registry, prompts, changes)
+        run, more = asked.run, asked.call
+        jobs = jobs_for([prompt or "" for prompt in prompts], run.images, skip)
         self.rank.slow.clear()
         self._broken = self.plan.world > 1
         with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
@@ -285,7 +275,8 @@ class Engine:
     def _one_by_one(self, request: Request) -> list[Output]:
         """The jobs of this rank."""
         outputs, spec = [], self.rank.spec
-        single = spec.call.get("images") == "" and spec.drawn is None  # one picture a call is all that this pipeline can do
+        # one picture a call is all that some pipelines can do, and all that every pipeline can do with embeddings
+        single = (spec.call.get("images") == "" and spec.drawn is None) or request.more.get("prompt_embeds") is not None
         jobs = [part for job in request.jobs for part in (alone(job) if single else (job,))]
         for job in jobs:
             if request.started:
@@ -300,8 +291,8 @@ class Engine:
         self._marks = {"start": time.perf_counter()}
         run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
         subject = spec.drawn(self._configs, job.prompt, len(job.numbers)) if spec.drawn else job.prompt
-        arguments = {**call_arguments(run, spec, job.numbers), **self._extra, **request.more}
-        arguments[spec.call.get(spec.subject, spec.subject)] = subject
+        texts = {**call_arguments(run, spec, job.numbers), spec.call.get(spec.subject, spec.subject): subject}
+        arguments = {**without_texts(texts, request.more), **call_values(request.more, job.numbers, run.images)}
         side = self.plan.facts.pixels_per_token
         self.rank.now.grid = ((run.height or 0) // side, (run.width or 0) // side)
         self.rank.now.pictures = len(job.numbers)
@@ -309,16 +300,18 @@ class Engine:
         self.rank.now.step = 0
         self.rank.doing("encoding the prompt")
         self._wants_latents = run.output_type == "latent"
+        seeds = [run.seed_of(i) % 2**63 for i in job.numbers]
+        streams = PictureStreams(seeds, self.rank.device) if len(seeds) > 1 else None
         with (
             self._request(),
-            watched(self.pipe.scheduler, self.branches.stepped),
             torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
+            watched(self.pipe.scheduler, self.branches.stepped, streams),
         ):
-            torch.manual_seed(run.seed % 2**63)  # stochastic schedulers draw from the default generator
+            torch.manual_seed(seeds[0])  # stochastic schedulers draw from the default generator
             try:
                 result = self.pipe(**arguments)[0]
                 if self._wants_latents:
-                    output.latents = materialized(result)
+                    output.latents = self._finite(materialized(result), "the latents")
                 elif self.owner:
                     output.images = list(result)
             except _Elsewhere:
@@ -351,7 +344,7 @@ class Engine:
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies for it."""
         self.rank.doing("gathering the latents")
-        latents = materialized(latents)
+        latents = self._finite(materialized(latents), "the latents")
         if "decoding" not in self._marks:  # else the pipeline decodes in parts
             self._mark("denoised")
             self._marks["decoding"] = self._marks["denoised"]
@@ -365,7 +358,24 @@ class Engine:
         result = self.decode(latents, *args, **kwargs)
         if result is None:
             raise _Elsewhere
+        self._finite(result[0] if isinstance(result, tuple) else result.sample, "the decoded picture")
         return result  # on all that took part: the pipeline may decode in parts, one call after the other
+
+    def _finite(self, x: torch.Tensor, what: str) -> torch.Tensor:
+        """``x``, if it holds numbers; otherwise the picture would be black.
+
+        Raises:
+            XditError: it holds something else.
+        """
+        if not torch.isfinite(x).all():
+            dtype = str(self.rank.dtype).removeprefix("torch.")
+            other = "bfloat16 or float32" if self.rank.dtype == torch.float16 else "float32"
+            mend = "" if self.rank.dtype == torch.float32 else f"use dtype={other}, or "
+            raise XditError(
+                f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take a lower guidance, more "
+                "steps or another scheduler."
+            )
+        return x
 
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> _Bar:
         """Stands for the pipeline's progress bar."""

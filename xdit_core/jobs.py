@@ -18,7 +18,7 @@ class Job:
     Args:
         prompt: what to draw.
         index: which of the request's prompts.
-        numbers: which of its pictures; picture ``i`` has the seed ``seed + i``, whoever draws it.
+        numbers: which of its pictures; picture ``i`` has the seed ``RunSettings.seed_of(i)``, whoever draws it.
     """
 
     prompt: str

@@ -95,7 +95,9 @@ def finished(plan: Plan, files: Sequence[Sequence[Path]]) -> frozenset[Path]:
     found, common = set(), about(plan, "", 0)
     for prompt, row in zip(plan.run.prompt, files, strict=True):
         for i, path in enumerate(row):
-            if path.is_file() and same_result(embedded_settings(path), {**common, "prompt": prompt, "seed": plan.run.seed + i}):
+            if path.is_file() and same_result(
+                embedded_settings(path), {**common, "prompt": prompt, "seed": plan.run.seed_of(i)}
+            ):
                 found.add(path)
     return frozenset(found)
 
@@ -116,7 +118,7 @@ def write(
     Raises:
         OSError: the disk is full, or the folder cannot be made; names the file.
     """
-    seed = plan.run.seed + output.numbers[i]
+    seed = plan.run.seed_of(output.numbers[i])
     inside = about(plan, output.prompt, seed)
     with blaming(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,9 @@ from xdit_core.settings import (
     check_class,
     check_keys,
     parse_loras,
+    without_random,
 )
+from xdit_core.signatures import typed_call
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Plan(Record):
         folder: local folder of the checkpoint.
         values: the settings as given, so that a rank can make the plan again.
         run: the shared settings with the model's defaults filled in.
+        call: further arguments of the pipeline's ``__call__``.
         axes: mesh axes with their degrees, outermost first.
         wraps: for each point, (level, plugin), outermost first.
         transforms: (phase, plugin) in the order in which they run.
@@ -73,6 +76,7 @@ class Plan(Record):
     folder: str
     values: Mapping[str, Any]
     run: RunSettings
+    call: Mapping[str, Any]
     axes: tuple[Axis, ...]
     wraps: Mapping[str, tuple[tuple[str, str], ...]]
     transforms: tuple[tuple[str, str], ...]
@@ -178,7 +182,7 @@ def make_plan(
     """
     registry = registry or Registry()
     chosen = registry.select([plugins] if isinstance(plugins, str) else plugins)
-    values = dict(values)
+    values = without_random(values)
     classes = registry.call("xdit_settings", {name: {} for name in chosen})
     known: dict[str, type[Any] | None] = {"": RunSettings, "model.": ModelSettings}
     known |= {name + ".": cls for name, cls in classes.items()}
@@ -202,14 +206,16 @@ def make_plan(
         folder = hub.locate(spec, where, weights=weights)
     configs = checkpoint.open_checkpoint(spec, folder, weights or not hub.on_hub(spec, where))
     run = with_defaults(given, spec, configs)
-    problems = check_run(run) + check_taken(given, spec) + check_loras(run)
-    facts = checkpoint.facts(spec, configs, {**dataclasses.asdict(run), **call_settings(values)})
+    call, wrong_call = typed_call(spec, str(configs["_index"].get("_class_name")), call_settings(values))
+    problems = check_run(run) + check_taken(given, spec) + check_loras(run) + wrong_call
+    asked = {**dataclasses.asdict(run), **call}
+    facts = checkpoint.facts(spec, configs, asked)
     facts = dataclasses.replace(facts, loras=() if problems else checkpoint.fingerprints(parse_loras(run.lora)))
     problems += check_size(run, facts)
-    problems += check_scheduler(run.scheduler, configs.get("scheduler", {})) + check_lora_scale(run, call_settings(values))
+    problems += check_scheduler(run.scheduler, configs.get("scheduler", {})) + check_lora_scale(run, call)
     with checkpoint.describing(spec):
         problems += check_subject(run, spec, configs)
-        problems += spec.check(configs, {**dataclasses.asdict(run), **call_settings(values)}) if spec.check else ()
+        problems += spec.check(configs, asked) if spec.check else ()
 
     arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}
     declared: dict[str, Declaration] = registry.call("xdit_declare", arguments)
@@ -254,6 +260,7 @@ def make_plan(
         folder=str(folder),
         values=values,
         run=run,
+        call=call,
         axes=result.axes,
         wraps=wraps,
         transforms=sort_transforms(declared),
@@ -264,7 +271,11 @@ def make_plan(
         displaced=tuple(n for n, d in declared.items() if d.displaced and patches > 1),
         reference=reference,
         facts=facts,
-        notes=(*result.notes, *filter(None, (spec.notes(configs, subject) for subject in run.prompt) if spec.notes else ())),
+        notes=(
+            *result.notes,
+            *idle_ranks(result.axes, run),
+            *filter(None, (spec.notes(configs, subject) for subject in run.prompt) if spec.notes else ()),
+        ),
     )
     checks = registry.call("xdit_check", {n: {**arguments[n], "plan": plan} for n in chosen})
     problems = [p for name, found in checks.items() for p in of(name, found or ())]
@@ -276,6 +287,16 @@ def make_plan(
 def of(plugin: str, problems: Sequence[Problem]) -> list[Problem]:
     """The problems with their plugin's name."""
     return [dataclasses.replace(p, plugin=plugin) for p in problems]
+
+
+def idle_ranks(axes: Sequence[Axis], run: RunSettings) -> list[str]:
+    """A note for each axis whose ranks make different pictures, if there are fewer pictures than ranks."""
+    pictures = run.images * len(run.prompt)
+    return [
+        f"{a.setting or a.name}={a.degree} for {pictures} picture{'s' if pictures > 1 else ''}: the other ranks have nothing to draw"
+        for a in axes
+        if a.own_outputs and (a.degree or 1) > pictures
+    ]
 
 
 def settle_claims(declared: Mapping[str, Declaration]) -> tuple[dict[str, str], list[Problem]]:

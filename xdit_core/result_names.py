@@ -41,7 +41,7 @@ def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ..
     each = run.images if run.output_type == "image" else 1
     out = user_path(run.out, "out=")
     if is_folder(run.out):
-        names = [[f"{slug(prompt)}-{run.seed + i}" for i in range(each)] for prompt in run.prompt]
+        names = [[f"{slug(prompt)}-{run.seed_of(i)}" for i in range(each)] for prompt in run.prompt]
         return tuple(tuple(out / (name + suffix) for name in row) for row in without_repeats(names))
     if run.out == "out.png":  # the default serves both types of output
         out = out.with_suffix(suffix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import secrets
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,6 +19,7 @@ CALL = "call."
 COLLECTED = ("prompt", "class", "lora")
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
+MOST_NUMBERS = 10_000  # of a range
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class RunSettings:
     """The settings of every run, whatever plugins are chosen. None stands for the model's or machine's default."""
 
     prompt: tuple[str, ...] = field(default=(), metadata={"help": "what to draw; repeat for several"})
-    prompts: str | None = field(default=None, metadata={"help": "a text file with one prompt a line"})
+    prompts: str | None = field(
+        default=None, metadata={"help": "a text file with one prompt a line, # for comments; - for standard input"}
+    )
     negative: str | None = field(default=None, metadata={"help": "what to keep out of the picture"})
     steps: int | None = field(default=None, metadata={"help": "denoising steps"})
     guidance: float | None = field(default=None, metadata={"help": "classifier-free guidance scale"})
@@ -38,7 +41,10 @@ class RunSettings:
     frames: int | None = field(default=None, metadata={"help": "frames of a video"})
     fps: int | None = field(default=None, metadata={"help": "frames a second of a video file"})
     images: int = field(default=1, metadata={"help": "pictures or videos for each prompt"})
-    seed: int = field(default=0, metadata={"help": "seed of the noise, as of diffusers' CPU generator"})
+    seed: tuple[int, ...] = field(
+        default=(0,),
+        metadata={"help": "of the noise: 5 (the next picture has 6), a seed for each picture as 1..8 or 3,5,9, or random"},
+    )
     out: str = field(default="out.png", metadata={"help": "a file, or a folder for several pictures"})
     overwrite: bool | None = field(
         default=None,
@@ -66,6 +72,10 @@ class RunSettings:
     )
     runs: str = field(default="runs", metadata={"help": "folder for logs; each run makes a folder in it"})
     keep_runs: int = field(default=20, metadata={"help": "how many of these folders are kept; 0: all"})
+
+    def seed_of(self, number: int) -> int:
+        """Seed of a picture of a prompt: of those that were given, or counted from the one that was."""
+        return self.seed[number] if len(self.seed) > 1 else self.seed[0] + number
 
     @property
     def patience(self) -> float:
@@ -121,17 +131,8 @@ def parse_words(words: Iterable[str]) -> dict[str, Any]:
 
 
 def call_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``call.NAME=value`` gives to the pipeline's ``__call__``: JSON where the value reads as JSON, else the word itself."""
-    found = {}
-    for key, value in values.items():
-        if key.startswith(CALL):
-            try:
-                found[key.removeprefix(CALL)] = json.loads(value) if isinstance(value, str) else value
-            except ValueError:
-                found[key.removeprefix(CALL)] = value
-            except RecursionError:
-                raise UsageError(f"{key} nests too deep; give a flatter value.") from None
-    return found
+    """What ``call.NAME=value`` gives for the pipeline's ``__call__``, as it was written; `typed_call` gives it its type."""
+    return {key.removeprefix(CALL): value for key, value in values.items() if key.startswith(CALL)}
 
 
 def parse_loras(texts: Iterable[str]) -> dict[str, float]:
@@ -171,8 +172,10 @@ def convert(key: str, value: Any, kind: Any) -> Any:
         inner = options[0]
         if inner is str:
             return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(convert(key, part, inner) for part in parts)
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple, range)) else (value,)
+        return tuple(
+            number for part in parts for number in (numbers(key, part) if inner is int else [convert(key, part, inner)])
+        )
     if isinstance(value, (list, tuple, dict)):
         raise UsageError(f"{key} takes one value and was given {len(value)}; write for example {key}={example(kind)}.")
     try:
@@ -193,6 +196,27 @@ def convert(key: str, value: Any, kind: Any) -> Any:
     except ValueError:
         words = {int: "a whole number", float: "a number", bool: "yes or no"}.get(kind, kind.__name__)
         raise UsageError(f"{key}={value} is not {words}; write for example {key}={example(kind)}.") from None
+
+
+def numbers(key: str, part: Any) -> Iterable[int]:
+    """One part of a list of whole numbers: ``5``, or ``1..8`` for all from 1 to 8.
+
+    Raises:
+        UsageError: it is neither, or there are more than ``MOST_NUMBERS``.
+    """
+    first, dots, last = part.partition("..") if isinstance(part, str) else (part, "", "")
+    low = convert(key, first, int)
+    if not dots:
+        return (low,)
+    high = convert(key, last, int)
+    if not low <= high < low + MOST_NUMBERS:
+        raise UsageError(f"{key}={part} is no range of 1 to {MOST_NUMBERS} numbers; write for example {key}=1..8.")
+    return range(low, high + 1)
+
+
+def without_random(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with a number in place of ``seed=random``; from then on all processes know it."""
+    return {**values, "seed": secrets.randbelow(2**32)} if values.get("seed") == "random" else dict(values)
 
 
 def example(kind: Any) -> str:

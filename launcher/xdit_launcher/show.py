@@ -128,7 +128,7 @@ def subject_line(plan: Plan) -> str:
         parts.append(f"{frames} frame{'s' if frames > 1 else ''} at {fps} a second ({frames / fps:.1f} s)")
     parts.append(f"{run.steps} steps")
     parts += [f"guidance {run.guidance:g}"] if run.guidance is not None else []
-    return ", ".join([*parts, f"seed {run.seed}"])
+    return ", ".join([*parts, f"seed {','.join(map(str, run.seed))}"])
 
 
 def threads_line(plan: Plan, here: bool) -> str:

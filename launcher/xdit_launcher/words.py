@@ -34,6 +34,13 @@ def values_of(words: Iterable[str], config: str | None = None) -> tuple[dict[str
     typed = parse_words(word if is_setting(word) else f"prompt={word}" for word in words)
     values = {**(read_config(user_path(config, "--config ")) if config is not None else {}), **typed}
     plugins = values.pop("plugins", ())
+    if values.get("prompts") == "-":
+        from xdit_core.checks import prompts_in
+
+        values["prompt"] = [*as_list(values.get("prompt", ())), *prompts_in(sys.stdin.read())]
+        del values["prompts"]
+        if not values["prompt"]:
+            raise UsageError("prompts=- and nothing came from standard input; write a prompt a line.")
     for prompt in as_list(values.get("prompt", ())):
         if not prompt.strip():
             raise UsageError('the prompt is empty; write what to draw, such as "red heart".')

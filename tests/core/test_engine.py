@@ -28,10 +28,13 @@ def test_the_hot_path_calls_no_hook(tiny_sd3_folder):
     def alarm(name, methods, kwargs):
         raise RuntimeError(f"hook {name} was called")
 
-    registry.manager.add_hookcall_monitoring(alarm, lambda *_: None)
+    def begun(job):
+        """A request is checked like a plan, with hooks; from here on it is drawn."""
+        registry.manager.add_hookcall_monitoring(alarm, lambda *_: None)
+
+    assert len(engine.generate_all(["a red fox"], started=begun, output_type="image")[0].images) == 1
     with pytest.raises(PluginError, match="hook xdit_settings was called"):
         registry.call("xdit_settings", {"usp": {}})
-    assert len(engine.generate("a red fox", output_type="image").images) == 1
 
 
 def test_two_engines_with_different_plans(tiny_sd3_folder):
@@ -132,7 +135,7 @@ def test_requests_are_checked_like_plans(tiny_sd3_folder, changes, kind):
 
 def test_a_request_too_small_for_its_patches(tiny_sd3_folder):
     engine = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), ONE))
-    with pytest.raises(UsageError, match="2 rows of tokens cannot be cut into 3 patches; ask for a larger picture"):
+    with pytest.raises(PlanRefused, match=r"pipefusion.patches=3 does not fit 2 rows of tokens; use 1 to 2"):
         engine.generate("a red fox", height=8)
 
 

@@ -259,10 +259,3 @@ def test_auto_takes_the_adapter_that_fits(tiny_sd3_folder, tiny_pixart_folder, t
         UsageError, match=r"model=auto: no installed adapter fits a KolorsPipeline; name one with model=, of cogvideox, "
     ):
         make_plan([], {"model": "auto", "model.path": str(tmp_path)})
-
-
-def test_arguments_of_the_pipeline_are_read_as_json_where_they_can_be(tiny_sd3_folder):
-    from xdit_core.settings import call_settings
-
-    values = {"call.a": "false", "call.b": "[1, 2]", "call.c": "plain words", "call.d": "3.5", "call.e": True, "steps": "2"}
-    assert call_settings(values) == {"a": False, "b": [1, 2], "c": "plain words", "d": 3.5, "e": True}

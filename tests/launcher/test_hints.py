@@ -51,3 +51,14 @@ def test_settings_from_standard_input(tmp_path):
 )
 def test_words_without_quotes(prompts, said):
     assert loose_words(prompts) == said
+
+
+def test_prompts_from_standard_input(tmp_path):
+    command = [sys.executable, "-m", "xdit_launcher", "run", "--dry-run", "model=emoji", "device=cpu", "prompts=-"]
+    done = subprocess.run(
+        command, input="rocket\n\n# not this\nred heart\n", capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rocket" in done.stdout and "red heart" in done.stdout and "not this" not in done.stdout
+    empty = subprocess.run(command, input="", capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (empty.returncode, empty.stderr) == (2, "prompts=- and nothing came from standard input; write a prompt a line.\n")

@@ -80,8 +80,17 @@ def test_without_guidance_it_is_refused(tiny_sd3_folder):
         plan_for(["cfg"], str(tiny_sd3_folder), {"guidance": 1.0})
 
 
-def test_a_request_without_guidance_is_still_right(gloo, tiny_sd3_folder):
-    results = gloo.run(generate, ["cfg"], str(tiny_sd3_folder), {}, "a red fox", {"guidance": 1.0}, world=2)
-    serial = diffusers_latents(str(tiny_sd3_folder), guidance_scale=1.0)
-    for latents, _ in results:
-        close(latents, serial)
+def refused_then_drawn(folder):
+    """A request without guidance, and one with it."""
+    engine = Engine(plan_for(["cfg"], folder))
+    try:
+        with pytest.raises(PlanRefused, match="leaves nothing for the second rank of cfg"):
+            engine.generate("a red fox", guidance=1.0)
+        return engine.generate("a red fox").latents
+    finally:
+        engine.close()
+
+
+def test_a_request_without_guidance_is_refused_like_a_plan(gloo, tiny_sd3_folder):
+    for latents in gloo.run(refused_then_drawn, str(tiny_sd3_folder), world=2):
+        close(latents, diffusers_latents(str(tiny_sd3_folder)))
