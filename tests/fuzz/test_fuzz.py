@@ -18,7 +18,7 @@ quieten()  # the workers too, which inherit the environment
 from comparing import Fuzzer, Verdict  # noqa: E402
 from drawing import Case, draw, simpler  # noqa: E402
 
-BUDGET = int(os.environ.get("XDIT_FUZZ", "30"))
+BUDGET = int(os.environ.get("XDIT_FUZZ", "16"))
 
 
 def schedulers() -> tuple[str, ...]:
