@@ -70,7 +70,7 @@ def test_an_output_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Two videos of one prompt: two files with their settings inside, and the same beside them."""
     from xdit_core.jobs import Output
 
-    run = RunSettings(prompt=("a fox",), images=2, seed=3, frames=3, fps=5, out=str(tmp_path / "v.mp4"), height=32, width=48)
+    run = RunSettings(prompt=("a fox",), images=2, seed=(3,), frames=3, fps=5, out=str(tmp_path / "v.mp4"), height=32, width=48)
     plan: Any = SimpleNamespace(
         run=run, facts=SimpleNamespace(video=True, loras=()), model="wan", plugins={}, axes=(), split=(4,)
     )

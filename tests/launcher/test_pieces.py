@@ -55,8 +55,8 @@ def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["x-0.safetensors"],
         ["x-1.safetensors"],
     ]
-    assert names(prompt=("A red fox!", "a red fox"), out="d", seed=4) == [["d/a-red-fox-4.png"], ["d/a-red-fox-4-2.png"]]
-    assert names(prompt=("a",), out="new.d/", images=2, seed=1) == [["new.d/a-1.png", "new.d/a-2.png"]]
+    assert names(prompt=("A red fox!", "a red fox"), out="d", seed=(4,)) == [["d/a-red-fox-4.png"], ["d/a-red-fox-4-2.png"]]
+    assert names(prompt=("a",), out="new.d/", images=2, seed=(1,)) == [["new.d/a-1.png", "new.d/a-2.png"]]
     assert names(prompt=("a",), out="v1.5") == [["v1.5/a-0.png"]]
     assert slug("../../etc/passwd") == "etc-passwd" and slug("?!") == "picture" and slug("Schöne Füchse") == "schöne-füchse"
     assert len(slug("x" * 500)) <= 48

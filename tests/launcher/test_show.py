@@ -78,7 +78,7 @@ def test_config_below_the_command_line(say: Say, tiny: tuple[str, ...]) -> None:
     text = "plugins: usp\nusp:\n  ulysses: 2\nseed: 0123\nguidance: 2.5\nprompt:\n  - yes\n  - 'a fox'\n"
     Path("c.yaml").write_text(text)
     plan = Plan.from_json(say("--config", "c.yaml", "--dry-run", "--json", *tiny, "guidance=4").stdout)
-    assert plan.run.prompt == ("yes", "a fox") and plan.run.seed == 123 and plan.run.guidance == 4.0
+    assert plan.run.prompt == ("yes", "a fox") and plan.run.seed == (123,) and plan.run.guidance == 4.0
     assert plan.degree("ulysses") == 2
     other = say("--config", "c.yaml", "--plugins", "pipefusion", "--dry-run", "--json", *tiny)
     assert other.exit_code == 2 and "add it: --plugins usp" in other.stderr
