@@ -8,23 +8,26 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from xdit_core.records import ModelSpec, Problem
 from xdit_core.settings import NO, YES, did_you_mean
 
-PIPELINE_WORDS = {  # what the shared settings are called in a pipeline's ``__call__``, if the adapter does not say otherwise
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "negative": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "max_sequence_length": "max_sequence_length",
-    "images": "num_images_per_prompt",
-    "seed": "generator",
-    "output_type": "output_type",
-}
+PIPELINE_WORDS: Mapping[str, str] = MappingProxyType(
+    {  # what the shared settings are called in a pipeline's ``__call__``, if the adapter does not say otherwise
+        "steps": "num_inference_steps",
+        "guidance": "guidance_scale",
+        "negative": "negative_prompt",
+        "height": "height",
+        "width": "width",
+        "frames": "num_frames",
+        "max_sequence_length": "max_sequence_length",
+        "images": "num_images_per_prompt",
+        "seed": "generator",
+        "output_type": "output_type",
+    }
+)
 
 
 def argument_names(spec: ModelSpec) -> dict[str, str]:
@@ -112,14 +115,16 @@ def typed(word: str, annotation: str) -> Any:
     raise ValueError(" or ".join(wanted))
 
 
-NAMED = {
-    "bool": "yes or no",
-    "int": "a whole number",
-    "float": "a number",
-    "list": "a list",
-    "List": "a list",
-    "dict": "a JSON object",
-}
+NAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "bool": "yes or no",
+        "int": "a whole number",
+        "float": "a number",
+        "list": "a list",
+        "List": "a list",
+        "dict": "a JSON object",
+    }
+)
 
 
 def members(node: ast.expr) -> Iterator[str]:
