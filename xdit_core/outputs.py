@@ -166,7 +166,7 @@ def write_sheet(run: RunSettings, files: Sequence[Sequence[Path]]) -> str:
 
         from xdit_core.sheet import MOST, contact_sheet
 
-        sheet, absent = contact_sheet(files, run.prompt, range(run.seed, run.seed + run.images))
+        sheet, absent = contact_sheet(files, run.prompt, [run.seed_of(i) for i in range(run.images)])
         info = PngInfo()
         info.add_text(KEY, json.dumps({"sheet": [path.name for row in files for path in row][:MOST]}))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ def test_seeds_where_captions_are_equal(tmp_path: Path, written: list[str]) -> N
 
 
 def test_the_seeds_are_those_of_the_run(tmp_path: Path, written: list[str]) -> None:
-    run = RunSettings(prompt=("a fox",), images=3, seed=40, out=str(tmp_path / "o.png"))
+    run = RunSettings(prompt=("a fox",), images=3, seed=(40,), out=str(tmp_path / "o.png"))
     files = targets(run)
     drawn(tmp_path, [[path.name for path in files[0]]])
     assert "contact sheet" in outputs.write_sheet(run, files)
