@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from xdit_core import Built, Declaration, Engine, PluginError, Registry, Transform, UsageError, Wrap, hookimpl
+from xdit_core import Built, Declaration, Engine, PlanRefused, PluginError, Registry, Transform, UsageError, Wrap, hookimpl
 from xdit_core.chain import OwnedWrap, nest
 from xdit_core.failure import failure
 from xdit_core.owners import Owner, owned_spec
@@ -312,3 +312,18 @@ def test_a_strategy_cannot_swallow_the_error_of_a_request(tiny_sd3_folder):
         Engine(plan_for(["odd"], str(tiny_sd3_folder), extra=extra), Registry(extra)).generate(
             "a red fox", call={"callback_on_step_end": stop}
         )
+
+
+def test_a_request_for_what_the_model_does_not_know_is_refused_before_it_begins(tiny_sd3_folder):
+    """As by the plan; the ValueError that an adapter says it with was a traceback in the middle of the request."""
+
+    def known(configs, subject, count):
+        if subject != "a red fox":
+            raise ValueError(f"there is no {subject}; ask for a red fox")
+        return subject
+
+    models = {"extra_models": {"sd3": dataclasses.replace(Registry().model("sd3")[0], drawn=known)}}
+    engine = Engine(plan_for([], str(tiny_sd3_folder), {"prompt": "a red fox"}, **models), Registry(**models))
+    with pytest.raises(PlanRefused, match=r"^there is no hare; ask for a red fox"):
+        engine.generate(["a red fox", "hare"], steps=1)
+    assert len(engine.generate(["a red fox"], steps=1)) == 1
