@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.callback import callback_handler
 
-from xdit_core import Built, Declaration, Engine, hookimpl
+from xdit_core import Built, Declaration, Engine, PluginFailed, hookimpl
 from xdit_core.registry import Registry
 from xdit_core.testing.runs import plan_for
 
@@ -73,9 +73,9 @@ def test_what_began_before_another_failed_to_begin_is_released(tiny_sd3_folder):
     events = []
     extra = {"one": Recorder("one", events), "two": Recorder("two", events, broken=True)}
     engine = Engine(plan_for(["one", "two"], str(tiny_sd3_folder), extra=extra), Registry(extra))
-    with pytest.raises(Exception, match="cannot begin"):
+    with pytest.raises(PluginFailed, match="plugin two failed in the begin of a request: ValueError: cannot begin"):
         engine.generate("a red fox", steps=2)
-    assert events == ["one begins", "one sees ValueError", "one releases"]
+    assert events == ["one begins", "one sees PluginFailed", "one releases"]
 
 
 def test_compile_leaves_no_limit_and_no_listener_behind_a_failure(tiny_sd3_folder):
