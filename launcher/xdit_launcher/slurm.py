@@ -212,9 +212,9 @@ def submit(plan: Plan, folder: Path, settings: Settings) -> int:
     if not number:
         said = " ".join(sbatch.stderr.read().split()).removeprefix("sbatch: error: ")
         raise UsageError(f"Slurm refuses the job: {said}; see what it has with sinfo, and change slurm.options= or --nnodes.")
-    say(f"batch job {number}; its output: {folder / 'slurm.out'}; to end it: scancel {number}")
     try:
-        with signals_interrupt():
+        with signals_interrupt():  # before its number is told: whoever reads it may interrupt at once
+            say(f"batch job {number}; its output: {folder / 'slurm.out'}; to end it: scancel {number}")
             return sbatch.wait()
     except KeyboardInterrupt:
         stay_deaf()
