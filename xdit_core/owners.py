@@ -79,7 +79,7 @@ class Owner:
             raise explained from error
 
 
-def line_of(error: Exception) -> str:
+def line_of(error: BaseException) -> str:
     """Where it was raised, in brackets."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

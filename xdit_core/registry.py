@@ -5,38 +5,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
 from typing import Any
 
 import pluggy
 
 from xdit_core import hookspecs
+from xdit_core.discovery import Found, contained, installed
 from xdit_core.errors import PluginError, UsageError
-from xdit_core.owners import owned_spec
+from xdit_core.owners import Owner, line_of, owned_spec
 from xdit_core.records import ModelSpec
 from xdit_core.settings import did_you_mean
 
 STRATEGIES = "xdit.plugins"
 MODELS = "xdit.models"
-
-
-@dataclass(frozen=True)
-class Found:
-    """An installed plugin, not loaded."""
-
-    name: str
-    group: str
-    distribution: str
-    version: str
-    entry: metadata.EntryPoint
-
-
-def _origin(distribution: metadata.Distribution) -> tuple[str, str]:
-    """Name and version."""
-    told = distribution.metadata
-    return told["Name"], told["Version"]
 
 
 class Registry:
@@ -55,16 +36,8 @@ class Registry:
         self._origins: dict[str, tuple[str, str]] = {}
 
     def found(self, group: str) -> dict[str, list[Found]]:
-        """Installed plugins of a group by name; a name with two entries is kept twice, to be refused when selected."""
-        result: dict[str, list[Found]] = {}
-        origin = cache(_origin)  # each look at a distribution reads its file, and one has dozens of entries
-        for entry in metadata.entry_points(group=group):
-            name, version = origin(entry.dist) if entry.dist else ("?", "?")
-            item = Found(entry.name, group, name, version, entry)
-            same = [f for f in result.get(entry.name, []) if (f.distribution, f.entry.value) == (name, entry.value)]
-            if not same:  # an editable install may list its metadata twice
-                result.setdefault(entry.name, []).append(item)
-        return dict(sorted(result.items()))
+        """Installed plugins of a group by name; a name that several distributions have is kept as often, to be refused when selected."""
+        return installed(group).found
 
     def names(self, group: str) -> list[str]:
         """Names that can be selected."""
@@ -93,10 +66,11 @@ class Registry:
             PluginError: the import failed; the others are not touched.
         """
         try:
-            return found.entry.load()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+            with contained():
+                return found.entry.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a plugin must not end the program
             raise PluginError(
                 f"plugin {found.name} of {found.distribution} {found.version} cannot be loaded: "
                 f"{type(error).__name__}: {error}; repair or uninstall {found.distribution}."
@@ -118,14 +92,8 @@ class Registry:
             else:
                 found = self.pick(STRATEGIES, name)
                 plugin, origin = self.load(found), (found.distribution, found.version)
-            self.manager.register(plugin, name=name)
+            register(self.manager, plugin, name, origin)
             chosen[name] = self._origins[name] = origin
-        try:
-            self.manager.check_pending()  # a misspelt hook would otherwise be ignored
-        except pluggy.PluginValidationError as error:
-            raise PluginError(
-                f"plugin {self.manager.get_name(error.plugin)}: {error}; compare with xdit_core/hookspecs.py."
-            ) from error
         return chosen
 
     def model(self, name: str) -> tuple[ModelSpec, tuple[str, str]]:
@@ -136,13 +104,21 @@ class Registry:
         module = self.load(found)
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
-        manager.register(module, name=name)
-        specs = manager.hook.xdit_model()
+        origin = (found.distribution, found.version)
+        register(manager, module, name, origin, only=False)
+        try:
+            with contained():
+                specs = manager.hook.xdit_model()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise PluginError(
+                f"model {name} of {found.distribution} {found.version} failed in xdit_model: {type(error).__name__}: {error}."
+            ) from error
         if len(specs) != 1 or not isinstance(specs[0], ModelSpec):
             raise PluginError(
                 f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}."
             )
-        origin = (found.distribution, found.version)
         return owned_spec(specs[0], origin), origin
 
     def model_for(self, pipeline: str) -> tuple[ModelSpec, tuple[str, str]]:
@@ -153,7 +129,7 @@ class Registry:
         """
         fitting = []
         for name in self.names(MODELS):
-            with contextlib.suppress(PluginError):  # a broken adapter must not harm the others
+            with contextlib.suppress(PluginError, UsageError):  # a broken adapter must not harm the others
                 spec, origin = self.model(name)
                 if pipeline in spec.pipelines and not spec.path:
                     fitting.append((spec, origin))
@@ -177,11 +153,47 @@ class Registry:
         for name, kwargs in arguments.items():
             caller = self.manager.subset_hook_caller(hook, [p for n, p in everyone.items() if n != name])
             try:
-                answers: Sequence[Any] = [list(a) if inspect.isgenerator(a) else a for a in caller(**kwargs)]
-            except Exception as error:
-                if isinstance(error, PluginError | UsageError):
-                    raise
-                raise PluginError(f"plugin {name} failed in {hook}: {type(error).__name__}: {error}.") from error
+                with (
+                    contextlib.nullcontext() if hook == "xdit_build" else contained()
+                ):  # which may take long, and talk to other ranks
+                    answers: Sequence[Any] = [list(a) if inspect.isgenerator(a) else a for a in caller(**kwargs)]
+            except (PluginError, UsageError, KeyboardInterrupt):
+                raise
+            except (Exception, SystemExit) as error:
+                whose = Owner("plugin", name, *self._origins[name])
+                raise PluginError(f"{whose} failed in {hook}: {type(error).__name__}: {error}{line_of(error)}.") from error
             if answers:
                 results[name] = answers[0]
         return results
+
+
+def register(manager: pluggy.PluginManager, plugin: object, name: str, origin: tuple[str, str], only: bool = True) -> None:
+    """Register a plugin under its name.
+
+    Args:
+        only: it has no other marked functions than hooks; an adapter may hold that of another which it builds on.
+
+    Raises:
+        PluginError: a hook is misspelt, takes arguments that it is not given, or is not marked as one.
+    """
+    whose = Owner("plugin", name, *origin)
+    try:
+        manager.register(plugin, name=name)
+        if only:
+            manager.check_pending()  # a misspelt hook would otherwise be ignored
+    except Exception as error:  # pluggy raises more than its own class
+        told = " ".join(str(error).split())
+        raise PluginError(f"{whose} has a hook that does not fit: {told}; compare with xdit_core/hookspecs.py.") from error
+    marked = {caller.name for caller in manager.get_hookcallers(plugin) or ()}
+    for hook in (name for name in vars(hookspecs) if name.startswith("xdit_")):
+        function = getattr(plugin, hook, None)
+        if callable(function) and hook not in marked:
+            raise PluginError(
+                f"{whose} has a function {hook} without @hookimpl{place_of(function)}, which would be ignored; add it."
+            )
+
+
+def place_of(function: Any) -> str:
+    """File and line of a function, in brackets; "" if they are not known."""
+    code = getattr(function, "__code__", None)
+    return f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""

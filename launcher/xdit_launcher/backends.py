@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from xdit_core import discovery
+from xdit_core.discovery import Found
 from xdit_core.errors import PluginError, UsageError
+from xdit_core.registry import STRATEGIES
 from xdit_core.settings import build, check_class, check_keys, did_you_mean, fields_of
 
 if TYPE_CHECKING:
@@ -105,25 +107,10 @@ class Backend:
         return found(plan, self.settings, words) if found else ""
 
 
-def installed() -> dict[str, metadata.EntryPoint]:
-    """Backends by name, ours first.
-
-    Raises:
-        PluginError: two distributions have one of the same name.
-    """
-    found: dict[str, metadata.EntryPoint] = {}
-    for entry in sorted(metadata.entry_points(group=LAUNCHERS), key=lambda e: (origin(e) != "xdit", e.name)):
-        if entry.name in found and found[entry.name].value != entry.value:
-            raise PluginError(
-                f"{origin(found[entry.name])} and {origin(entry)} both have a backend {entry.name}; uninstall one of them."
-            )
-        found[entry.name] = entry
-    return found
-
-
-def origin(entry: metadata.EntryPoint) -> str:
-    """The distribution of an entry point."""
-    return entry.dist.name if entry.dist else ""
+def installed() -> dict[str, list[Found]]:
+    """Backends by name, ours first."""
+    found = discovery.installed(LAUNCHERS).found
+    return dict(sorted(found.items(), key=lambda pair: (pair[1][0].distribution != discovery.OWN, pair[0])))
 
 
 def load(name: str) -> Any:
@@ -136,10 +123,16 @@ def load(name: str) -> Any:
     found = installed()
     if name not in found:
         raise UsageError(f"unknown backend {name!r} in --on; {did_you_mean(name, found)}")
+    if len(found[name]) > 1:
+        both = " and ".join(f"{item.distribution} {item.version}" for item in found[name])
+        raise PluginError(f"{both} all have a backend {name}; uninstall all but one of them.")
     try:
-        module = found[name].load()
-        module.start  # noqa: B018
-    except Exception as error:
+        with discovery.contained():
+            module = found[name][0].entry.load()
+            module.start  # noqa: B018
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"backend {name} cannot be loaded: {reason}; repair or uninstall it.") from error
     if settings := getattr(module, "Settings", None):
@@ -177,9 +170,10 @@ def choose(name: str | None, given: Mapping[str, str | None], values: Mapping[st
     if errors := check_keys(own, {f"{name}.": cls}):
         raise errors[0]
     rest = {k: v for k, v in values.items() if k not in own}
+    strategies = discovery.installed(STRATEGIES).found
     for key in rest:
         other = key.split(".")[0]
-        if "." in key and other in installed():
+        if "." in key and other in installed() and other not in (*strategies, "model", "call"):
             raise UsageError(f"{key} belongs to the backend {other}; add --on {other}, or leave it out.")
     return Backend(name, module, build(cls, f"{name}.", own)), rest
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped]
 
 from xdit_core import machine
+from xdit_core.discovery import installed
 from xdit_core.registry import MODELS, STRATEGIES
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ VARIANTS = frozenset(("fp16", "bf16", "non_ema"))  # parts of the names of those
 
 def origins(plan: Plan | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Distributions and top-level packages of what a plan uses, or of all that is installed."""
-    entries = [e for group in (STRATEGIES, MODELS) for e in metadata.entry_points(group=group)]
+    entries = [f for group in (STRATEGIES, MODELS) for items in installed(group).found.values() for f in items]
     if plan is not None:
-        entries = [e for e in entries if (e.name in plan.plugins if e.group == STRATEGIES else e.name == plan.model)]
-    modules = [e.module for e in entries]
-    distributions = {e.dist.name for e in entries if e.dist is not None}
+        entries = [f for f in entries if (f.name in plan.plugins if f.group == STRATEGIES else f.name == plan.model)]
+    modules = [f.entry.module for f in entries]
+    distributions = {f.distribution for f in entries}
     return tuple(sorted({*PACKAGES, *distributions})), tuple(sorted({*CODE, *(m.split(".")[0] for m in modules)}))
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from xdit_core.discovery import installed
 from xdit_core.errors import XditError
 from xdit_core.records import ModelSpec
 from xdit_core.registry import MODELS, STRATEGIES, Registry
@@ -31,8 +32,9 @@ def as_json(data: object) -> list[str]:
 
 def strategies() -> list[dict[str, Any]]:
     """All installed strategies."""
-    everyone = [item for items in Registry().found(STRATEGIES).values() for item in items]
-    return [strategy(look(found)) for found in everyone]
+    everyone = installed(STRATEGIES)
+    listed = [strategy(look(found)) for items in everyone.found.values() for found in items]
+    return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
 
 
 def strategy(seen: Look) -> dict[str, Any]:
@@ -64,8 +66,8 @@ def settings(cls: type[Any] | None, prefix: str) -> list[dict[str, Any]]:
 
 def model_list() -> list[dict[str, Any]]:
     """All installed models."""
-    listed = []
-    for items in Registry().found(MODELS).values():
+    everyone, listed = installed(MODELS), []
+    for items in everyone.found.values():
         for found in items:
             about: dict[str, Any] = {"name": found.name, "distribution": found.distribution, "version": found.version}
             try:
@@ -74,7 +76,7 @@ def model_list() -> list[dict[str, Any]]:
                 listed.append({**about, "error": str(error)})
                 continue
             listed.append({**about, "error": "", "pipelines": list(spec.pipelines), "source": source(spec)})
-    return listed
+    return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
 
 
 def source(spec: ModelSpec) -> str:

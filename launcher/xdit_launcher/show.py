@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from xdit_core import machine
 from xdit_core.degrees import processes
+from xdit_core.discovery import Found, installed
 from xdit_core.embedded import FPS
 from xdit_core.errors import XditError
 from xdit_core.records import Declaration, Facts
-from xdit_core.registry import MODELS, STRATEGIES, Found, Registry
+from xdit_core.registry import MODELS, STRATEGIES, Registry
 from xdit_core.settings import check_class, fields_of
 
 if TYPE_CHECKING:
@@ -186,19 +187,25 @@ def look(found: Found) -> Look:
 
 
 def plugin_list() -> Iterator[str]:
-    """A line for each strategy, and why a broken one is broken."""
-    everyone = [item for items in Registry().found(STRATEGIES).values() for item in items]
-    wide = max((len(f.name) for f in everyone), default=0)
-    for found in everyone:
-        seen = look(found)
-        text = "BROKEN" if seen.error else seen.summary
-        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {text}".rstrip()
-        if seen.error:
-            yield f"{'':<{wide}}  {seen.error}"
-        elif seen.declaration and seen.declaration.owns:
+    """A line or two for each strategy; behind them one for each that is broken, which changes nothing in the others'."""
+    everyone = installed(STRATEGIES)
+    looks = [look(found) for items in everyone.found.values() if len(items) == 1 for found in items]
+    healthy = [seen for seen in looks if not seen.error]
+    wide = max((len(seen.found.name) for seen in healthy), default=0)
+    for seen in healthy:
+        found = seen.found
+        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {seen.summary}".rstrip()
+        if seen.declaration and seen.declaration.owns:
             yield f"{'':<{wide}}  owns {', '.join(c.slot for c in seen.declaration.owns)}"
-    if not everyone:
+    yield from (f"broken: {one_line(seen.error)}" for seen in looks if seen.error)
+    yield from (f"broken: {notice}." for notice in everyone.notices)
+    if not looks:
         yield "no plugin is installed; install xdit again, or a distribution with entry points in the group xdit.plugins."
+
+
+def one_line(text: str) -> str:
+    """A message of several lines as one."""
+    return " ".join(text.split())
 
 
 def plugin_page(name: str) -> Iterator[str]:
@@ -230,18 +237,18 @@ def plugin_page(name: str) -> Iterator[str]:
 
 
 def model_list() -> Iterator[str]:
-    """A line for each model."""
-    everyone = [item for items in Registry().found(MODELS).values() for item in items]
-    wide = max((len(f.name) for f in everyone), default=0)
-    for found in everyone:
-        start = f"{found.name:<{wide}}  {found.distribution} {found.version}"
+    """A line for each model; behind them one for each that is broken."""
+    everyone, healthy, broken = installed(MODELS), [], []
+    for found in (items[0] for items in everyone.found.values() if len(items) == 1):
         try:
-            spec, _ = Registry().model(found.name)
+            healthy.append((found, Registry().model(found.name)[0]))
         except XditError as error:
-            yield f"{start}  BROKEN"
-            yield f"{'':<{wide}}  {error}"
-            continue
+            broken.append(one_line(str(error)))
+    wide = max((len(found.name) for found, _ in healthy), default=0)
+    for found, spec in healthy:
         source = "bundled" if spec.path else spec.hub or "needs model.path="
-        yield f"{start}  {', '.join(spec.pipelines)}; {source}"
-    if not everyone:
+        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {', '.join(spec.pipelines)}; {source}"
+    yield from (f"broken: {text}" for text in broken)
+    yield from (f"broken: {notice}." for notice in everyone.notices)
+    if not healthy and not broken:
         yield "no model is installed; install xdit again, or a distribution with entry points in the group xdit.models."

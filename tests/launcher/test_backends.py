@@ -307,10 +307,16 @@ def test_two_backends_of_one_name(say: Callable[..., Result], monkeypatch: pytes
     info = tmp_path / "site" / "xdit_thief-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-thief\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[xdit.launchers]\nssh = xdit_thief\n")
+    (info / "entry_points.txt").write_text("[xdit.launchers]\nssh = xdit_thief\npaper = xdit_thief\n")
+    other = tmp_path / "site" / "xdit_other-2.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-other\nVersion: 2.0\n")
+    (other / "entry_points.txt").write_text("[xdit.launchers]\npaper = xdit_other\n")
+    before = say("--hosts", "a", "--dry-run", "model=emoji", "a").output
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    done = say("--hosts", "a", "--dry-run", "model=emoji", "a")
-    assert "xdit and xdit-thief both have a backend ssh; uninstall one of them." in done.stderr
+    assert say("--hosts", "a", "--dry-run", "model=emoji", "a").output == before  # what is ours stays ours
+    said = say("--on", "paper", "--dry-run", "model=emoji", "a").stderr
+    assert "xdit-other 2.0 and xdit-thief 1.0 all have a backend paper" in said or "xdit-thief 1.0 and xdit-other 2.0" in said
 
 
 def test_the_dry_run_shows_the_command_of_the_user(say: Callable[..., Result]) -> None:
