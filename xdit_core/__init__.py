@@ -26,12 +26,14 @@ from xdit_core.hookspecs import hookimpl
 from xdit_core.machine import cuda_capability
 from xdit_core.plan import Plan, make_plan
 from xdit_core.records import (
+    EXACT,
     Axis,
     Blocks,
     Built,
     Claim,
     Declaration,
     Facts,
+    Fidelity,
     ModelSpec,
     Problem,
     Stream,
@@ -108,6 +110,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "EXACT",
     "Absent",
     "Attend",
     "AttentionRun",
@@ -121,6 +124,7 @@ __all__ = [
     "Declaration",
     "Engine",
     "Facts",
+    "Fidelity",
     "ForwardRun",
     "GuardError",
     "Job",

@@ -51,7 +51,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "axes": {a.name: a.degree for a in plan.axes},
         "blocks per stage": list(plan.split),
         "patches": plan.patches,
-        "displaced": list(plan.displaced),
+        "fidelity": dict(plan.fidelity),
         "settings": {k: without_folders(k, v) for k, v in plan.values.items() if k not in UNTOLD},
         "checkpoint": plan.checkpoint,
         "loras": list(plan.facts.loras),

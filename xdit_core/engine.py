@@ -24,7 +24,7 @@ from xdit_core.chain import OwnedWrap, nest
 from xdit_core.checkpoint import INDEX
 from xdit_core.contracts import contract, given_contract
 from xdit_core.easy import bar_for, plan_from
-from xdit_core.errors import PluginError, UsageError, XditError
+from xdit_core.errors import UsageError, XditError
 from xdit_core.forward import ForwardPoint
 from xdit_core.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.jobs import Done, Job, Output, Request, Started, jobs_for, joined
@@ -43,6 +43,7 @@ from xdit_core.request import plan_of_request
 from xdit_core.settings import ModelSettings, build, parse_loras
 from xdit_core.trace import Trace
 from xdit_core.trunk import Trunk, replace_blocks
+from xdit_core.validation import check_built
 from xdit_core.weights import read_json
 
 BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
@@ -165,7 +166,12 @@ class Engine:
         plan = self.plan
         classes = registry.call("xdit_settings", {name: {} for name in plan.plugins})
         own = {name: build(classes.get(name), name + ".", plan.values) for name in plan.plugins}
-        return registry.call("xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins})
+        built = registry.call("xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins})
+        for name in plan.plugins:
+            wraps = [f"{point}/{level}" for point, pairs in plan.wraps.items() for level, other in pairs if other == name]
+            phases = [phase for phase, other in plan.transforms if other == name]
+            check_built(built.get(name), wraps, phases, self._owner_of(name))
+        return built
 
     def _owner_of(self, plugin: str) -> Owner:
         """A plugin, for messages."""
@@ -175,9 +181,7 @@ class Engine:
         """The changes of the modules in some phases, in the plan's order."""
         found: list[Callable[[Any], None]] = []
         for phase, name in self.plan.transforms:
-            change = self._built[name].transforms.get(phase) if name in self._built else None
-            if change is None:
-                raise PluginError(f"plugin {name} declares a transform in the phase {phase} but xdit_build gave none.")
+            change = self._built[name].transforms[phase]
             if phase in phases:
                 found.append(partial(self._owner_of(name).call, f"its transform in the phase {phase}", change))
         return found
@@ -190,9 +194,7 @@ class Engine:
         chains: dict[str, list[Any]] = {}
         for point, pairs in plan.wraps.items():
             for level, name in pairs:
-                wrap = built[name].wraps.get(f"{point}/{level}") if name in built else None
-                if wrap is None:
-                    raise PluginError(f"plugin {name} declares a wrap at {point}/{level} but xdit_build gave none.")
+                wrap = built[name].wraps[f"{point}/{level}"]
                 check = contract(self.rank, point, level, self.owner)
                 owned = OwnedWrap(wrap, self._owner_of(name), f"{point}/{level}", check, given_contract(point))
                 chains.setdefault("kernel" if level == "kernel" else point, []).append(owned)

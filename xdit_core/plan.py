@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,8 @@ from xdit_core.checks import (
 from xdit_core.errors import ModelError, PlanRefused, PluginError, UsageError, XditError
 from xdit_core.fingerprints import checkpoint_fingerprint
 from xdit_core.frozen import Record
-from xdit_core.records import PHASES, POINTS, Axis, Declaration, Facts, Problem, listed
+from xdit_core.owners import Owner
+from xdit_core.records import FIDELITIES, PHASES, POINTS, Axis, Declaration, Facts, Fidelity, Problem, listed
 from xdit_core.registry import STRATEGIES, Registry
 from xdit_core.schedulers import check_scheduler
 from xdit_core.settings import (
@@ -40,10 +41,12 @@ from xdit_core.settings import (
     call_settings,
     check_class,
     check_keys,
+    did_you_mean,
     parse_loras,
     without_random,
 )
 from xdit_core.signatures import typed_call
+from xdit_core.validation import check_declaration, problems_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Plan(Record):
         stages: name of the axis along which the blocks are divided, "" if they are not.
         split: number of blocks of each stage; one entry if they are not divided.
         patches: cuts of the tokens in time.
-        displaced: plugins whose result differs from serial.
+        fidelity: for each plugin how near its result is to that of one process, see ``Fidelity``.
+        bound: largest difference of the latents that approximate plugins allow, in parts of the largest value.
+        compared: plugins that bring the reference.
         reference: settings with which these plugins alone compute the same in one process.
         facts: what was read from the model's files.
     """
@@ -84,10 +89,22 @@ class Plan(Record):
     stages: str
     split: tuple[int, ...]
     patches: int
-    displaced: tuple[str, ...]
+    fidelity: Mapping[str, str]
+    bound: float
+    compared: tuple[str, ...]
     reference: Mapping[str, Any]
     facts: Facts
     notes: tuple[str, ...] = ()
+
+    @property
+    def displaced(self) -> tuple[str, ...]:
+        """Plugins that use keys and values of the step before."""
+        return tuple(name for name, kind in self.fidelity.items() if kind == "displaced")
+
+    @property
+    def exactness(self) -> str:
+        """The fidelity of the whole: that of the plugin that promises least."""
+        return max(self.fidelity.values(), key=FIDELITIES.index, default="exact")
 
     @property
     def world(self) -> int:
@@ -118,7 +135,7 @@ class Plan(Record):
         d["transforms"] = tuple((phase, name) for phase, name in d["transforms"])
         d["plugins"] = {name: tuple(origin) for name, origin in d["plugins"].items()}
         d["facts"] = Facts(**{**d["facts"], "loras": tuple(d["facts"]["loras"])})
-        for key in ("model_origin", "split", "displaced", "notes"):
+        for key in ("model_origin", "split", "compared", "notes"):
             d[key] = tuple(d[key])
         return Plan(**d)
 
@@ -220,8 +237,7 @@ def make_plan(
     arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}
     declared: dict[str, Declaration] = registry.call("xdit_declare", arguments)
     for name in chosen:
-        if not isinstance(declared.get(name), Declaration):
-            raise PluginError(f"plugin {name} must return a Declaration from xdit_declare; it returned {declared.get(name)}.")
+        check_declaration(declared.get(name), Owner("plugin", name, *chosen[name]))
     problems += [p for name, d in declared.items() for p in of(name, d.problems)]
     problems += [p for name, d in declared.items() if not facts.blocks for p in of(name, needs_blocks(name, d, facts))]
     claims, clashes = settle_claims(declared)
@@ -246,13 +262,12 @@ def make_plan(
         try:
             split = d.block_split(by_name.get(d.stages, 1)) if d.stages and d.block_split else split
             patches = d.patches(by_name) if d.patches else patches
-            reference |= d.reference(by_name) if d.displaced and d.reference else {}
-            if d.displaced and d.reference is None:
-                raise PluginError(f"plugin {name} is displaced and names no reference; give one in its Declaration.")
+            reference |= check_fidelity(name, d.fidelity)(by_name)
         except PluginError:
             raise
         except Exception as error:
             raise PluginError(f"plugin {name} failed to divide blocks or tokens: {type(error).__name__}: {error}.") from error
+    fidelity = {n: d.fidelity.kind if d.fidelity.kind != "displaced" or patches > 1 else "exact" for n, d in declared.items()}
     plan = Plan(
         plugins=chosen,
         model=spec.name,
@@ -268,7 +283,9 @@ def make_plan(
         stages=divider.stages if divider else "",
         split=split,
         patches=patches,
-        displaced=tuple(n for n, d in declared.items() if d.displaced and patches > 1),
+        fidelity=fidelity,
+        bound=max((d.fidelity.bound for d in declared.values() if d.fidelity.kind == "approximate"), default=0.0),
+        compared=tuple(n for n, d in declared.items() if d.fidelity.reference and fidelity[n] != "exact"),
         reference=reference,
         facts=facts,
         notes=(
@@ -278,7 +295,7 @@ def make_plan(
         ),
     )
     checks = registry.call("xdit_check", {n: {**arguments[n], "plan": plan} for n in chosen})
-    problems = [p for name, found in checks.items() for p in of(name, found or ())]
+    problems = [p for name, found in checks.items() for p in of(name, problems_of(found, Owner("plugin", name, *chosen[name])))]
     if problems:
         raise PlanRefused(problems)
     return plan
@@ -287,6 +304,23 @@ def make_plan(
 def of(plugin: str, problems: Sequence[Problem]) -> list[Problem]:
     """The problems with their plugin's name."""
     return [dataclasses.replace(p, plugin=plugin) for p in problems]
+
+
+def check_fidelity(name: str, fidelity: Fidelity) -> Callable[[Mapping[str, int]], Mapping[str, Any]]:
+    """The settings of the reference as a function of the degrees.
+
+    Raises:
+        PluginError: the fidelity cannot be what it says.
+    """
+    if fidelity.kind not in FIDELITIES:
+        raise PluginError(f"plugin {name} declares the fidelity {fidelity.kind!r}; {did_you_mean(fidelity.kind, FIDELITIES)}")
+    if fidelity.kind == "displaced" and fidelity.reference is None:
+        raise PluginError(f"plugin {name} is displaced and names no reference; give one in its Fidelity.")
+    if fidelity.bound < 0 or (fidelity.bound and fidelity.kind != "approximate"):
+        raise PluginError(
+            f"plugin {name} is {fidelity.kind} with the bound {fidelity.bound}; only what is approximate has one, above 0."
+        )
+    return fidelity.reference or (lambda degrees: {})
 
 
 def idle_ranks(axes: Sequence[Axis], run: RunSettings) -> list[str]:

@@ -132,6 +132,29 @@ class Transform:
     phase: str
 
 
+FIDELITIES = ("exact", "displaced", "approximate", "unverified")  # the further back, the less is promised
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near the result of a strategy is to that of one process without it.
+
+    Args:
+        kind: ``exact``: equal within rounding. ``displaced``: keys and values of the step before are used; where there are patches, it equals
+            the same schedule in one process, which ``reference`` names. ``approximate``: within ``bound`` of the reference, or of one
+            process without the strategy if it names none. ``unverified``: nothing is promised.
+        bound: of an approximate one, the largest difference of the latents in parts of their largest value.
+        reference: settings under which this plugin computes the same in one process; called with the resolved degrees.
+    """
+
+    kind: str = "unverified"
+    bound: float = 0.0
+    reference: Callable[[Mapping[str, int]], Mapping[str, Any]] | None = None
+
+
+EXACT = Fidelity("exact")
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What a strategy brings to a plan.
@@ -144,9 +167,7 @@ class Declaration:
         stages: name of the axis along which the blocks are divided, or "".
         block_split: number of blocks of each stage; called with the resolved degree of that axis.
         patches: the number of patches the tokens are cut into in time; called with the resolved degrees.
-        displaced: its result differs from serial (K/V of the step before are used).
-        reference: settings under which this plugin computes the same displaced result in one process; called with the resolved
-            degrees. Needed if ``displaced``.
+        fidelity: how near its result is to that of one process; a strategy that says nothing is unverified.
         problems: what is wrong with its settings, whatever the degrees will be.
     """
 
@@ -157,8 +178,7 @@ class Declaration:
     stages: str = ""
     block_split: Callable[[int], tuple[int, ...]] | None = None
     patches: Callable[[Mapping[str, int]], int] | None = None
-    displaced: bool = False
-    reference: Callable[[Mapping[str, int]], Mapping[str, Any]] | None = None
+    fidelity: Fidelity = Fidelity()
     problems: tuple[Problem, ...] = ()
 
     @property

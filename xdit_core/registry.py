@@ -15,6 +15,7 @@ from xdit_core.errors import PluginError, UsageError
 from xdit_core.owners import Owner, line_of, owned_spec
 from xdit_core.records import ModelSpec
 from xdit_core.settings import did_you_mean
+from xdit_core.validation import check_record
 
 STRATEGIES = "xdit.plugins"
 MODELS = "xdit.models"
@@ -119,6 +120,7 @@ class Registry:
             raise PluginError(
                 f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}."
             )
+        check_record(specs[0], ModelSpec, Owner("adapter", name, *origin), "xdit_model")
         return owned_spec(specs[0], origin), origin
 
     def model_for(self, pipeline: str) -> tuple[ModelSpec, tuple[str, str]]:

@@ -19,6 +19,7 @@ CALL = "call."
 COLLECTED = ("prompt", "class", "lora")
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
+SETTING_TYPES = (int, float, bool, str, tuple[int, ...], tuple[str, ...])
 MOST_NUMBERS = 10_000  # of a range
 
 
@@ -239,7 +240,13 @@ def check_class(settings: Any, plugin: str) -> None:
         PluginError: it is no dataclass, a field has no default, or a type cannot be found.
     """
     try:
-        fields_of(settings)
+        for name, kind in fields_of(settings).items():
+            options = [o for o in (typing.get_args(kind) if not isinstance(kind, type) else (kind,)) if o is not types.NoneType]
+            options = [kind] if typing.get_origin(kind) is tuple else options
+            if len(options) != 1 or options[0] not in SETTING_TYPES:
+                raise TypeError(
+                    f"{name} is a {kind}; a setting is an int, float, bool, str, tuple[int, ...] or tuple[str, ...], or None"
+                )
         settings()
     except Exception as error:
         raise PluginError(f"the settings class of plugin {plugin} cannot be used: {type(error).__name__}: {error}.") from error

@@ -52,6 +52,7 @@ def strategy(seen: Look) -> dict[str, Any]:
     if declared:
         about["axes"] = [{"name": a.name, "traffic": a.traffic.name.lower(), "setting": a.setting} for a in declared.axes]
         about["owns"] = {claim.slot: claim.why for claim in declared.owns}
+        about["fidelity"] = declared.fidelity.kind
         about["wraps"] = [f"{wrap.point}/{wrap.level}" for wrap in declared.wraps]
     return about
 

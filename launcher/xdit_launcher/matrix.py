@@ -14,14 +14,14 @@ DEVICES = 8
 
 
 def verdict(plugins: Sequence[str], values: Mapping[str, Any]) -> tuple[str, str]:
-    """``exact``, ``displaced`` or ``no`` for a set of strategies, and why not."""
+    """The fidelity of a set of strategies (``exact``, ``displaced`` ...), or ``no`` and why not."""
     try:
         plan = make_plan(plugins, values, devices=DEVICES)
     except PlanRefused as refused:
         return "no", " ".join(str(problem) for problem in refused.problems)
     except XditError as error:
         return "no", str(error)
-    return ("displaced" if plan.displaced else "exact"), ""
+    return plan.exactness, ""
 
 
 def lines(values: Mapping[str, Any], names: Sequence[str] | None = None) -> Iterator[str]:

@@ -14,7 +14,7 @@ from xdit_core.degrees import processes
 from xdit_core.discovery import Found, installed
 from xdit_core.embedded import FPS
 from xdit_core.errors import XditError
-from xdit_core.records import Declaration, Facts
+from xdit_core.records import FIDELITIES, Declaration, Facts
 from xdit_core.registry import MODELS, STRATEGIES, Registry
 from xdit_core.settings import check_class, fields_of
 
@@ -147,8 +147,14 @@ def threads_line(plan: Plan, here: bool) -> str:
 def exactness_line(plan: Plan) -> str:
     """How the result compares with that of one process without plugins."""
     thing = "video" if plan.facts.video else "picture"
-    if plan.displaced:
-        return f"displaced ({', '.join(plan.displaced)}): the {thing} differs a little from that of one process"
+    kinds = {kind: [name for name, other in plan.fidelity.items() if other == kind] for kind in FIDELITIES}
+    names = ", ".join(kinds[plan.exactness]) if plan.plugins else ""
+    if plan.exactness == "displaced":
+        return f"displaced ({names}): the {thing} differs a little from that of one process"
+    if plan.exactness == "approximate":
+        return f"approximate ({names}): latents within {plan.bound:g} of their largest value of those of one process"
+    if plan.exactness == "unverified":
+        return f"unverified ({names}): nothing is promised about the {thing}; compare with xdit-launch verify"
     return f"the {thing} of one process, within rounding" if plan.plugins else f"the {thing} of plain diffusers"
 
 
@@ -230,6 +236,7 @@ def plugin_page(name: str) -> Iterator[str]:
             yield row("axis", f"{axis.name} ({axis.traffic.name.lower().replace('_', ' ')}){setting}")
         for claim in seen.declaration.owns:
             yield row("owns", f"{claim.slot}: {claim.why}")
+        yield row("fidelity", seen.declaration.fidelity.kind)
         for wrap in seen.declaration.wraps:
             yield row("wraps", f"{wrap.point}, level {wrap.level}")
     for line in settings_help(seen.settings, f"{name}."):

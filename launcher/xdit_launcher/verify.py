@@ -60,7 +60,9 @@ class Finding:
         dtype: in which the runs computed.
         latents: difference from the process that must compute the same: serial, or the displaced reference.
         pictures: likeness to those of that process, None if none were drawn.
-        displaced: plugins whose result differs from serial by design.
+        kind: fidelity of the plan.
+        bound: largest difference of the latents that an approximate plan allows.
+        compared: plugins of the process that must compute the same; none if it is the serial one.
         serial_latents, serial_pictures: difference from and likeness to the serial run.
         where: the first block that differs, if anything does.
         last: index of the last block.
@@ -69,34 +71,43 @@ class Finding:
     dtype: str
     latents: float
     pictures: Likeness | None
-    displaced: tuple[str, ...] = ()
+    kind: str = "exact"
+    bound: float = 0.0
+    compared: tuple[str, ...] = ()
     serial_latents: float = 0.0
     serial_pictures: Likeness | None = None
     where: Divergence | None = None
     last: int = 0
 
     @property
+    def allowed(self) -> float:
+        """Largest difference of the latents."""
+        return max(tolerance(self.dtype).latents, self.bound)
+
+    @property
     def agree(self) -> bool:
         """The latents do."""
-        return self.latents <= tolerance(self.dtype).latents
+        return self.latents <= self.allowed
 
     @property
     def good(self) -> bool:
         """The plan computes what it should."""
-        limit, seen = tolerance(self.dtype), self.pictures
+        limit, seen = tolerance(self.dtype), None if self.kind == "approximate" else self.pictures
         return self.agree and (seen is None or (seen.most <= limit.levels and seen.psnr >= limit.psnr))
 
     def lines(self) -> Iterator[str]:
         """For a person."""
-        limit = tolerance(self.dtype)
-        other = f"one process with {', '.join(self.displaced)}" if self.displaced else "the serial run"
-        apart = f"latents differ from those of {other} by {self.latents:.2g} of the largest value (tolerance {limit.latents:g} in {self.dtype})"
+        other = f"one process with {', '.join(self.compared)}" if self.compared else "the serial run"
+        apart = f"latents differ from those of {other} by {self.latents:.2g} of the largest value (tolerance {self.allowed:g} in {self.dtype})"
         apart = apart if self.latents else f"latents are those of {other} bit for bit"
-        if self.good and not self.displaced:
+        if self.good and self.kind in ("exact", "unverified"):
             yield f"equal: {apart}{self.seen(self.pictures)}."
         elif self.good:
-            yield f"displaced as it should be: {apart}{self.seen(self.pictures)}."
+            yield f"{self.kind} as it should be: {apart}{self.seen(self.pictures)}."
             yield f"against serial: latents differ by {self.serial_latents:.2g} of the largest value{self.seen(self.serial_pictures)}."
+        elif self.kind == "unverified":
+            yield f"unverified: {apart}{self.seen(self.pictures)}; a plugin of this plan does not declare its fidelity, so this may be meant."
+            yield self.blame()
         else:
             yield f"mismatch: {apart}{self.seen(self.pictures)}."
             yield self.blame()
@@ -155,8 +166,8 @@ class Verify:
         plan = self.plan("plan", self.chosen, self.values)
         shared = {k: v for k, v in self.values.items() if k.split(".")[0] not in plan.plugins and k != "nproc"}
         self.plan("serial", (), shared)
-        if plan.displaced:
-            self.plan("reference", plan.displaced, {**shared, **plan.reference})
+        if plan.compared:
+            self.plan("reference", plan.compared, {**shared, **plan.reference})
         for name in ("serial", "reference", "plan"):
             if name in self.plans and (code := self.run(name)):
                 return code
@@ -197,7 +208,9 @@ class Verify:
             dtype=dtype,
             latents=difference(ours, latents(self.folder / other)),
             pictures=self.pictures(other),
-            displaced=plan.displaced,
+            kind=plan.exactness,
+            bound=plan.bound,
+            compared=plan.compared,
             serial_latents=difference(ours, latents(self.folder / "serial")),
             serial_pictures=self.pictures("serial"),
             last=plan.facts.blocks - 1,

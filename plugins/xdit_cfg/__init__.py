@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, hookimpl
+from xdit_core import EXACT, Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -22,6 +22,7 @@ def xdit_declare(settings: None, facts: Facts) -> Declaration:
         axes=(Axis("cfg", 2, Traffic.PER_STEP, why="guidance has two halves"),),
         claims=(Claim("guidance", "it gives the two halves of guidance to two ranks"),),
         wraps=(Wrap("forward", "split"),),
+        fidelity=EXACT,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Built, Claim, Declaration, Facts, Problem, Transform, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, Facts, Problem, Transform, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -46,7 +46,10 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     if settings.mode is not None and settings.backend != "inductor":
         problems.append(Problem(f"compile.mode belongs to inductor and compile.backend={settings.backend}", "drop one of them"))
     return Declaration(
-        claims=(Claim("code", "it compiles the denoiser"),), transforms=(Transform("compile"),), problems=tuple(problems)
+        claims=(Claim("code", "it compiles the denoiser"),),
+        transforms=(Transform("compile"),),
+        problems=tuple(problems),
+        fidelity=EXACT,
     )
 
 

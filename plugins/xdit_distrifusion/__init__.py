@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Transform, Wrap, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, Facts, Fidelity, Problem, Traffic, Transform, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -68,8 +68,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         wraps=(Wrap("forward", "patches"), *(() if unet else (Wrap("attention", "cache"),))),
         transforms=(Transform("adapt"),) if unet else (),
         patches=patches,
-        displaced=True,
-        reference=reference,
+        fidelity=Fidelity("displaced", reference=reference),
         problems=tuple(problems_of(settings, facts)),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Declaration, Facts, Traffic, Wrap, hookimpl
+from xdit_core import EXACT, Axis, Built, Declaration, Facts, Traffic, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Rank
@@ -31,7 +31,7 @@ def xdit_settings() -> type[Settings]:
 def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     """One axis, outside all others; its ranks make different pictures."""
     axis = Axis("dp", settings.degree, Traffic.PER_IMAGE, own_outputs=True, setting="dp.degree")
-    return Declaration(axes=(axis,), wraps=(Wrap("request", "split"),))
+    return Declaration(axes=(axis,), wraps=(Wrap("request", "split"),), fidelity=EXACT)
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from xdit_core import Built, Claim, Declaration, Facts, Problem, Wrap, cuda_capability, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, Facts, Problem, Wrap, cuda_capability, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -60,6 +60,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         claims=(Claim("kernel", "it computes the attention itself"),),
         wraps=(Wrap("attention", "kernel"),),
         problems=() if settings.kernel in KERNELS else (unknown,),
+        fidelity=EXACT,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Built, Claim, Declaration, Facts, Problem, Transform, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, Facts, Problem, Transform, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -35,6 +35,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         claims=(Claim("placement", "it moves weights between the CPU and the device"),),
         transforms=(Transform("offload"),),
         problems=() if settings.mode in MODES else (unknown,),
+        fidelity=EXACT,
     )
 
 

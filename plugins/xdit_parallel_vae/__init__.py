@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Built, Claim, Declaration, Facts, Problem, Transform, Wrap, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, Facts, Fidelity, Problem, Transform, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -45,6 +45,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         wraps=(Wrap("decode", "split"),),
         transforms=(Transform("quantize"),),  # the first phase that sees the VAE: others quantize or compile what it leaves
         problems=tuple(problems),
+        fidelity=Fidelity("approximate") if settings.tiling else EXACT,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, Facts, Fidelity, Problem, Traffic, Wrap, hookimpl
 from xdit_core.tokens import even_bounds
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         stages="stages",
         block_split=split,
         patches=patches,
-        displaced=True,
-        reference=reference,
+        fidelity=Fidelity("displaced", reference=reference),
         problems=tuple(problems_of(settings, facts)),
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Transform, divisors, hookimpl
+from xdit_core import EXACT, Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Transform, divisors, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -45,6 +45,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         axes=(axis,),
         claims=(Claim("weights", "it divides the matrices of the blocks"),),
         transforms=(Transform("shard"),),
+        fidelity=EXACT,
     )
 
 

@@ -10,7 +10,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Problem, TokenLayout, Traffic, Wrap, divisors, hookimpl, length
+from xdit_core import (
+    EXACT,
+    Axis,
+    Built,
+    Claim,
+    Declaration,
+    Facts,
+    Problem,
+    TokenLayout,
+    Traffic,
+    Wrap,
+    divisors,
+    hookimpl,
+    length,
+)
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -56,6 +70,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
         ),
         claims=(Claim("tokens", "it divides the tokens of every patch over ranks"),),
         wraps=(Wrap("trunk", "gather"), Wrap("attention", "exchange"), Wrap("attention", "ring")),
+        fidelity=EXACT,
     )
 
 
