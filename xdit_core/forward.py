@@ -100,7 +100,7 @@ class ForwardPoint:
             return call.latents.new_empty((), dtype=dtype).expand(shape)
         self._shapes[key] = (whole.shape, whole.dtype)
         if self._trunk and now.patch is not None and (now.layout, now.patch) not in now.row_local:
-            self.prove_row_local(whole)
+            self.prove_row_local(whole, now.patch)
         return whole
 
     def original(self, latents: torch.Tensor, rest: Mapping[str, Any]) -> torch.Tensor:
@@ -122,23 +122,22 @@ class ForwardPoint:
             now.shape_only = False
         return out.shape, out.dtype
 
-    def prove_row_local(self, out: torch.Tensor) -> None:
+    def prove_row_local(self, out: torch.Tensor, patch: int) -> None:
         """Patches are right only if embedding and head work on each row alone: the rows beside a patch were given no numbers.
 
         Raises:
             UnsupportedCall: some of what is not a number came into the patch.
         """
         now = self.rank.now
-        assert now.patch is not None
         if now.proving_head:
             now.proving_head = False
-            top, bottom = now.cuts[now.patch : now.patch + 2]
+            top, bottom = now.cuts[patch : patch + 2]
             if out.narrow(now.row_dim, top, bottom - top).isnan().any():
                 raise UnsupportedCall(
                     f"the head of {self.name} mixes rows of the picture, so its patches cannot be computed one by one; "
                     f"run {self.spec.name} without strategies that cut the picture into patches."
                 )
-        now.row_local.add((now.layout, now.patch))
+        now.row_local.add((now.layout, patch))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls; same signature and result as the denoiser's own."""

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -150,20 +149,30 @@ def baseline(tiny_sd3_folder):
     return [(CliRunner().invoke(cli, words).stdout, words, listing) for words, listing in commands(tiny_sd3_folder)]
 
 
+def install(kind, folder, monkeypatch):
+    """Put the broken package onto the path; whether it has metadata, and what a listing says of it."""
+    entries, module, metadata, said = KINDS[kind]
+    describe(folder / "xdit_bad-1.0.dist-info", "xdit-bad" if metadata else "", entries)
+    (folder / "bad.py").write_text(module)
+    monkeypatch.syspath_prepend(str(folder))
+    return metadata, said
+
+
+def describe(info, name, entries):
+    """Metadata of version 1.0 of a distribution; none without a name."""
+    info.mkdir()
+    (info / "entry_points.txt").write_text(entries)
+    if name:
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nobody_else_is_harmed(kind, baseline, tmp_path, monkeypatch):
     from click.testing import CliRunner
 
     from xdit_launcher.cli import cli
 
-    entries, module, metadata, said = KINDS[kind]
-    info = tmp_path / "xdit_bad-1.0.dist-info"
-    info.mkdir()
-    (info / "entry_points.txt").write_text(entries)
-    if metadata:
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-bad\nVersion: 1.0\n")
-    (tmp_path / "bad.py").write_text(module)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    _, said = install(kind, tmp_path, monkeypatch)
     before = os.getcwd()
     for want, words, listing in baseline:
         sys.modules.pop("bad", None)
@@ -187,14 +196,7 @@ def test_nobody_else_is_harmed(kind, baseline, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [k for k, v in KINDS.items() if v[3] and v[0].startswith("[xdit.plugins]\nbad = bad\n")])
 def test_selecting_it_is_a_sentence(kind, tmp_path, monkeypatch):
-    entries, module, metadata, said = KINDS[kind]
-    info = tmp_path / "xdit_bad-1.0.dist-info"
-    info.mkdir()
-    (info / "entry_points.txt").write_text(entries)
-    if metadata:
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-bad\nVersion: 1.0\n")
-    (tmp_path / "bad.py").write_text(module)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    metadata, said = install(kind, tmp_path, monkeypatch)
     sys.modules.pop("bad", None)
     with pytest.raises(PluginError) as refused:
         make_plan(["bad"], {"model": "emoji", "device": "cpu"})
@@ -204,10 +206,7 @@ def test_selecting_it_is_a_sentence(kind, tmp_path, monkeypatch):
 
 def test_what_a_plugin_prints_does_not_reach_the_json_of_a_plan(tmp_path):
     """In a real process, where standard output is a file."""
-    info = tmp_path / "xdit_bad-1.0.dist-info"
-    info.mkdir()
-    (info / "entry_points.txt").write_text("[xdit.plugins]\nbad = bad\n")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-bad\nVersion: 1.0\n")
+    describe(tmp_path / "xdit_bad-1.0.dist-info", "xdit-bad", "[xdit.plugins]\nbad = bad\n")
     (tmp_path / "bad.py").write_text(KINDS["prints"][1])
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     words = ["--plugins", "bad", "model=emoji", "device=cpu", "--dry-run", "--json", "rocket"]
@@ -222,11 +221,7 @@ def test_what_a_plugin_prints_does_not_reach_the_json_of_a_plan(tmp_path):
 
 def test_a_name_that_two_strangers_have(tmp_path, monkeypatch):
     for i in (1, 2):
-        info = tmp_path / f"xdit_bad{i}-1.0.dist-info"
-        info.mkdir()
-        (info / "entry_points.txt").write_text(f"[xdit.plugins]\nbad = bad{i}\n")
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: xdit-bad{i}\nVersion: 1.0\n")
+        describe(tmp_path / f"xdit_bad{i}-1.0.dist-info", f"xdit-bad{i}", f"[xdit.plugins]\nbad = bad{i}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(XditError, match="two distributions register a plugin 'bad'"):
         Registry().select(["bad"])
-    assert Path(tmp_path).is_dir()
