@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from xdit_core.errors import ModelError
+from xdit_core.errors import ModelError, PluginFailed
 from xdit_core.records import Facts, ModelSpec
 from xdit_core.weights import check_weights, read_json, weight_files
 
 INDEX = "model_index.json"
+MOST_PIXELS = 65_536  # a side of a picture
 
 
 def pipeline_class(folder: Path) -> str:
@@ -136,6 +137,11 @@ def describing(spec: ModelSpec) -> Iterator[None]:
             f"model={spec.name} cannot read the config files of this checkpoint ({type(error).__name__}: {str(error)[:200]}); "
             "fetch its JSON files again, or choose the model that fits."
         ) from error
+    except PluginFailed as error:
+        text = str(error).removesuffix(".")
+        raise PluginFailed(
+            f"{text}; unless it is a mistake there, the config files of this checkpoint are damaged: fetch them again."
+        ) from error
 
 
 def fingerprints(paths: Iterable[str]) -> tuple[str, ...]:
@@ -167,7 +173,12 @@ def latent_factor(configs: Mapping[str, Any]) -> int:
 def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int:
     """Pixels a side that the pipeline itself would take, from the denoiser's config and all configs."""
     size = denoiser.get("sample_size", 128)
-    return (natural(size, "config.json", "sample_size") if isinstance(size, int) else 128) * latent_factor(configs)
+    side = (natural(size, "config.json", "sample_size") if isinstance(size, int) else 128) * latent_factor(configs)
+    if side > MOST_PIXELS:
+        raise ModelError(
+            f"config.json has sample_size={size}, which would be pictures of {side} pixels a side; fetch the JSON files again."
+        )
+    return side
 
 
 def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Facts:

@@ -23,8 +23,8 @@ BOUNDS: Mapping[str, tuple[int, int]] = (
         {
             "steps": (1, 100_000),
             "images": (1, 100_000),
-            "height": (1, 65_536),
-            "width": (1, 65_536),
+            "height": (1, checkpoint.MOST_PIXELS),
+            "width": (1, checkpoint.MOST_PIXELS),
             "frames": (1, 100_000),
             "fps": (1, 1000),
             "threads": (1, 4096),

@@ -264,7 +264,7 @@ class Engine:
         """
         if self._broken:
             raise XditError("an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine.")
-        asked = plan_of_request(self.plan, self.rank.spec, self._registry, prompts, changes)
+        asked = plan_of_request(self.plan, self.rank.spec, self._registry, type(self.pipe).__name__, prompts, changes)
         run, more = asked.run, asked.call
         jobs = jobs_for([prompt or "" for prompt in prompts], run.images, skip)
         self.rank.slow.clear()

@@ -182,6 +182,7 @@ def make_plan(
     *,
     devices: int | None = None,
     weights: bool = True,
+    pipeline: str = "",
 ) -> Plan:
     """Make the plan, or say everything that is wrong with it.
 
@@ -191,6 +192,7 @@ def make_plan(
         registry: where plugins come from; by default the installed ones.
         devices: processes that suit this machine, used when ``nproc`` is not given.
         weights: fetch the weights too if the checkpoint is on the hub; a plan that is only looked at needs its JSON files.
+        pipeline: class whose ``__call__`` gets ``call.*``, by default that of the checkpoint.
 
     Raises:
         UsageError: an unknown plugin, model or setting, or a value of the wrong type.
@@ -223,7 +225,7 @@ def make_plan(
         folder = hub.locate(spec, where, weights=weights)
     configs = checkpoint.open_checkpoint(spec, folder, weights or not hub.on_hub(spec, where))
     run = with_defaults(given, spec, configs)
-    call, wrong_call = typed_call(spec, str(configs["_index"].get("_class_name")), call_settings(values))
+    call, wrong_call = typed_call(spec, pipeline or str(configs["_index"].get("_class_name")), call_settings(values))
     problems = check_run(run) + check_taken(given, spec) + check_loras(run) + wrong_call
     asked = {**dataclasses.asdict(run), **call}
     facts = checkpoint.facts(spec, configs, asked)

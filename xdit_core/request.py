@@ -21,13 +21,19 @@ STRUCTURE = ("axes", "split", "patches", "stages", "claims", "wraps", "transform
 
 
 def plan_of_request(
-    plan: Plan, spec: ModelSpec, registry: Registry, prompts: Sequence[str | None], changes: Mapping[str, Any]
+    plan: Plan,
+    spec: ModelSpec,
+    registry: Registry,
+    pipeline: str,
+    prompts: Sequence[str | None],
+    changes: Mapping[str, Any],
 ) -> Plan:
     """The plan of a request; with its ``run`` and ``call`` the pipeline is called.
 
     Args:
         plan: of the engine.
         spec: of the model.
+        pipeline: class that is called.
         prompts: what to draw; ``[None]`` if embeddings say so.
         changes: any of ``PER_REQUEST``, and ``call``: further arguments of the pipeline's ``__call__`` by name.
 
@@ -56,7 +62,7 @@ def plan_of_request(
     values |= {spec.subject: [prompt for prompt in prompts if prompt]} if any(prompts) else {}
     values |= {name: value for name, value in changes.items() if name != "call"}
     values |= {f"call.{name}": value for name, value in call.items()}
-    asked = make_plan(list(plan.plugins), values, registry)
+    asked = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
     problems = check_lora_scale(plan.run, asked.call)
     other = [part for part in STRUCTURE if getattr(asked, part) != getattr(plan, part)]
     if other:

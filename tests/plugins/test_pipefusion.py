@@ -133,14 +133,16 @@ def test_explicit_layers(gloo, tiny_sd3_folder):
 
 
 @pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"])
-def test_schedulers_over_stages(gloo, tiny_sd3_folder, scheduler):
+def test_schedulers_over_stages(gloo, tiny_pixart_folder, scheduler):
     """Multistep history and noise drawn at every step: bit-equal in warm-up, the same for 2 and 4 stages past it."""
-    warm = {"scheduler": scheduler, "pipefusion.stages": 2, "pipefusion.warmup": 4}
-    results = gloo.run(generate, ["pipefusion"], str(tiny_sd3_folder), warm, world=2)
-    assert torch.equal(results[1][0], diffusers_latents(str(tiny_sd3_folder), scheduler=scheduler))
-    late = {"scheduler": scheduler, "pipefusion.patches": 4, "pipefusion.warmup": 1}
-    reference = generate(["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 1})[0]
-    results = gloo.run(generate, ["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 4}, world=4)
+    folder, own = str(tiny_pixart_folder), {"use_resolution_binning": False, "clean_caption": False}
+    values = {"model": "pixart_sigma", "scheduler": scheduler, **{f"call.{k}": v for k, v in own.items()}}
+    warm = {**values, "pipefusion.stages": 2, "pipefusion.warmup": 4}
+    results = gloo.run(generate, ["pipefusion"], folder, warm, world=2)
+    assert torch.equal(results[1][0], diffusers_latents(folder, scheduler=scheduler, guidance_scale=4.5, **own))
+    late = {**values, "pipefusion.patches": 4, "pipefusion.warmup": 1}
+    reference = generate(["pipefusion"], folder, {**late, "pipefusion.stages": 1})[0]
+    results = gloo.run(generate, ["pipefusion"], folder, {**late, "pipefusion.stages": 4}, world=4)
     torch.testing.assert_close(results[3][0], reference, atol=1e-4, rtol=1e-4)
 
 
