@@ -8,10 +8,9 @@ from typing import Any
 
 from xdit_core.discovery import installed
 from xdit_core.errors import XditError
-from xdit_core.records import ModelSpec
 from xdit_core.registry import MODELS, STRATEGIES, Registry
 from xdit_launcher import matrix
-from xdit_launcher.show import Look, default_of, look, row, settings_fields, type_name
+from xdit_launcher.show import Look, default_of, look, row, settings_fields, source, type_name
 
 SETTINGS = (
     "negative",
@@ -78,11 +77,6 @@ def model_list() -> list[dict[str, Any]]:
                 continue
             listed.append({**about, "error": "", "pipelines": list(spec.pipelines), "source": source(spec)})
     return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
-
-
-def source(spec: ModelSpec) -> str:
-    """Where the weights come from if no path is given."""
-    return "bundled" if spec.path else spec.hub or "needs model.path="
 
 
 def model(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from xdit_core.degrees import processes
 from xdit_core.discovery import Found, installed
 from xdit_core.embedded import FPS
 from xdit_core.errors import XditError
-from xdit_core.records import FIDELITIES, Declaration, Facts
+from xdit_core.records import FIDELITIES, Declaration, Facts, ModelSpec
 from xdit_core.registry import MODELS, STRATEGIES, Registry
 from xdit_core.settings import check_class, fields_of
 
@@ -243,6 +243,11 @@ def plugin_page(name: str) -> Iterator[str]:
         yield row("setting", line)
 
 
+def source(spec: ModelSpec) -> str:
+    """Where the weights come from if no path is given."""
+    return "bundled" if spec.path else spec.hub or "needs model.path="
+
+
 def model_list() -> Iterator[str]:
     """A line for each model; behind them one for each that is broken."""
     everyone, healthy, broken = installed(MODELS), [], []
@@ -253,8 +258,7 @@ def model_list() -> Iterator[str]:
             broken.append(one_line(str(error)))
     wide = max((len(found.name) for found, _ in healthy), default=0)
     for found, spec in healthy:
-        source = "bundled" if spec.path else spec.hub or "needs model.path="
-        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {', '.join(spec.pipelines)}; {source}"
+        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {', '.join(spec.pipelines)}; {source(spec)}"
     yield from (f"broken: {text}" for text in broken)
     yield from (f"broken: {notice}." for notice in everyone.notices)
     if not healthy and not broken:
