@@ -17,7 +17,7 @@ PER_REQUEST = frozenset(
 )
 # What cannot change and is slow to check: the weights are loaded.
 LOADED = ("lora", "scheduler")
-STRUCTURE = ("axes", "split", "patches", "stages", "claims", "wraps", "transforms")
+STRUCTURE = ("split", "patches", "stages", "claims", "wraps", "transforms")
 
 
 def plan_of_request(
@@ -65,6 +65,10 @@ def plan_of_request(
     asked = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
     problems = check_lora_scale(plan.run, asked.call)
     other = [part for part in STRUCTURE if getattr(asked, part) != getattr(plan, part)]
+    if [(a.name, a.degree) for a in asked.axes] != [
+        (a.name, a.degree) for a in plan.axes
+    ]:  # what else is possible may change with the size
+        other.insert(0, "axes")
     if other:
         what = f"with these settings the plan would have other {listed(other)} than this engine's"
         problems.append(Problem(what, "make an Engine of such a plan"))

@@ -35,7 +35,7 @@ class Writer:
         self.run_folder = run_folder
         self.files = targets(plan.run, plan.facts.video)
         self._settled = set(kept)
-        self._failures: list[str] = []
+        self._failures: list[tuple[Path, str]] = []
 
     def title(self, job: Job) -> None:
         """Another prompt begins."""
@@ -78,8 +78,8 @@ class Writer:
                 raise XditError(
                     f"{why}; neither can {second.filename}, and this picture is lost; make room, or choose another disk with out=."
                 ) from error
-            self._failures.append(f"{why}; the result is in {found}")
-            print(printable(self._failures[-1]), flush=True)
+            self._failures.append((path, f"{why}; the result is in {found}"))
+            print(printable(self._failures[-1][1]), flush=True)
             return False
         self.beat.wrote(1)
         return True
@@ -102,5 +102,7 @@ class Writer:
             XditError: says where the others are.
         """
         if self._failures:
+            path, why = self._failures[0]
+            self.beat.doing(f"{WRITING}{path}")
             more = f" ({len(self._failures) - 1} more in the log)" if self._failures[1:] else ""
-            raise XditError(f"{self._failures[0]}{more}; make room, or choose another place with out=.")
+            raise XditError(f"{why}{more}; make room, or choose another place with out=.")

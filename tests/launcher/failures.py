@@ -219,7 +219,7 @@ CASES = (
         None,
         1,
         "rank 0 of 2 on alpha failed at: writing ",
-        ("x.png cannot be written: No space left on device; make room",),
+        ("x.png cannot be written: No space left on device; the result is in", "failed at: writing /", "with out=."),
         full_disk,
     ),
     Case("a second run on the same hosts", ("steps=3",), code=0, who="", setup=second_job),

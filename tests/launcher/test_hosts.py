@@ -69,7 +69,7 @@ def test_no_hostfile(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: No such file or directory; write one with lines"):
         read_hostfile(tmp_path / "nothing")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="is no text"):
+    with pytest.raises(UsageError, match="is no UTF-8 text"):
         read_hostfile(tmp_path / "binary")
 
 

@@ -74,7 +74,7 @@ def test_an_output_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plan: Any = SimpleNamespace(
         run=run, facts=SimpleNamespace(video=True, loras=()), model="wan", plugins={}, axes=(), split=(4,)
     )
-    plan.patches, plan.displaced, plan.values, plan.digest, plan.checkpoint = 1, (), {}, lambda: "0", None
+    plan.patches, plan.fidelity, plan.values, plan.digest, plan.checkpoint = 1, {}, {}, lambda: "0", None
     videos = [[plain(c)] * 3 for c in ("red", "blue")]
     paths = targets(run, video=True)[0]
     for i, path in enumerate(paths):

@@ -107,7 +107,7 @@ def test_a_mistake_of_ours_is_told_in_a_sentence(say: Say, monkeypatch: pytest.M
         (["runs=" + "x" * 300], "has 300 bytes and "),
         (["lora=" + "x" * 300], "has 300 bytes and "),
         (["prompts=" + "x" * 300], "has 300 bytes and "),
-        (["call.x=" + "[" * 100000], "call.x nests too deep"),
+        (["call.joint_attention_kwargs=" + "[" * 100000], "is not a JSON object, as StableDiffusion3Pipeline takes it"),
         (["--config", "deep.yaml"], "--config deep.yaml nests too deep"),
         (["--config", "/dev/zero"], "--config /dev/zero holds more than 1 MiB; give a YAML file."),
         (["--config", "~nosuchuser/x"], "--config ~nosuchuser/x: the home folder"),

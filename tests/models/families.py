@@ -226,13 +226,16 @@ def serial(folder: str, arguments: Mapping[str, Any], scheduler: str = "", image
         decode = pipe.vae.decode
         pipe.vae.decode = lambda latents: (given.append(latents), decode(latents))[1]
 
-    def call(generator: Any) -> torch.Tensor:
+    def call(generator: Any, seed: int = 0) -> torch.Tensor:
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             found = pipe(**arguments, num_inference_steps=STEPS, generator=generator, output_type="latent")
         return given[-1] if given else found[0]
 
     generators = [torch.Generator().manual_seed(i) for i in range(images)]
+    if scheduler == "FlowMatchLCMScheduler":  # it draws from the default generator: each picture alone
+        arguments = {**arguments, "num_images_per_prompt": 1}
+        return torch.cat([call([g], seed) for seed, g in enumerate(generators)])
     if index["_class_name"] in ("CogVideoXPipeline", "LattePipeline"):  # one video a call, see the adapters
         return torch.cat([call([g]) for g in generators])
     return call(generators)
