@@ -1,7 +1,8 @@
 """What each strategy sends and holds, counted, against the table of the methods; writes ``docs/costs.md``.
 
-Model: an SD3 with random weights, 8 blocks, 8 heads x 8, 1,024 picture tokens and 8 text tokens, two steps without guidance. Bytes are
-those of the second step, all ranks together; parameters and buffers are those of the rank that holds most.
+Model: an SD3 with random weights, 8 blocks, 8 heads x 8, 1,024 picture tokens and 8 text tokens, two steps without
+guidance. Bytes are those of the second step, all ranks together; parameters and buffers are those of the rank that
+holds most.
 
     python benchmarks/costs.py
 """
@@ -34,7 +35,8 @@ def settings(n: int) -> dict[str, tuple[list[str], dict[str, Any]]]:
 
 
 def measured(folder: str, plugins: list[str], values: dict[str, Any]) -> tuple[dict[str, int], int, int]:
-    """On every rank: bytes sent in the second step by axis, parameter bytes of the blocks, bytes of kept keys and values."""
+    """On every rank: bytes sent in the second step by axis, parameter bytes of the blocks, bytes of kept keys and
+    values."""
     from torch.distributed.tensor import DTensor
 
     from xdit_core import Engine, make_plan
@@ -66,7 +68,8 @@ def measured(folder: str, plugins: list[str], values: dict[str, Any]) -> tuple[d
 
 
 def held(engine: Any) -> int:
-    """Bytes of the keys and values that a strategy keeps from step to step, received ones and those still on their way."""
+    """Bytes of the keys and values that a strategy keeps from step to step, received ones and those still on their
+    way."""
     total = 0
     for built in engine._built.values():
         flows = getattr(getattr(built.wraps.get("attention/cache"), "__self__", None), "flows", {})
@@ -90,8 +93,15 @@ def expected(name: str, n: int) -> tuple[float, str]:
     }[name]
 
 
-# The axes whose traffic the table of the methods speaks of; the others are the ends of a step and the text's way along the stages.
-MAIN = {"tp": "tp", "distrifusion": "distrifusion", "usp.ring": "ring", "usp.ulysses": "ulysses", "pipefusion": "stages"}
+# The axes whose traffic the table of the methods speaks of; the others are the ends of a step and the text's way along
+# the stages.
+MAIN = {
+    "tp": "tp",
+    "distrifusion": "distrifusion",
+    "usp.ring": "ring",
+    "usp.ulysses": "ulysses",
+    "pipefusion": "stages",
+}
 PARAMETERS = {"tp": "P/N", "distrifusion": "P", "usp.ring": "P", "usp.ulysses": "P", "pipefusion": "P/N"}
 BUFFERS = {"tp": "0", "distrifusion": "KV L", "usp.ring": "0", "usp.ulysses": "0", "pipefusion": "KV L/N"}
 
@@ -120,7 +130,8 @@ def main() -> None:
                 rest = ", ".join(f"{axis} {count:.2f}" for axis, count in sorted(other.items()))
                 parameters, kept = max(r[1] for r in results) / whole, max(r[2] for r in results) / (2 * unit * LAYERS)
                 lines.append(
-                    f"| {name} | {n} | {sum(sent):.2f} | {want:.2f} ({why}) | {rest} | {parameters:.3f} ({PARAMETERS[name]}) | "
+                    f"| {name} | {n} | {sum(sent):.2f} | {want:.2f} ({why}) | {rest} | {parameters:.3f} "
+                    f"({PARAMETERS[name]}) | "
                     f"{kept:.3f} ({BUFFERS[name]}) |"
                 )
                 print(lines[-1], flush=True)
@@ -130,18 +141,19 @@ def main() -> None:
 
 PAGE = """# What each strategy sends and holds
 
-Counted by `python benchmarks/costs.py`, not estimated: an SD3 with random weights, 8 blocks, {tokens} picture tokens and {text} text
-tokens, no guidance, one step past the warm-up. The unit of the bytes is tokens x hidden, all ranks together; beside it is what the
-table of the methods says (TP 4 L, DistriFusion 2 L, Ring 2 L, Ulysses 4/N L, PipeFusion 2, each for a rank), with the text's rows
-counted as tokens. Parameters are those of the blocks on the rank that has most, against all. Kept are keys and values from step to
-step, in units of KV L (both, of all blocks).
+Counted by `python benchmarks/costs.py`, not estimated: an SD3 with random weights, 8 blocks, {tokens} picture tokens
+and {text} text tokens, no guidance, one step past the warm-up. The unit of the bytes is tokens x hidden, all ranks
+together; beside it is what the table of the methods says (TP 4 L, DistriFusion 2 L, Ring 2 L, Ulysses 4/N L,
+PipeFusion 2, each for a rank), with the text's rows counted as tokens. Parameters are those of the blocks on the rank
+that has most, against all. Kept are keys and values from step to step, in units of KV L (both, of all blocks).
 
 | strategy | N | sent | expected | besides | parameters | kept |
 |---|---|---|---|---|---|---|
 {table}
 
-- **besides**: `gather` and `distrifusion.latents` bring the rows together at the end of a step; `stages.text` is the text on its way
-  with the first patch; `latents` is the prediction on its way back to the first stage; `tp.modulation` is the modulation of the blocks.
+- **besides**: `gather` and `distrifusion.latents` bring the rows together at the end of a step; `stages.text` is the
+  text on its way with the first patch; `latents` is the prediction on its way back to the first stage; `tp.modulation`
+  is the modulation of the blocks.
 - **parameters**: under `tp` biases behind row-wise matrices and norms stay whole.
 - **kept**: DistriFusion holds the keys and values of the step before and those that arrive, hence twice KV L.
 """

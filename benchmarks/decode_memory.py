@@ -1,6 +1,8 @@
-"""What decoding one picture costs each rank in memory: the VAE of SD3 with random weights, serial and with ``parallel_vae``, on the CPU.
+"""What decoding one picture costs each rank in memory: the VAE of SD3 with random weights, serial and with
+``parallel_vae``, on the CPU.
 
-Peak growth of the resident memory of each process while it decodes, as Linux counts it. Prints a Markdown table and writes nothing.
+Peak growth of the resident memory of each process while it decodes, as Linux counts it. Prints a Markdown table and
+writes nothing.
 
     python benchmarks/decode_memory.py --side 768 --ranks 1 2 4
 """
@@ -67,7 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # what is freed goes back at once and is not counted
     print(
-        f"Decoding {args.side} x {args.side} pixels in float32:\n\n| ranks | peak growth of the largest rank (MiB) | of one rank's |"
+        f"Decoding {args.side} x {args.side} pixels in float32:\n\n| ranks | peak growth of the largest rank (MiB) | "
+        f"of one rank's |"
     )
     print("|---|---|---|")
     first = 0

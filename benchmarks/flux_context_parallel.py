@@ -1,10 +1,12 @@
-"""Flux on two processes: ours with ``usp.ulysses=2``, the context parallelism of diffusers, and that of cache-dit, side by side.
+"""Flux on two processes: ours with ``usp.ulysses=2``, the context parallelism of diffusers, and that of cache-dit, side
+by side.
 
-Model: Flux with random weights, 8 heads x 32, 2 double and 2 single blocks, 1,024 picture tokens + 64 text tokens, fp32, one thread a
-process, gloo. All run the same unmodified pipeline. Measured: the denoising step (from the end of one call of the scheduler to the end of
-the next; median of a run's steps, of the slower rank), and the whole call with the encoding of the prompt, without loading.
-Variants run in turn, several rounds, each in fresh processes; a ratio is taken within each round, and the median of the rounds is shown
-with its quartiles. The latents of every rank and round are compared with those of plain diffusers.
+Model: Flux with random weights, 8 heads x 32, 2 double and 2 single blocks, 1,024 picture tokens + 64 text tokens,
+fp32, one thread a process, gloo. All run the same unmodified pipeline. Measured: the denoising step (from the end of
+one call of the scheduler to the end of the next; median of a run's steps, of the slower rank), and the whole call with
+the encoding of the prompt, without loading. Variants run in turn, several rounds, each in fresh processes; a ratio is
+taken within each round, and the median of the rounds is shown with its quartiles. The latents of every rank and round
+are compared with those of plain diffusers.
 
     pip install --no-deps cache-dit einops
     python benchmarks/flux_context_parallel.py --steps 20 --rounds 11
@@ -130,7 +132,9 @@ def cache_dit_parallel(folder: str, steps: int) -> Measured:
     import cache_dit
 
     config = cache_dit.ParallelismConfig(ulysses_size=2)
-    return with_pipeline(folder, steps, lambda pipe: cache_dit.enable_cache(pipe, cache_config=None, parallelism_config=config))
+    return with_pipeline(
+        folder, steps, lambda pipe: cache_dit.enable_cache(pipe, cache_config=None, parallelism_config=config)
+    )
 
 
 def ours(folder: str, steps: int) -> Measured:
@@ -138,7 +142,14 @@ def ours(folder: str, steps: int) -> Measured:
     from xdit_core import Engine, make_plan
 
     torch.set_num_threads(1)
-    values = {"model": "flux", "model.path": folder, "output_type": "latent", "usp.ulysses": 2, "usp.ring": 1, "device": "cpu"}
+    values = {
+        "model": "flux",
+        "model.path": folder,
+        "output_type": "latent",
+        "usp.ulysses": 2,
+        "usp.ring": 1,
+        "device": "cpu",
+    }
     values |= {"height": SIDE, "width": SIDE, "guidance": 3.5, "max_sequence_length": TEXT}
     engine = Engine(make_plan(["usp"], values))
     try:
@@ -196,12 +207,15 @@ def main() -> None:
                 call[name].append(max(b for _, b, _ in found))
                 if name == serial:
                     oracle = found[0][2]
-                largest = torch.stack([(latents - oracle).abs().max() for _, _, latents in found]).max() / oracle.abs().max()
+                largest = (
+                    torch.stack([(latents - oracle).abs().max() for _, _, latents in found]).max() / oracle.abs().max()
+                )
                 off[name] = (
                     torch.stack([torch.tensor(off.get(name, 0.0)), largest]).max().item()
                 )  # NaN stays NaN, unlike with max()
     print(
-        "| | ms a step | one process over it | it over xdit, a step | it over xdit, the call | largest error |\n|---|---|---|---|---|---|"
+        "| | ms a step | one process over it | it over xdit, a step | it over xdit, the call | largest error "
+        "|\n|---|---|---|---|---|---|"
     )
     for name in VARIANTS:
         if name in notes:
@@ -213,7 +227,8 @@ def main() -> None:
         )
         wrong = "" if off[name] <= TOLERANCE else " WRONG"
         print(
-            f"| {name} | {1000 * statistics.median(step[name]):.1f} | {worth} | {beside} | {whole} | {off[name]:.1e}{wrong} |"
+            f"| {name} | {1000 * statistics.median(step[name]):.1f} | {worth} | {beside} | {whole} | "
+            f"{off[name]:.1e}{wrong} |"
         )
     if args.json:
         installed = {p: importlib.metadata.version(p) for p in ("torch", "diffusers")}

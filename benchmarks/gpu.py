@@ -1,7 +1,8 @@
-"""The serial path on one GPU: plain diffusers, the engine, both compiled, and the attention kernels, as ratios within one run.
+"""The serial path on one GPU: plain diffusers, the engine, both compiled, and the attention kernels, as ratios within
+one run.
 
-Models with random weights in bfloat16: one of the size of SD3 medium (24 blocks, 24 heads x 64) and one of the size of Flux.1 (19 + 38 blocks,
-24 heads x 128), at 1024 x 1024. Text encoders and VAE are tiny; the denoising loop is measured.
+Models with random weights in bfloat16: one of the size of SD3 medium (24 blocks, 24 heads x 64) and one of the size of
+Flux.1 (19 + 38 blocks, 24 heads x 128), at 1024 x 1024. Text encoders and VAE are tiny; the denoising loop is measured.
 
     python benchmarks/gpu.py --model sd3 --steps 10 --repeats 3
     python benchmarks/gpu.py --model flux --steps 5 --repeats 3
@@ -39,7 +40,12 @@ def pipeline(model: str, small: bool, device: str, dtype: torch.dtype) -> Any:
         config |= {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
         config |= {"num_layers": 19, "num_single_layers": 38} if not small else {"num_attention_heads": 2}
     elif not small:
-        config |= {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536}
+        config |= {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 1536,
+        }
     with torch.device(device):
         torch.set_default_dtype(dtype)
         transformer = cls(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
@@ -84,7 +90,9 @@ def main() -> None:
     parser.add_argument("--model", choices=("sd3", "flux"), default="sd3")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--pixels", type=int, default=None, help="of a side; default 1024 as the real VAE would have it")
+    parser.add_argument(
+        "--pixels", type=int, default=None, help="of a side; default 1024 as the real VAE would have it"
+    )
     parser.add_argument("--small", action="store_true", help="a small model, to see whether this script works")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()

@@ -1,8 +1,9 @@
 """The figures of the README, as ratios within one run, on an SD3-shaped random model.
 
-Model: 8 blocks, 16 heads x 64, 1,024 picture tokens + 77 text tokens, fp32, one thread a process. Measured: plain diffusers, the
-engine without a plugin, USP on two processes, PipeFusion (M=4, W=1) on two processes; and the bytes sent by each. Two plain runs at
-once, which share nothing and say nothing to each other, show what a second process is worth on this machine at best.
+Model: 8 blocks, 16 heads x 64, 1,024 picture tokens + 77 text tokens, fp32, one thread a process. Measured: plain
+diffusers, the engine without a plugin, USP on two processes, PipeFusion (M=4, W=1) on two processes; and the bytes sent
+by each. Two plain runs at once, which share nothing and say nothing to each other, show what a second process is worth
+on this machine at best.
 
     python benchmarks/shapes.py --steps 20 --repeats 3
 """
@@ -54,7 +55,9 @@ def diffusers_seconds(folder: str, steps: int) -> float:
     return time.perf_counter() - started
 
 
-def engine_seconds(folder: str, plugins: list[str], settings: dict[str, Any], steps: int) -> tuple[float, dict[str, int]]:
+def engine_seconds(
+    folder: str, plugins: list[str], settings: dict[str, Any], steps: int
+) -> tuple[float, dict[str, int]]:
     """Wall time of the same request through the engine on every rank, and the bytes this rank sent."""
     import torch.distributed as dist
 
@@ -103,11 +106,14 @@ def main() -> None:
                     sent[name] = results[0][1]
         pool.close()
     base = statistics.median(times["plain diffusers"])
-    print("| | median s | against plain diffusers | bytes sent by rank 0 a step, in tokens x hidden |\n|---|---|---|---|")
+    print(
+        "| | median s | against plain diffusers | bytes sent by rank 0 a step, in tokens x hidden |\n|---|---|---|---|"
+    )
     for name, values in times.items():
         middle = statistics.median(values)
         print(
-            f"| {name} | {middle:.2f} | {base / middle:.2f}x ({middle / base:.3f}) | {', '.join(table(sent.get(name, {}), args.steps))} |"
+            f"| {name} | {middle:.2f} | {base / middle:.2f}x ({middle / base:.3f}) | "
+            f"{', '.join(table(sent.get(name, {}), args.steps))} |"
         )
     if args.json:
         Path(args.json).write_text(json.dumps({"seconds": times, "sent": sent}, indent=1), encoding="utf-8")

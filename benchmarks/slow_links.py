@@ -1,9 +1,11 @@
 """How much of its speed each method keeps when the link between two hosts is slow.
 
-The hosts are two network namespaces with one rank and one thread each; ``tc tbf`` limits what each sends. The model is the SD3-shaped random one of
-``shapes.py``. For each method in turn: one engine, then every rate after the other. Bytes on the wire are read from the interface.
+The hosts are two network namespaces with one rank and one thread each; ``tc tbf`` limits what each sends. The model is
+the SD3-shaped random one of ``shapes.py``. For each method in turn: one engine, then every rate after the other. Bytes
+on the wire are read from the interface.
 
-    python benchmarks/slow_links.py --rates 10G 1G 200M --steps 6 --picture docs/slow_links.png        (as root, about ten minutes)
+    python benchmarks/slow_links.py --rates 10G 1G 200M --steps 6 --picture docs/slow_links.png        (as root, about
+    ten minutes)
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def worker(rank: int, address: str, method: str, folder: str, steps: int) -> Non
 
     from xdit_core import Engine, make_plan
     from xdit_core.testing.hosts import sent_by
-    from xdit_launcher import speed
+    from xdit_launcher.cluster import bandwidth
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://{address}:{PORT}", rank=rank, world_size=2)
@@ -73,9 +75,9 @@ def worker(rank: int, address: str, method: str, folder: str, steps: int) -> Non
         print(json.dumps(answer), flush=True)
         word = sys.stdin.readline().strip()
         if word == "speed":
-            ports = [speed.serve(30.0) if rank == 0 else 0]
+            ports = [bandwidth.serve(30.0) if rank == 0 else 0]
             dist.broadcast_object_list(ports, src=0)
-            answer = speed.measure([address], ports[0], 1.0) if rank else {}
+            answer = bandwidth.measure([address], ports[0], 1.0) if rank else {}
         elif word == "draw":
             engine.rank.sent.clear()
             dist.barrier()
@@ -250,7 +252,9 @@ def main() -> None:
         make_model(Path(folder))
         found, links = measure(args, folder)
     for rate, link in links.items():
-        print(f"{rate}bit: {8 * link['bandwidth'] / 1e6:.0f} Mbit/s measured, {1e3 * link['latency']:.2f} ms a round trip")
+        print(
+            f"{rate}bit: {8 * link['bandwidth'] / 1e6:.0f} Mbit/s measured, {1e3 * link['latency']:.2f} ms a round trip"
+        )
     print("\n".join(table(found, args.rates)))
     if args.picture:
         picture(found, args.rates, Path(args.picture))

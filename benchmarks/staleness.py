@@ -1,7 +1,7 @@
 """What staleness costs on trained weights: PipeFusion's (patches, warmup) against the serial pipeline.
 
-The displaced result does not depend on the number of stages, so one process computes it. Writes ``docs/staleness.md`` and
-``docs/staleness.png``.
+The displaced result does not depend on the number of stages, so one process computes it. Writes ``docs/staleness.md``
+and ``docs/staleness.png``.
 
     python benchmarks/staleness.py --count 50
 """
@@ -20,8 +20,8 @@ from xdit_emoji.training.data import chosen_names, load
 from xdit_emoji.training.evaluate import questions, score, serial, to_tensor
 
 PATCHES, WARMUPS = (2, 4, 8), (1, 2, 4)
-NOTE = """The warm-up makes no difference to a tenth of a decibel here: the first steps are mostly noise, in which neighbours
-have little to say, and what staleness costs comes from the later ones (largest difference of the latents of one
+NOTE = """The warm-up makes no difference to a tenth of a decibel here: the first steps are mostly noise, in which
+neighbours have little to say, and what staleness costs comes from the later ones (largest difference of the latents of one
 picture, M=8: 0.098 between W=1 and serial, 0.001 between W=1 and W=4). A model of 64 tokens that has memorized its
 pictures says little about models that compose; there, choose W by looking."""
 SHOWN = ("red heart", "fox", "pizza", "rocket", "octopus", "grinning face", "sunflower", "guitar")
@@ -67,7 +67,8 @@ def main() -> None:
     lines = [
         "# What staleness costs",
         "",
-        f"The bundled emoji model, 20 steps, {len(asked)} names drawn at random with fixed seeds; PSNR of the displaced picture against",
+        f"The bundled emoji model, 20 steps, {len(asked)} names drawn at random with fixed seeds; PSNR of the "
+        f"displaced picture against",
         "the serial one with the same seed, and how often the nearest training picture is the named one. Made by",
         f"`python benchmarks/staleness.py --count {args.count}`.",
         "",
@@ -80,11 +81,15 @@ def main() -> None:
         for w in WARMUPS:
             started = time.monotonic()
             values = {"model": "emoji", "pipefusion.stages": 1, "pipefusion.patches": m, "pipefusion.warmup": w}
-            engine = Engine(make_plan(["pipefusion"], {**values, **({"model.path": args.pipeline} if args.pipeline else {})}))
+            engine = Engine(
+                make_plan(["pipefusion"], {**values, **({"model.path": args.pipeline} if args.pipeline else {})})
+            )
             got = {q: picture(engine, *q) for q in [*asked, *shown]}
             quality = [psnr(got[q], truth[q]) for q in asked]
             right, _ = score(lambda n, s, got=got: got[n, s], names, pictures, asked)  # type: ignore[misc]
-            lines.append(f"| {m} | {w} | {sum(quality) / len(quality):.1f} | {min(quality):.1f} | {right} of {len(asked)} |")
+            lines.append(
+                f"| {m} | {w} | {sum(quality) / len(quality):.1f} | {min(quality):.1f} | {right} of {len(asked)} |"
+            )
             rows.append((f"M={m} W={w}", [got[q] for q in shown]))
             print(lines[-1], f"{time.monotonic() - started:.0f} s", flush=True)
     lines += ["", NOTE, "", "![serial and displaced pictures](staleness.png)", ""]

@@ -1,7 +1,7 @@
 """What ``--trace`` costs, and that without it nothing is paid.
 
-A small SD3-shaped random model (8 blocks, 256 picture tokens, 256 wide), where a call of Python counts for much, on two processes with USP and
-with PipeFusion. In turn: traced off, off once more (what the noise is), and on.
+A small SD3-shaped random model (8 blocks, 256 picture tokens, 256 wide), where a call of Python counts for much, on two
+processes with USP and with PipeFusion. In turn: traced off, off once more (what the noise is), and on.
 
     python benchmarks/trace_cost.py --steps 40 --rounds 7
 """
@@ -47,7 +47,8 @@ def seconds(
         "device": "cpu",
     }
     engines = {
-        name: Engine(make_plan(plugins, {**base, **settings, "steps": steps, "trace": name == "on"})) for name in VARIANTS
+        name: Engine(make_plan(plugins, {**base, **settings, "steps": steps, "trace": name == "on"}))
+        for name in VARIANTS
     }
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     spans = 0
@@ -78,7 +79,9 @@ def main() -> None:
         tiny_sd3(layers=8, heads=4, head_dim=64, sample_size=32, text_tokens=77).save_pretrained(Path(folder))
         pool = Pool()
         for name, (plugins, settings) in PLANS.items():
-            times, spans = pool.run(seconds, folder, plugins, settings, args.steps, args.rounds, world=2, timeout=1800)[0]
+            times, spans = pool.run(seconds, folder, plugins, settings, args.steps, args.rounds, world=2, timeout=1800)[
+                0
+            ]
             middle = {variant: statistics.median(values) for variant, values in times.items()}
             ratios = [f"{middle[variant] / middle['off']:.3f}x" for variant in VARIANTS[1:]]
             print(f"| `{name}` | {middle['off']:.3f} | {ratios[0]} | {ratios[1]} | {spans} |", flush=True)

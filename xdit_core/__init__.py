@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xdit_core.checkpoint import default_size, latent_factor
+from xdit_core.checkpoints.model_facts import default_size, latent_factor
 from xdit_core.errors import (
     GuardError,
     LazyError,
@@ -23,8 +23,11 @@ from xdit_core.errors import (
     XditError,
 )
 from xdit_core.hookspecs import hookimpl
-from xdit_core.machine import cuda_capability
-from xdit_core.plan import Plan, make_plan
+from xdit_core.parallel.tokens import TokenLayout, length
+from xdit_core.plan import Plan
+from xdit_core.planning.machine import cuda_capability
+from xdit_core.planning.planner import make_plan
+from xdit_core.planning.settings import did_you_mean
 from xdit_core.records import (
     EXACT,
     Axis,
@@ -43,61 +46,59 @@ from xdit_core.records import (
     divisors,
     listed,
 )
-from xdit_core.registry import Registry
-from xdit_core.settings import did_you_mean
-from xdit_core.tokens import TokenLayout, length
+from xdit_core.registry.registry import Registry
 
 if TYPE_CHECKING:
-    from xdit_core.attention import Attend, positions, refuse_mask, spans_of
-    from xdit_core.attention import Kernel as AttentionRun
-    from xdit_core.branches import Branch
-    from xdit_core.channel import Channel, Message, Receive
-    from xdit_core.engine import Engine
-    from xdit_core.forward import Call
-    from xdit_core.forward import Run as ForwardRun
-    from xdit_core.jobs import Job, Output, Request, joined, share
-    from xdit_core.jobs import Run as RequestRun
-    from xdit_core.lazy import LocalWorld, PatchTensor, PatchWorld, materialized, patchwise
-    from xdit_core.mesh import Mesh
-    from xdit_core.preview import Preview
-    from xdit_core.rank import Now, Rank
-    from xdit_core.trunk import Absent, Rows, Selector
-    from xdit_core.trunk import Run as TrunkRun
+    from xdit_core.engine.engine import Engine
+    from xdit_core.outputs.preview import Preview
+    from xdit_core.parallel.channel import Channel, Message, Receive
+    from xdit_core.parallel.mesh import Mesh
+    from xdit_core.parallel.patch_tensor import LocalWorld, PatchTensor, PatchWorld, materialized, patchwise
+    from xdit_core.parallel.rank import Now, Rank
+    from xdit_core.points.attention import Attend, positions, refuse_mask, spans_of
+    from xdit_core.points.attention import Kernel as AttentionRun
+    from xdit_core.points.branches import Branch
+    from xdit_core.points.forward import Call
+    from xdit_core.points.forward import Run as ForwardRun
+    from xdit_core.points.request import Job, Output, Request, joined, share
+    from xdit_core.points.request import Run as RequestRun
+    from xdit_core.points.trunk import Absent, Rows, Selector
+    from xdit_core.points.trunk import Run as TrunkRun
 
 __version__ = "0.1.0"
 
 _WITH_TORCH = {
-    "Absent": ("trunk", "Absent"),
-    "Attend": ("attention", "Attend"),
-    "AttentionRun": ("attention", "Kernel"),
-    "Branch": ("branches", "Branch"),
-    "Call": ("forward", "Call"),
-    "Channel": ("channel", "Channel"),
-    "Engine": ("engine", "Engine"),
-    "ForwardRun": ("forward", "Run"),
-    "LocalWorld": ("lazy", "LocalWorld"),
-    "Mesh": ("mesh", "Mesh"),
-    "Message": ("channel", "Message"),
-    "Now": ("rank", "Now"),
-    "Job": ("jobs", "Job"),
-    "Output": ("jobs", "Output"),
-    "Request": ("jobs", "Request"),
-    "Receive": ("channel", "Receive"),
-    "RequestRun": ("jobs", "Run"),
-    "joined": ("jobs", "joined"),
-    "share": ("jobs", "share"),
-    "PatchTensor": ("lazy", "PatchTensor"),
-    "PatchWorld": ("lazy", "PatchWorld"),
-    "Preview": ("preview", "Preview"),
-    "Rank": ("rank", "Rank"),
-    "Rows": ("trunk", "Rows"),
-    "Selector": ("trunk", "Selector"),
-    "TrunkRun": ("trunk", "Run"),
-    "materialized": ("lazy", "materialized"),
-    "patchwise": ("lazy", "patchwise"),
-    "positions": ("attention", "positions"),
-    "refuse_mask": ("attention", "refuse_mask"),
-    "spans_of": ("attention", "spans_of"),
+    "Absent": ("points.trunk", "Absent"),
+    "Attend": ("points.attention", "Attend"),
+    "AttentionRun": ("points.attention", "Kernel"),
+    "Branch": ("points.branches", "Branch"),
+    "Call": ("points.forward", "Call"),
+    "Channel": ("parallel.channel", "Channel"),
+    "Engine": ("engine.engine", "Engine"),
+    "ForwardRun": ("points.forward", "Run"),
+    "LocalWorld": ("parallel.patch_tensor", "LocalWorld"),
+    "Mesh": ("parallel.mesh", "Mesh"),
+    "Message": ("parallel.channel", "Message"),
+    "Now": ("parallel.rank", "Now"),
+    "Job": ("points.request", "Job"),
+    "Output": ("points.request", "Output"),
+    "Request": ("points.request", "Request"),
+    "Receive": ("parallel.channel", "Receive"),
+    "RequestRun": ("points.request", "Run"),
+    "joined": ("points.request", "joined"),
+    "share": ("points.request", "share"),
+    "PatchTensor": ("parallel.patch_tensor", "PatchTensor"),
+    "PatchWorld": ("parallel.patch_tensor", "PatchWorld"),
+    "Preview": ("outputs.preview", "Preview"),
+    "Rank": ("parallel.rank", "Rank"),
+    "Rows": ("points.trunk", "Rows"),
+    "Selector": ("points.trunk", "Selector"),
+    "TrunkRun": ("points.trunk", "Run"),
+    "materialized": ("parallel.patch_tensor", "materialized"),
+    "patchwise": ("parallel.patch_tensor", "patchwise"),
+    "positions": ("points.attention", "positions"),
+    "refuse_mask": ("points.attention", "refuse_mask"),
+    "spans_of": ("points.attention", "spans_of"),
 }
 
 

@@ -53,7 +53,8 @@ class PluginError(XditError):
 
 
 class PluginFailed(PluginError):
-    """Code of a plugin or an adapter failed while a plan was made or a run was under way; names it, its distribution and version."""
+    """Code of a plugin or an adapter failed while a plan was made or a run was under way; names it, its distribution
+    and version."""
 
     exit_code = 1
 

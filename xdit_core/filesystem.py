@@ -114,7 +114,8 @@ def check_names(paths: Iterable[Path], given: str) -> None:
         for name in path.parts:
             if len(os.fsencode(name)) > most:
                 raise UsageError(
-                    f"{given}: the name {name[:20]}... has {len(os.fsencode(name))} bytes and {folder} takes {most}; choose a shorter one."
+                    f"{given}: the name {name[:20]}... has {len(os.fsencode(name))} bytes and {folder} takes {most}; "
+                    f"choose a shorter one."
                 )
         if len(os.fsencode(path.absolute())) >= LONGEST_PATH:
             raise UsageError(f"{given}: the path is longer than {LONGEST_PATH} bytes; choose a shorter one.")
@@ -172,11 +173,17 @@ def explained(folder: Path, given: str, setting: str) -> Iterator[None]:
         yield
     except (FileExistsError, NotADirectoryError) as error:
         blocking = next((p for p in (folder, *folder.parents) if os.path.lexists(p) and not p.is_dir()), folder)
-        what = "a link that leads nowhere" if blocking.is_symlink() and not blocking.exists() else "a file, not a folder"
-        raise UsageError(f"{given} cannot be written: {blocking} is {what}; choose another place with {setting}=.") from error
+        what = (
+            "a link that leads nowhere" if blocking.is_symlink() and not blocking.exists() else "a file, not a folder"
+        )
+        raise UsageError(
+            f"{given} cannot be written: {blocking} is {what}; choose another place with {setting}=."
+        ) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{given} cannot be written: {folder}: {reason}; choose another place with {setting}=.") from error
+        raise UsageError(
+            f"{given} cannot be written: {folder}: {reason}; choose another place with {setting}=."
+        ) from error
 
 
 def behind_links(path: Path) -> Path:
@@ -272,4 +279,6 @@ def write_text(path: Path, text: str, setting: str) -> None:
         with atomically(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another place with {setting}=.") from error
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}; choose another place with {setting}=."
+        ) from error

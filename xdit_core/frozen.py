@@ -16,7 +16,9 @@ class FrozenDict(dict[str, Any]):
         super().__init__({key: frozen(value) for key, value in given.items()})
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("a mapping inside a frozen record cannot be changed; make another record with dataclasses.replace")
+        raise TypeError(
+            "a mapping inside a frozen record cannot be changed; make another record with dataclasses.replace"
+        )
 
     __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
     clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]

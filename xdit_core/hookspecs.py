@@ -21,8 +21,8 @@ import pluggy
 from xdit_core.records import Built, Declaration, Facts, ModelSpec, Problem
 
 if TYPE_CHECKING:
+    from xdit_core.parallel.rank import Rank
     from xdit_core.plan import Plan
-    from xdit_core.rank import Rank
 
 PROJECT = "xdit"
 
@@ -66,8 +66,9 @@ def xdit_declare(settings: Any, facts: Facts) -> Declaration:  # type: ignore[em
         facts: heads, blocks and token grid of the model.
 
     Returns:
-        A ``Declaration``. Nothing means that the plugin declares nothing, which is an error for a selected strategy. What only one
-        plugin may do follows from it (``records.SLOTS``); a claim is needed for what does not follow, or to say why in other words.
+        A ``Declaration``. Nothing means that the plugin declares nothing, which is an error for a selected strategy.
+        What only one plugin may do follows from it (``records.SLOTS``); a claim is needed for what does not follow, or
+        to say why in other words.
 
     Example::
 
@@ -111,7 +112,8 @@ def xdit_build(settings: Any, rank: Rank) -> Built:  # type: ignore[empty-body]
         rank: this rank's view: mesh groups, token layout, device, traffic counter, and later the pipeline.
 
     Returns:
-        A ``Built`` whose ``wraps`` has a callable for every wrap declared, under ``point/level``. Nothing: an error if wraps were declared.
+        A ``Built`` whose ``wraps`` has a callable for every wrap declared, under ``point/level``. Nothing: an error if
+        wraps were declared.
 
     Example::
 

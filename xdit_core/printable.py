@@ -1,4 +1,5 @@
-"""Text of users, files and other machines as it may be shown: no control characters, and cut by columns. Without torch."""
+"""Text of users, files and other machines as it may be shown: no control characters, and cut by columns. Without
+torch."""
 
 from __future__ import annotations
 
@@ -10,19 +11,24 @@ TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u206
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text in which what would move the cursor, clear the screen or begin a line is written as an escape such as ``\\x1b``.
+    """A text in which what would move the cursor, clear the screen or begin a line is written as an escape such as
+    ``\\x1b``.
 
     Args:
         keep: control characters that stay, such as a newline.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c in keep or not (unicodedata.category(c) in HIDDEN or c in TURNING) else escaped(c) for c in text)
+    return "".join(
+        c if c in keep or not (unicodedata.category(c) in HIDDEN or c in TURNING) else escaped(c) for c in text
+    )
 
 
 def escaped(character: str) -> str:
     """A character in the words of Python: ``\\n``, ``\\x1b``, ``\\u202e``."""
-    return character.encode("unicode_escape" if not "\ud800" <= character <= "\udfff" else "ascii", "backslashreplace").decode()
+    return character.encode(
+        "unicode_escape" if not "\ud800" <= character <= "\udfff" else "ascii", "backslashreplace"
+    ).decode()
 
 
 def columns(character: str) -> int:

@@ -39,8 +39,8 @@ POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-# The slots that follow from what a strategy declares: by a field of the declaration, a property of an axis, a level or a phase, the slot
-# and why only one can have it. At a level that is not here wraps of several plugins nest.
+# The slots that follow from what a strategy declares: by a field of the declaration, a property of an axis, a level or
+# a phase, the slot and why only one can have it. At a level that is not here wraps of several plugins nest.
 SLOTS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "stages": ("blocks", "it divides the blocks among stages"),
@@ -62,9 +62,10 @@ SLOTS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
-# What happens to the modules once, at load time: the phases in which transforms run, whatever plugins bring them. In ``adapt`` and
-# ``shard`` they get the denoiser while its parameters have shapes and no values: what they leave is what is read from disk. In the
-# others they get the loaded pipeline; in ``offload`` with the strategies woven in, and still on the CPU.
+# What happens to the modules once, at load time: the phases in which transforms run, whatever plugins bring them. In
+# ``adapt`` and ``shard`` they get the denoiser while its parameters have shapes and no values: what they leave is what
+# is read from disk. In the others they get the loaded pipeline; in ``offload`` with the strategies woven in, and still
+# on the CPU.
 PHASES = ("adapt", "shard", "quantize", "compile", "offload")
 
 
@@ -140,9 +141,10 @@ class Fidelity:
     """How near the result of a strategy is to that of one process without it.
 
     Args:
-        kind: ``exact``: equal within rounding. ``displaced``: keys and values of the step before are used; where there are patches, it equals
-            the same schedule in one process, which ``reference`` names. ``approximate``: within ``bound`` of the reference, or of one
-            process without the strategy if it names none. ``unverified``: nothing is promised.
+        kind: ``exact``: equal within rounding. ``displaced``: keys and values of the step before are used; where there
+            are patches, it equals the same schedule in one process, which ``reference`` names. ``approximate``: within
+            ``bound`` of the reference, or of one process without the strategy if it names none. ``unverified``: nothing
+            is promised.
         bound: of an approximate one, the largest difference of the latents in parts of their largest value.
         reference: settings under which this plugin computes the same in one process; called with the resolved degrees.
     """
@@ -186,7 +188,9 @@ class Declaration:
         """Its claims, and those that follow from what it declares."""
         declared = [name for name in ("stages", "patches") if getattr(self, name)]
         declared += ["shards_tokens" for axis in self.axes if axis.shards_tokens]
-        declared += [f"{wrap.point}/{wrap.level}" for wrap in self.wraps] + [transform.phase for transform in self.transforms]
+        declared += [f"{wrap.point}/{wrap.level}" for wrap in self.wraps] + [
+            transform.phase for transform in self.transforms
+        ]
         found = {claim.slot: claim for claim in self.claims}
         for slot, why in (SLOTS[name] for name in declared if name in SLOTS):
             found.setdefault(slot, Claim(slot, why))
@@ -197,8 +201,8 @@ class Declaration:
 class Stream(Record):
     """How one block is called: names of its arguments and the order of what it returns.
 
-    Where arguments are named with a dim, ``NAME.1`` stands for item 1 of a tuple, and ``(dim, dims)`` for a tensor that is aligned only if
-    it has so many dims.
+    Where arguments are named with a dim, ``NAME.1`` stands for item 1 of a tuple, and ``(dim, dims)`` for a tensor that
+    is aligned only if it has so many dims.
 
     Args:
         tokens: argument with the picture's tokens ``[B, n, D]``.
@@ -233,10 +237,10 @@ class Blocks:
         attribute: name of the ``nn.ModuleList`` on the denoiser.
         count: key of the denoiser's config that holds its length.
         beside: lists of the same length whose blocks run with those of this one.
-        make: given the denoiser, the index in the list and the blocks of all these lists at that index, what runs as one block; without it
-            the block itself.
-        stream: how a block of this list is called, if not as ``ModelSpec.stream`` says. Between lists with different streams the
-            denoiser does something of its own.
+        make: given the denoiser, the index in the list and the blocks of all these lists at that index, what runs as
+            one block; without it the block itself.
+        stream: how a block of this list is called, if not as ``ModelSpec.stream`` says. Between lists with different
+            streams the denoiser does something of its own.
     """
 
     attribute: str
@@ -253,54 +257,60 @@ class ModelSpec(Record):
     Args:
         name: the word for ``model=``.
         pipelines: names of the diffusers pipeline classes that it fits; the first is the usual one.
-        more_pipelines: names of diffusers classes that take the denoiser in the same way and pictures beside the text; they can be given
-            to an Engine ready-made.
+        more_pipelines: names of diffusers classes that take the denoiser in the same way and pictures beside the text;
+            they can be given to an Engine ready-made.
         hub: hub id used when no path is given; "" if the model is bundled (then ``path``).
         path: folder of a bundled checkpoint, "" if none.
         denoiser: component that holds the trunk.
         blocks: its block lists in the order in which they run.
         stream: how a block is called.
         attention: for a block module, the kinds of its attention calls in order: ``joint`` (picture and text rows),
-            ``self`` (picture rows only), or ``cross`` (keys and values that every rank has, of the text or of the other frames at the
-            same place; left alone).
+            ``self`` (picture rows only), or ``cross`` (keys and values that every rank has, of the text or of the other
+            frames at the same place; left alone).
         more_denoisers: components of the same kind as the denoiser that the pipeline calls in its place at some steps.
-        long_skips: given the number of blocks, which of them take the tokens behind which earlier block, as ``Stream.skip``.
+        long_skips: given the number of blocks, which of them take the tokens behind which earlier block, as
+            ``Stream.skip``.
         kept: submodules of the first block that the denoiser's own forward uses as well.
-        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``, with frames ``[B, C, f, h, w]``, or packed:
-            ``[B, rows x columns, C]``.
+        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``, with frames ``[B, C, f, h, w]``,
+            or packed: ``[B, rows x columns, C]``.
         listed: latents and prediction are lists of tensors without the batch dim, and so may be other arguments.
         frame_dim: dim of the latents along which the frames lie, None without frames.
-        frame_step: from the component configs, how many frames of the video a latent frame stands for; None if it makes pictures.
-            A video of ``n`` frames has ``(n - 1) / step + 1`` latent frames.
+        frame_step: from the component configs, how many frames of the video a latent frame stands for; None if it makes
+            pictures. A video of ``n`` frames has ``(n - 1) / step + 1`` latent frames.
         row_unit: from the denoiser's config, how many rows of tokens a cut must leave together; 1 if it is None.
         tail: for a number of picture tokens, how many rows the denoiser puts behind them.
         text_input: argument of forward whose identity tells the branches of a step apart.
-        text_rows: from the arguments of forward, how many text rows go through the blocks; by default those of ``text_input``.
-        fixed: arguments of forward that are given these values where blocks are a trunk; the pipeline must leave them at their defaults.
+        text_rows: from the arguments of forward, how many text rows go through the blocks; by default those of
+            ``text_input``.
+        fixed: arguments of forward that are given these values where blocks are a trunk; the pipeline must leave them
+            at their defaults.
         unbatched: arguments of forward without a batch dim (rotary tables, position ids).
-        guided: given the shared settings and ``call.*``, whether a step has a conditional and an unconditional half; by default
-            if ``guidance`` is above 1.
+        guided: given the shared settings and ``call.*``, whether a step has a conditional and an unconditional half; by
+            default if ``guidance`` is above 1.
         skips: argument of forward that lists blocks to leave out, "" if it has none.
         refused: arguments of forward that cannot be honoured, each with the reason.
-        heads, patch: keys of the denoiser's config: number of attention heads, latent elements a side of a token: one number, or those of
-            frames, rows and columns. "" if it has none.
+        heads, patch: keys of the denoiser's config: number of attention heads, latent elements a side of a token: one
+            number, or those of frames, rows and columns. "" if it has none.
         patch_frames: key of the denoiser's config: latent frames of a token, "" if ``patch`` says it or it is one.
-        token_pixels: pixels a side that a token covers, from the component configs; by default those of a latent times ``patch``.
+        token_pixels: pixels a side that a token covers, from the component configs; by default those of a latent times
+            ``patch``.
         text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
-        matrices: for tensor parallelism, patterns (as of ``fnmatch``) of names of linear layers, each ``colwise``, ``rowwise`` or
-            ``gathered``; None if there is no such plan, empty if the denoiser's class brings its own (``_tp_plan``).
-        embeddings: submodules of the denoiser that embed the latents, their one argument; where the rows come from another stage, they
-            are not run again.
-        conditioning: patterns (as of ``fnmatch``) of names of submodules whose result depends on the step and its conditions
-            (time, text) and not on the picture; computed once a call of the denoiser, not once a patch.
+        matrices: for tensor parallelism, patterns (as of ``fnmatch``) of names of linear layers, each ``colwise``,
+            ``rowwise`` or ``gathered``; None if there is no such plan, empty if the denoiser's class brings its own
+            (``_tp_plan``).
+        embeddings: submodules of the denoiser that embed the latents, their one argument; where the rows come from
+            another stage, they are not run again.
+        conditioning: patterns (as of ``fnmatch``) of names of submodules whose result depends on the step and its
+            conditions (time, text) and not on the picture; computed once a call of the denoiser, not once a patch.
         defaults: values for the shared settings (``steps``, ``guidance``, ``height``, ``width``, ``prompt`` ...).
-        call: what each shared setting is called in the pipeline's ``__call__``, "" if it takes none. ``images`` is the number of pictures
-            of a call; if it takes none, every picture is a call.
+        call: what each shared setting is called in the pipeline's ``__call__``, "" if it takes none. ``images`` is the
+            number of pictures of a call; if it takes none, every picture is a call.
         subject: the setting that says what to draw, ``prompt`` or ``class``.
-        drawn: from the component configs, the subject and the number of pictures, the value for the pipeline; by default the subject.
-            Raises ValueError with what is wrong and what to give.
+        drawn: from the component configs, the subject and the number of pictures, the value for the pipeline; by
+            default the subject. Raises ValueError with what is wrong and what to give.
         check: from the component configs and what was asked, what this model cannot do.
-        notes: from the component configs and the subject, a line for the user about what is to be expected, "" if there is nothing to say.
+        notes: from the component configs and the subject, a line for the user about what is to be expected, "" if there
+            is nothing to say.
         latent_output: the pipeline knows ``output_type=latent``; if not, latents are what its VAE is given.
     """
 
@@ -406,10 +416,11 @@ class Built(Record):
 
     Args:
         wraps: for each declared wrap, under ``point/level``, the callable ``f(inner, x) -> y``.
-        transforms: for each declared transform, under its phase, a callable ``f(denoiser) -> None`` or ``f(pipe) -> None``, see ``PHASES``.
-        request: makes a context manager that is entered before every call of the pipeline and left behind it: what it acquires, it
-            releases. Where the call went through, handles are waited for; where it failed, the exception comes out of the ``yield``, and
-            no other rank may be waited for, because it may be gone.
+        transforms: for each declared transform, under its phase, a callable ``f(denoiser) -> None`` or ``f(pipe) ->
+            None``, see ``PHASES``.
+        request: makes a context manager that is entered before every call of the pipeline and left behind it: what it
+            acquires, it releases. Where the call went through, handles are waited for; where it failed, the exception
+            comes out of the ``yield``, and no other rank may be waited for, because it may be gone.
         close: called when the engine is closed.
     """
 

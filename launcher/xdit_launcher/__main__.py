@@ -19,7 +19,7 @@ def main() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # not under nohup and the like
         signal.signal(signal.SIGINT, leave)
-    from xdit_core.restart import with_docstrings
+    from xdit_core.worker.restart import with_docstrings
 
     with_docstrings("xdit_launcher", sys.argv[1:])
     from xdit_launcher import cli

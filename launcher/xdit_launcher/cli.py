@@ -14,14 +14,16 @@ from click.shell_completion import CompletionItem
 
 from xdit_core.errors import UsageError, XditError
 from xdit_core.printable import printable
-from xdit_launcher import backends, completion, hints, listings
+from xdit_launcher import completion, hints
+from xdit_launcher.backends import registry
+from xdit_launcher.commands import listings
+from xdit_launcher.node.watching import INTERRUPTED
 from xdit_launcher.printing import UNEXPECTED, print_lines, report_unexpected
 from xdit_launcher.run_folders import run_folder
-from xdit_launcher.supervise import INTERRUPTED
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
-    from xdit_launcher.backends import Backend
+    from xdit_launcher.backends.registry import Backend
 
 
 COMMAND_LINE = "xdit.command_line"  # of the words, in what click keeps for a call
@@ -39,11 +41,16 @@ class Main(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Commands, and what a run takes, since the command may be left out."""
-        return [*super().shell_complete(ctx, incomplete), *completion.words(ctx, self.commands["run"].params[0], incomplete)]
+        return [
+            *super().shell_complete(ctx, incomplete),
+            *completion.words(ctx, self.commands["run"].params[0], incomplete),
+        ]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of a run too: most people mean one."""
-        records = [r for p in run.get_params(ctx) if not isinstance(p, click.Argument) and (r := p.get_help_record(ctx))]
+        records = [
+            r for p in run.get_params(ctx) if not isinstance(p, click.Argument) and (r := p.get_help_record(ctx))
+        ]
         with formatter.section("Options of a run"):
             formatter.write_dl([r for r in records if "--help" not in r[0]])
         super().format_options(ctx, formatter)
@@ -92,19 +99,22 @@ class RunCommand(click.Command):
                     f"there is no option {error.option_name}; settings are written without dashes: {setting}."
                 ) from error
             raise UsageError(
-                f"there is no option {error.option_name}{meant} Settings are written key=value, such as steps=20 or usp.ulysses=2; "
+                f"there is no option {error.option_name}{meant} Settings are written key=value, such as steps=20 or "
+                f"usp.ulysses=2; "
                 "a prompt that starts with a dash comes after --."
             ) from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The settings, from their class."""
-        from xdit_core.settings import ModelSettings, RunSettings
-        from xdit_launcher.show import settings_help
+        from xdit_core.planning.settings import ModelSettings, RunSettings
+        from xdit_launcher.commands.show import settings_help
 
         with formatter.section("Settings"):
             for line in [*settings_help(RunSettings), *settings_help(ModelSettings, "model.")]:
                 formatter.write(f"  {line}\n")
-            formatter.write("\n  model=NAME: see xdit-launch models; settings of a plugin: see xdit-launch plugins show NAME\n")
+            formatter.write(
+                "\n  model=NAME: see xdit-launch models; settings of a plugin: see xdit-launch plugins show NAME\n"
+            )
 
 
 def print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
@@ -124,7 +134,9 @@ def print_version(ctx: click.Context, option: click.Parameter, value: bool) -> N
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
 )
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=print_version, help="Show the version.")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=print_version, help="Show the version."
+)
 def cli() -> None:
     """Draw pictures with a diffusion transformer on several devices.
 
@@ -133,7 +145,8 @@ def cli() -> None:
     xdit-launch --plugins usp,pipefusion model=sd3 steps=20 "a red fox"
     xdit-launch --plugins usp --dry-run model=sd3 usp.ulysses=4
 
-    Words with = are settings (xdit-launch run --help lists them), all others are prompts. Without a command, run is meant.
+    Words with = are settings (xdit-launch run --help lists them), all others are prompts. Without a command, run is
+    meant.
     """
 
 
@@ -141,7 +154,7 @@ def shared(command: Any) -> Any:
     """The options and words that say what to run and where."""
     for option in (
         click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...", shell_complete=completion.words),
-        backends.options,
+        registry.options,
         click.option("--config", metavar="FILE", help="YAML with settings; the command line wins."),
         click.option(
             "--plugins",
@@ -156,15 +169,19 @@ def shared(command: Any) -> Any:
 
 
 def asked(
-    words: tuple[str, ...], plugins: tuple[str, ...], config: str | None, backend: str | None, options: dict[str, str | None]
+    words: tuple[str, ...],
+    plugins: tuple[str, ...],
+    config: str | None,
+    backend: str | None,
+    options: dict[str, str | None],
 ) -> tuple[list[str], dict[str, Any], Backend]:
     """Names of plugins, settings, and the backend."""
-    from xdit_launcher.words import names_in, values_of
+    from xdit_launcher.arguments import names_in, values_of
 
     values, named = values_of(words, config)
     if "model" not in values:
         hints.refuse_unknown_command(words, cli.commands)
-    on, values = backends.choose(backend, options, values)
+    on, values = registry.choose(backend, options, values)
     return [name for item in plugins for name in names_in(item)] if plugins else list(named), values, on
 
 
@@ -189,9 +206,9 @@ def run(
     **options: str | None,
 ) -> None:
     """Draw the prompts (the default command)."""
-    from xdit_core.plan import make_plan
-    from xdit_core.result_names import all_files, targets
-    from xdit_launcher import show
+    from xdit_core.outputs.names import all_files, targets
+    from xdit_core.planning.planner import make_plan
+    from xdit_launcher.commands import show
 
     if as_json and not dry_run:
         raise UsageError("--json shows a plan; add --dry-run.")
@@ -205,7 +222,12 @@ def run(
     if dry_run:
         flags = [f"--{name}" for name, wanted in (("trace", trace), ("profile", profile)) if wanted]
         own = [word for word in words if not word.startswith(f"{on.name}.")]
-        plain = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else []), *flags, *own]
+        plain = [
+            *(["--plugins", ",".join(chosen)] if chosen else []),
+            *(["--config", config] if config else []),
+            *flags,
+            *own,
+        ]
         where = [
             part
             for name, value in {"on": backend, **options}.items()
@@ -239,14 +261,19 @@ def verify(
 ) -> None:
     """Run a plan and a serial process, and compare.
 
-    The exit code is 0 if the plan computes what it should, within rounding: what the serial process does, or for a displaced plan what
+    The exit code is 0 if the plan computes what it should, within rounding: what the serial process does, or for a
+        displaced plan what
     its schedule gives in one process. It is 4 if not; then the first block and step that differ are named.
     """
-    from xdit_launcher import verify as command
+    from xdit_launcher.commands import verify as command
 
     chosen, values, on = asked(words, plugins, config, backend, options)
     with contextlib.ExitStack() as stack:
-        ctx.exit(command.verify(chosen, values, on, lambda plan: stack.enter_context(run_folder(plan, ctx.meta[COMMAND_LINE]))))
+        ctx.exit(
+            command.verify(
+                chosen, values, on, lambda plan: stack.enter_context(run_folder(plan, ctx.meta[COMMAND_LINE]))
+            )
+        )
 
 
 @cli.command(cls=RunCommand)
@@ -265,10 +292,11 @@ def doctor(
 ) -> None:
     """Look at all machines before a run: versions, devices, model, network.
 
-    With --plugins and settings such as model=sd3 it also checks what that run needs. The exit code is 1 if something must be mended.
+    With --plugins and settings such as model=sd3 it also checks what that run needs. The exit code is 1 if something
+    must be mended.
     """
-    from xdit_core.plan import make_plan
-    from xdit_launcher import doctor as command
+    from xdit_core.planning.planner import make_plan
+    from xdit_launcher.commands import doctor as command
 
     chosen, values, on = asked(words, plugins, config, backend, options)
     ctx.exit(
@@ -280,7 +308,7 @@ def doctor(
 
 def tell(plan: Plan, words: Sequence[str], prompted: bool) -> None:
     """Say what was decided for the user."""
-    from xdit_launcher.words import is_setting
+    from xdit_launcher.arguments import is_setting
 
     if note := hints.loose_words([word for word in words if not is_setting(word)]):
         print_lines([note], err=True)

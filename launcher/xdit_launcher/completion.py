@@ -1,7 +1,7 @@
 """Completion in a shell: settings as ``key=``, names of models and plugins. See ``docs/completion.md``.
 
-Click brings the machinery. Its scripts for bash and zsh put a space behind every word, which would tear ``steps=`` from its value, and bash
-splits words at ``=``; the scripts here do neither.
+Click brings the machinery. Its scripts for bash and zsh put a space behind every word, which would tear ``steps=`` from
+its value, and bash splits words at ``=``; the scripts here do neither.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ ZSH = """\
 %(complete_func)s() {
     local -a settings others
     (( ! $+commands[%(prog_name)s] )) && return 1
-    for line in "${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) %(complete_var)s=zsh_complete %(prog_name)s)}"; do
+    local answer="$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) %(complete_var)s=zsh_complete %(prog_name)s)"
+    for line in "${(@f)answer}"; do
         if [[ $line == *= ]]; then settings+=("$line"); elif [[ -n $line ]]; then others+=("$line"); fi
     done
     [[ -n $settings ]] && compadd -U -S '' -a settings
@@ -92,8 +93,8 @@ def words(ctx: click.Context, param: click.Parameter, begun: str) -> list[Comple
 
 def settings(chosen: Iterable[str]) -> Iterator[str]:
     """``steps=`` and all others, those of the chosen plugins too."""
-    from xdit_core.registry import Registry
-    from xdit_core.settings import ModelSettings, RunSettings, fields_of
+    from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
+    from xdit_core.registry.registry import Registry
 
     yield "model="
     yield from (f"{name}=" for name in fields_of(RunSettings))
@@ -110,8 +111,8 @@ def settings(chosen: Iterable[str]) -> Iterator[str]:
 
 def values_of(key: str) -> Iterable[str]:
     """The values of a setting that has a few."""
-    from xdit_core.checks import DTYPES
-    from xdit_core.registry import MODELS, Registry
+    from xdit_core.planning.checks import DTYPES
+    from xdit_core.registry.registry import MODELS, Registry
 
     if key == "model":
         return [*Registry().names(MODELS), "auto"]
@@ -120,7 +121,7 @@ def values_of(key: str) -> Iterable[str]:
 
 def plugins(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
     """A plugin behind those that are there already: ``usp,pipe``."""
-    from xdit_core.registry import STRATEGIES, Registry
+    from xdit_core.registry.registry import STRATEGIES, Registry
 
     before, comma, _ = begun.rpartition(",")
     given = before.split(",")
@@ -129,6 +130,6 @@ def plugins(ctx: click.Context, param: click.Parameter, begun: str) -> list[Comp
 
 def models(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
     """The name of a model."""
-    from xdit_core.registry import MODELS, Registry
+    from xdit_core.registry.registry import MODELS, Registry
 
     return matching(Registry().names(MODELS), begun)

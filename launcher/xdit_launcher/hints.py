@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Sequence
 
 from xdit_core.errors import UsageError
-from xdit_core.settings import RunSettings, fields_of
+from xdit_core.planning.settings import RunSettings, fields_of
 
 
 def meant_setting(option: str, args: Sequence[str]) -> str:
@@ -43,7 +43,8 @@ def refuse_unknown_command(words: Sequence[str], commands: Collection[str]) -> N
         close = difflib.get_close_matches(words[0], commands, n=1, cutoff=0.6)
         meant = f"did you mean {close[0]}?" if close else f"commands are {', '.join(sorted(commands))}."
         raise UsageError(
-            f"there is no command {words[0]!r}; {meant} To draw a prompt, name a model too: xdit-launch model=emoji {words[0]!r}."
+            f"there is no command {words[0]!r}; {meant} To draw a prompt, name a model too: xdit-launch model=emoji "
+            f"{words[0]!r}."
         )
 
 

@@ -1,4 +1,5 @@
-"""What the launcher prints: text of users, files and other machines without what would move the cursor or forge a line."""
+"""What the launcher prints: text of users, files and other machines without what would move the cursor or forge a
+line."""
 
 from __future__ import annotations
 
@@ -31,5 +32,8 @@ def report_unexpected(error: Exception) -> None:
         click.echo(printable(text, keep="\n"), err=True)
         path = "the traceback above"
     what = " ".join(str(error).split())[:300]
-    line = f"unexpected: {type(error).__name__}{': ' if what else ''}{what}; this is a mistake in xdit or a plugin: please report it with {path}."
+    line = (
+        f"unexpected: {type(error).__name__}{': ' if what else ''}{what}; this is a mistake in xdit or a plugin: "
+        f"please report it with {path}."
+    )
     print_lines([line], err=True)

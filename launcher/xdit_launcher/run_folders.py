@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdit_core.beat import read_beat
-from xdit_core.embedded import embedded_settings, is_json_of
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import atomically, make_folder, user_path, write_text
+from xdit_core.outputs.metadata import embedded_settings, is_json_of
+from xdit_core.worker.heartbeat import read_beat
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -66,7 +66,8 @@ def run_folder(plan: Plan, command: Sequence[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def queued(folder: Path, ends: bool) -> Iterator[None]:
-    """Around handing a run over to a queue, from which it may begin when its launcher has gone: until `note_end` its folder stays.
+    """Around handing a run over to a queue, from which it may begin when its launcher has gone: until `note_end` its
+    folder stays.
 
     Args:
         ends: the run is over when the block is.
@@ -108,7 +109,9 @@ def note_end(folder: Path) -> None:
     about = read_command(folder)
     with contextlib.suppress(OSError), atomically(folder / COMMAND) as temporary:
         (folder / QUEUED).unlink(missing_ok=True)
-        temporary.write_text(json.dumps({**about, "ended": now()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**about, "ended": now()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_command(folder: Path) -> dict[str, Any]:
@@ -151,7 +154,8 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def age(folder: Path) -> tuple[str, str, int, str]:
-    """What sorts run folders by the time at which they were made: within a second their numbers may have been used again."""
+    """What sorts run folders by the time at which they were made: within a second their numbers may have been used
+    again."""
     number = re.fullmatch(r".*-(\d+)", folder.name)
     return folder.name[:15], str(read_command(folder).get("started", "")), int(number[1]) if number else 1, folder.name
 

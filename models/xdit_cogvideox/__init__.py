@@ -1,4 +1,5 @@
-"""CogVideoX 2b, 5b and 1.5 (Yang et al. 2024, arXiv:2408.06072): joint attention with the text first, frames among the tokens."""
+"""CogVideoX 2b, 5b and 1.5 (Yang et al. 2024, arXiv:2408.06072): joint attention with the text first, frames among the
+tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def words(configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[Prob
     config, asked_for = configs["transformer"], asked["max_sequence_length"] or 226
     length = config.get("max_text_seq_length", 226)
     if asked_for != length and not config.get("use_rotary_positional_embeddings"):
-        yield Problem(f"max_sequence_length={asked_for}: this CogVideoX takes texts of {length} tokens", f"give {length}")
+        yield Problem(
+            f"max_sequence_length={asked_for}: this CogVideoX takes texts of {length} tokens", f"give {length}"
+        )
 
 
 @hookimpl

@@ -1,4 +1,5 @@
-"""What the bundled model can draw: its names, and the characters that stand for them (``emoji-test.txt``, Unicode, Inc.)."""
+"""What the bundled model can draw: its names, and the characters that stand for them (``emoji-test.txt``, Unicode,
+Inc.)."""
 
 from __future__ import annotations
 
@@ -37,4 +38,7 @@ def note(configs: Mapping[str, Any], prompt: str) -> str:
     shared = [name for name in names if set(name.split()) & set(text.split())]
     near = [*difflib.get_close_matches(text, names, n=4, cutoff=0.6), *shared]
     hint = f"near are {', '.join(dict.fromkeys(near[:4]))}" if near else f"try {names[0]}, rocket or red heart"
-    return f"{prompt!r} is none of the {len(names)} names that the emoji model knows, so the picture will be a mixture; {hint}"
+    return (
+        f"{prompt!r} is none of the {len(names)} names that the emoji model knows, so the picture will be a "
+        f"mixture; {hint}"
+    )

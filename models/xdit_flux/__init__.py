@@ -1,4 +1,5 @@
-"""Flux.1 (Black Forest Labs 2024): double blocks over picture and text, then single blocks, as one list; latents are packed tokens."""
+"""Flux.1 (Black Forest Labs 2024): double blocks over picture and text, then single blocks, as one list; latents are
+packed tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ MATRICES = MappingProxyType(
 
 
 def guided(asked: Mapping[str, Any]) -> bool:
-    """``guidance`` is an input of the distilled model; two predictions a step come from ``call.true_cfg_scale`` with ``negative``."""
+    """``guidance`` is an input of the distilled model; two predictions a step come from ``call.true_cfg_scale`` with
+    ``negative``."""
     return (asked.get("true_cfg_scale") or 1.0) > 1.0 and asked.get("negative") is not None
 
 
@@ -37,7 +39,9 @@ def xdit_model() -> ModelSpec:
         pipelines=("FluxPipeline",),
         hub="black-forest-labs/FLUX.1-dev",
         blocks=(Blocks("transformer_blocks", "num_layers"), Blocks("single_transformer_blocks", "num_single_layers")),
-        stream=Stream(text="encoder_hidden_states", joint={"image_rotary_emb": 0}, returns=("text", "tokens"), text_first=True),
+        stream=Stream(
+            text="encoder_hidden_states", joint={"image_rotary_emb": 0}, returns=("text", "tokens"), text_first=True
+        ),
         attention=lambda block: ("joint",),
         token_pixels=lambda configs: 2 * latent_factor(configs),
         text_tokens=lambda configs, asked: int(asked.get("max_sequence_length") or 512),

@@ -1,4 +1,5 @@
-"""HunyuanDiT (Li et al. 2024, arXiv:2405.08748): later blocks take the tokens behind earlier ones, text by cross-attention."""
+"""HunyuanDiT (Li et al. 2024, arXiv:2405.08748): later blocks take the tokens behind earlier ones, text by
+cross-attention."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ MATRICES = MappingProxyType(
 
 
 def long_skips(count: int) -> dict[int, int]:
-    """The blocks of the second half take what came out of those of the first half, the last what came out of the first."""
+    """The blocks of the second half take what came out of those of the first half, the last what came out of the
+    first."""
     return {i: count - 1 - i for i in range(count // 2 + 1, count)}
 
 
@@ -35,6 +37,12 @@ def xdit_model() -> ModelSpec:
         matrices=MATRICES,
         conditioning=("time_extra_emb", "text_embedder", "blocks.*.norm1.linear", "blocks.*.attn2.to_[kv]"),
         refused={"controlnet_block_samples": "ControlNet residuals are not divided over ranks yet"},
-        defaults={"steps": 50, "guidance": 5.0, "height": 1024, "width": 1024, "prompt": ("an astronaut riding a horse",)},
+        defaults={
+            "steps": 50,
+            "guidance": 5.0,
+            "height": 1024,
+            "width": 1024,
+            "prompt": ("an astronaut riding a horse",),
+        },
         call={"max_sequence_length": ""},
     )

@@ -1,4 +1,5 @@
-"""Latte (Ma et al. 2024, arXiv:2401.03048): blocks over the tokens of a frame in turn with blocks over the frames at a place."""
+"""Latte (Ma et al. 2024, arXiv:2401.03048): blocks over the tokens of a frame in turn with blocks over the frames at a
+place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A spatial and a temporal block of Latte as one block; the denoiser's loop does the same with tensors of all tokens."""
+"""A spatial and a temporal block of Latte as one block; the denoiser's loop does the same with tensors of all
+tokens."""
 
 from __future__ import annotations
 

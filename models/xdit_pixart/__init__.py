@@ -1,4 +1,5 @@
-"""PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) and PixArt-Sigma (Chen et al. 2024, arXiv:2403.04692): text by cross-attention."""
+"""PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) and PixArt-Sigma (Chen et al. 2024, arXiv:2403.04692): text by
+cross-attention."""
 
 from __future__ import annotations
 
@@ -29,5 +30,10 @@ def spec(name: str, pipeline: str, hub: str, **more: Any) -> ModelSpec:
         embeddings=("pos_embed",),
         conditioning=("caption_projection", "adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
         refused={"attention_mask": "a mask over the picture's tokens is not divided over ranks"},
-        defaults={"steps": 20, "guidance": 4.5, "prompt": ("a small cactus with a happy face in the Sahara desert",), **more},
+        defaults={
+            "steps": 20,
+            "guidance": 4.5,
+            "prompt": ("a small cactus with a happy face in the Sahara desert",),
+            **more,
+        },
     )

@@ -17,6 +17,10 @@ def xdit_model() -> ModelSpec:
         heads="",
         patch="",
         row_unit=lambda config: int(2 ** (len(config["block_out_channels"]) - 1)),  # each level halves the sides
-        defaults={"steps": 50, "guidance": 5.0, "prompt": ("an astronaut in a jungle, cold color palette, muted colors",)},
+        defaults={
+            "steps": 50,
+            "guidance": 5.0,
+            "prompt": ("an astronaut in a jungle, cold color palette, muted colors",),
+        },
         call={"max_sequence_length": ""},
     )

@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2, text to video (Wan Team 2025, arXiv:2503.20314): self-attention over all frames, text by cross-attention."""
+"""Wan 2.1 and 2.2, text to video (Wan Team 2025, arXiv:2503.20314): self-attention over all frames, text by
+cross-attention."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def xdit_model() -> ModelSpec:
             "blocks.*.attn2.to_[kv]",
             "blocks.*.attn2.norm_k",
         ),
-        refused={"encoder_hidden_states_image": "the attention to an image is not told apart from that to the text yet"},
+        refused={
+            "encoder_hidden_states_image": "the attention to an image is not told apart from that to the text yet"
+        },
         defaults={
             **{"steps": 50, "guidance": 5.0, "height": 480, "width": 832, "frames": 81, "fps": 16},
             "prompt": ("a cat walks on the grass, realistic",),

@@ -1,4 +1,5 @@
-"""Z-Image (Z-Image Team 2025, arXiv:2511.22699): two blocks over the picture, then all over picture and text in one sequence."""
+"""Z-Image (Z-Image Team 2025, arXiv:2511.22699): two blocks over the picture, then all over picture and text in one
+sequence."""
 
 from __future__ import annotations
 
@@ -49,7 +50,13 @@ def xdit_model() -> ModelSpec:
         guided=lambda asked: (asked.get("guidance") or 0.0) > 0.0,
         refused={"controlnet_block_samples": OMNI, "siglip_feats": OMNI, "image_noise_mask": OMNI},
         matrices=MATRICES,
-        conditioning=("t_embedder", "cap_embedder", "context_refiner.[0-9]", "noise_refiner.*.adaLN_*", "layers.*.adaLN_*"),
+        conditioning=(
+            "t_embedder",
+            "cap_embedder",
+            "context_refiner.[0-9]",
+            "noise_refiner.*.adaLN_*",
+            "layers.*.adaLN_*",
+        ),
         defaults={
             "steps": 9,
             "guidance": 0.0,

@@ -1,7 +1,7 @@
 """CFG parallelism: the conditional and the unconditional half of classifier-free guidance on two ranks.
 
-Guidance (Ho and Salimans 2022, arXiv:2207.12598) predicts every step twice, with and without the prompt. The two know nothing of each
-other until they are combined, so only the predictions are exchanged.
+Guidance (Ho and Salimans 2022, arXiv:2207.12598) predicts every step twice, with and without the prompt. The two know
+nothing of each other until they are combined, so only the predictions are exchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def xdit_check(settings: None, facts: Facts, plan: Plan) -> Iterator[Problem]:
     """Without guidance there is one half only."""
     if not facts.guided:
         yield Problem(
-            f"guidance={plan.run.guidance} makes {facts.model} predict once a step, which leaves nothing for the second rank of cfg",
+            f"guidance={plan.run.guidance} makes {facts.model} predict once a step, which leaves nothing for the "
+            f"second rank of cfg",
             "raise guidance above 1, or drop cfg",
         )
 

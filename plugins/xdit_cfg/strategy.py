@@ -1,6 +1,7 @@
 """The two halves of guidance on two ranks.
 
-Shapes: latents and prediction ``[B, C, h, w]``; with batched guidance ``B`` is twice the number of pictures, the unconditional half first.
+Shapes: latents and prediction ``[B, C, h, w]``; with batched guidance ``B`` is twice the number of pictures, the
+unconditional half first.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Guidance:
             call: with both halves in the batch, or with one condition of several.
 
         Returns:
-            The prediction as of a single rank; a patch tensor where that of the inner call is one, or where it comes from the other rank.
+            The prediction as of a single rank; a patch tensor where that of the inner call is one, or where it comes
+            from the other rank.
 
         Raises:
             UnsupportedCall: the batch is neither the pictures nor twice the pictures.
@@ -55,7 +57,8 @@ class Guidance:
             return self.each_patch(self.gather, inner(self.half(call)), 2)
         if batch != pictures:
             raise UnsupportedCall(
-                f"the pipeline calls its {self.spec.denoiser} with a batch of {batch} for {pictures} pictures, which cfg cannot tell into "
+                f"the pipeline calls its {self.spec.denoiser} with a batch of {batch} for {pictures} pictures, which "
+                f"cfg cannot tell into "
                 "a conditional and an unconditional half; drop cfg."
             )
         if self.now.branch.number % 2 == self.index:
@@ -77,7 +80,8 @@ class Guidance:
     def each_patch(
         self, exchange: Callable[[torch.Tensor, Message], torch.Tensor], out: torch.Tensor, times: int
     ) -> torch.Tensor:
-        """Exchange a prediction with the other rank: now, or each patch when it is asked for, under a name that both ranks know.
+        """Exchange a prediction with the other rank: now, or each patch when it is asked for, under a name that both
+        ranks know.
 
         Args:
             exchange: of rows and their name.
@@ -92,7 +96,13 @@ class Guidance:
         cells = [partial(one, patch, Message(self.now.call, patch)) for patch in range(out.patches)]
         shape = (times * out.shape[0], *out.shape[1:])
         made: torch.Tensor = PatchTensor.make(
-            cells, shape=shape, dim=out.patched_dim, bounds=out.bounds, dtype=out.dtype, device=out.device, world=out.world
+            cells,
+            shape=shape,
+            dim=out.patched_dim,
+            bounds=out.bounds,
+            dtype=out.dtype,
+            device=out.device,
+            world=out.world,
         )
         return made
 

@@ -1,6 +1,7 @@
 """``torch.compile``: by default every repeated block by itself, compiled once and used for all of its kind.
 
-The blocks stay whole (``fullgraph=True``): what a strategy does inside a block is one opaque operation, ``xdit::attention``.
+The blocks stay whole (``fullgraph=True``): what a strategy does inside a block is one opaque operation,
+``xdit::attention``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Settings:
     mode: str | None = field(default=None, metadata={"help": f"one of {', '.join(MODES)}"})
     backend: str = field(default="inductor", metadata={"help": "a backend of torch.compile"})
     fullgraph: bool = field(default=True, metadata={"help": "fail instead of leaving compiled code"})
-    dynamic: bool | None = field(default=None, metadata={"help": "code for all sizes; by default from the second size on"})
+    dynamic: bool | None = field(
+        default=None, metadata={"help": "code for all sizes; by default from the second size on"}
+    )
 
 
 @hookimpl
@@ -44,7 +47,9 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     if settings.mode is not None and settings.mode not in MODES:
         problems.append(Problem(f"compile.mode={settings.mode} is unknown", f"use one of {', '.join(MODES)}"))
     if settings.mode is not None and settings.backend != "inductor":
-        problems.append(Problem(f"compile.mode belongs to inductor and compile.backend={settings.backend}", "drop one of them"))
+        problems.append(
+            Problem(f"compile.mode belongs to inductor and compile.backend={settings.backend}", "drop one of them")
+        )
     return Declaration(
         claims=(Claim("code", "it compiles the denoiser"),),
         transforms=(Transform("compile"),),

@@ -16,7 +16,8 @@ from xdit_core import Absent, Rank, UsageError, did_you_mean
 if TYPE_CHECKING:
     from xdit_compile import Settings
 
-# Blocks of a kind share their code, and a block meets a few kinds of input: with and without text, one size and any size.
+# Blocks of a kind share their code, and a block meets a few kinds of input: with and without text, one size and any
+# size.
 VARIANTS = 64
 
 
@@ -31,7 +32,9 @@ class Compile:
         self.settings, self.rank = settings, rank
         known = torch._dynamo.list_backends(exclude_tags=())
         if settings.backend not in known:
-            raise UsageError(f"compile.backend={settings.backend} is unknown to torch; {did_you_mean(settings.backend, known)}")
+            raise UsageError(
+                f"compile.backend={settings.backend} is unknown to torch; {did_you_mean(settings.backend, known)}"
+            )
         self._began = 0.0
 
     def __call__(self, pipe: Any) -> None:
@@ -52,7 +55,8 @@ class Compile:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around a call of the pipeline: listen to the compiler, and let it make more variants than it would; both hold process-wide."""
+        """Around a call of the pipeline: listen to the compiler, and let it make more variants than it would; both hold
+        process-wide."""
         with ExitStack() as stack:
             callback_handler.register_start_callback(self._start)
             stack.callback(callback_handler.remove_start_callback, self._start)

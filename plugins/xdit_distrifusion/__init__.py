@@ -1,9 +1,10 @@
 """DistriFusion: displaced patch parallelism (Li et al. 2024, arXiv:2402.19481).
 
-Every rank owns one patch of the picture for the whole run. After ``warmup`` synchronous steps a patch attends to its own fresh keys and
-values and to those of the step before of all others, which travel while the ranks compute. Text rows that go through the blocks belong to
-the first patch. In a U-Net the same holds for the rows beyond the edges of a patch that convolutions see, and for the moments of norms
-(there, "stale_gn" of the authors' code). The result depends on patches, warmup and steps only.
+Every rank owns one patch of the picture for the whole run. After ``warmup`` synchronous steps a patch attends to its
+own fresh keys and values and to those of the step before of all others, which travel while the ranks compute. Text rows
+that go through the blocks belong to the first patch. In a U-Net the same holds for the rows beyond the edges of a patch
+that convolutions see, and for the moments of norms (there, "stale_gn" of the authors' code). The result depends on
+patches, warmup and steps only.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
                 settings.degree,
                 Traffic.PER_RING_HOP,
                 choices=tuple(range(1, most + 1)),
-                why=f"the picture has {most} times {facts.row_unit} rows" if unet else f"the picture has {most} rows of tokens",
+                why=f"the picture has {most} times {facts.row_unit} rows"
+                if unet
+                else f"the picture has {most} rows of tokens",
                 setting="distrifusion.degree",
             ),
         ),
@@ -79,7 +82,9 @@ def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
         yield Problem(f"distrifusion.warmup={settings.warmup} is negative", "use 0 or more, 1 is usual")
     most = facts.rows // facts.row_unit
     if settings.patches is not None and not 1 <= settings.patches <= most:
-        yield Problem(f"distrifusion.patches={settings.patches} does not fit {facts.rows} rows of tokens", f"use 1 to {most}")
+        yield Problem(
+            f"distrifusion.patches={settings.patches} does not fit {facts.rows} rows of tokens", f"use 1 to {most}"
+        )
 
 
 @hookimpl
@@ -88,8 +93,10 @@ def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem
     degree = plan.degree("distrifusion")
     if settings.patches is not None and degree not in (1, settings.patches):
         yield Problem(
-            f"distrifusion.patches={settings.patches} and distrifusion.degree={degree} differ, but every rank has one patch",
-            "leave distrifusion.patches out; with distrifusion.degree=1 it computes the result of that degree in one process",
+            f"distrifusion.patches={settings.patches} and distrifusion.degree={degree} differ, but every rank has one "
+            f"patch",
+            "leave distrifusion.patches out; with distrifusion.degree=1 it computes the result of that degree in one "
+            "process",
         )
     if plan.run.steps is not None and settings.warmup > plan.run.steps:
         yield Problem(

@@ -15,7 +15,8 @@ from xdit_core import Branch, Rank
 
 @dataclass
 class Kept:
-    """One thing that the patches share, by patch; ``fresh`` is on its way or of this step, ``old`` of the step before."""
+    """One thing that the patches share, by patch; ``fresh`` is on its way or of this step, ``old`` of the step
+    before."""
 
     old: dict[int, torch.Tensor] = field(default_factory=dict)
     fresh: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -55,7 +56,8 @@ class Exchange:
             self.shared.clear()
 
     def whole(self, key: Any, cut: Callable[[], dict[int, torch.Tensor]]) -> None:
-        """In warm-up on one rank all patches are computed at once; the last time, keep what the next step will want of each."""
+        """In warm-up on one rank all patches are computed at once; the last time, keep what the next step will want of
+        each."""
         if self.now.branch.age == self.warmup - 1:
             self.kept(key).old = cut()
 
@@ -95,7 +97,9 @@ class Exchange:
         """What was sent in the step before is here."""
         if kept.pending is not None:
             work, _, began = kept.pending
-            with self.rank.waiting("what the patches share, of the step before", "distrifusion", self.group, began=began):
+            with self.rank.waiting(
+                "what the patches share, of the step before", "distrifusion", self.group, began=began
+            ):
                 work.wait()
             kept.old, kept.fresh, kept.pending = kept.fresh, {}, None
 

@@ -33,7 +33,8 @@ class Patches:
 
     Args:
         exchange: between the patches.
-        cuts_input: the denoiser is given the rows of the patch only, and not the whole picture of which it then looks at the patch.
+        cuts_input: the denoiser is given the rows of the patch only, and not the whole picture of which it then looks
+            at the patch.
     """
 
     def __init__(self, exchange: Exchange, cuts_input: bool) -> None:
@@ -71,7 +72,8 @@ class Patches:
 
 
 class KeysAndValues:
-    """Attend to fresh rows of the own patch and to those of the step before of all others; in warm-up to fresh rows of all.
+    """Attend to fresh rows of the own patch and to those of the step before of all others; in warm-up to fresh rows of
+    all.
 
     Sends per rank and block: ``2 x B x S/N x H x D`` elements to each of the others, while the ranks compute.
     """

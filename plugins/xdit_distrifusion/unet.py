@@ -1,6 +1,8 @@
-"""The layers of a U-Net that look beyond their patch (arXiv:2402.19481, section 4): convolutions, norms over groups, self-attention.
+"""The layers of a U-Net that look beyond their patch (arXiv:2402.19481, section 4): convolutions, norms over groups,
+self-attention.
 
-Each sees its own patch fresh and the others as they were a step before. Shapes: activations ``[B, C, h, w]``, tokens ``[B, n, D]``.
+Each sees its own patch fresh and the others as they were a step before. Shapes: activations ``[B, C, h, w]``, tokens
+``[B, n, D]``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def neighbours(denoiser: nn.Module, exchange: Exchange) -> None:
         if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
             kernel, padding = module.kernel_size[0], module.padding
             if padding == "same" or isinstance(padding, str) or 2 * padding[0] != kernel - 1 or module.dilation[0] > 1:
-                raise ModelError(f"{name} is a convolution that distrifusion cannot cut into patches; drop distrifusion.")
+                raise ModelError(
+                    f"{name} is a convolution that distrifusion cannot cut into patches; drop distrifusion."
+                )
             module.forward = Halo(name, module, exchange)
         elif isinstance(module, nn.GroupNorm):
             module.forward = GroupNorm(name, module, exchange)
@@ -60,7 +64,9 @@ class Halo:
         nothing = x.new_zeros(*x.shape[:-2], self.rows, x.shape[-1])
         wide = torch.cat((nothing if above is None else above[1], x, nothing if below is None else below[0]), dim=-2)
         conv = self.conv
-        return F.conv2d(wide, conv.weight, conv.bias, conv.stride, (0, int(conv.padding[1])), conv.dilation, conv.groups)
+        return F.conv2d(
+            wide, conv.weight, conv.bias, conv.stride, (0, int(conv.padding[1])), conv.dilation, conv.groups
+        )
 
     def edges(self, x: torch.Tensor) -> torch.Tensor:
         """First and last rows, ``[2, B, C, rows, w]``."""
@@ -102,7 +108,9 @@ class GroupNorm:
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Mean and variance of each group, ``[2, B, groups]`` in float32."""
-        variance, mean = torch.var_mean(x.unflatten(1, (self.norm.num_groups, -1)).flatten(2).float(), dim=2, correction=0)
+        variance, mean = torch.var_mean(
+            x.unflatten(1, (self.norm.num_groups, -1)).flatten(2).float(), dim=2, correction=0
+        )
         return torch.stack((mean, variance))
 
 

@@ -1,6 +1,7 @@
 """Data parallelism: prompts, and the pictures of each prompt, over ranks.
 
-Picture ``i`` of a prompt has the noise of the seed ``seed + i`` whichever rank draws it, so it is the same for every degree.
+Picture ``i`` of a prompt has the noise of the seed ``seed + i`` whichever rank draws it, so it is the same for every
+degree.
 """
 
 from __future__ import annotations

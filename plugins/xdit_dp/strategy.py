@@ -7,7 +7,7 @@ import dataclasses
 import torch.distributed as dist
 
 from xdit_core import Output, Rank, Request, RequestRun, joined, share
-from xdit_core.tokens import even_bounds
+from xdit_core.parallel.tokens import even_bounds
 
 
 class Divide:

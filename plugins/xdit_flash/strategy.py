@@ -42,7 +42,8 @@ def torch_kernel(backend: SDPBackend, with_lse: Callable[[Attend], Any], inner: 
     """
     if call.with_lse and call.options.get("attn_mask") is not None and backend is not SDPBackend.MATH:
         raise UnsupportedCall(
-            f"torch's {backend.name.lower()} kernel takes no mask in parts, which block {call.block} has; use flash.kernel=auto."
+            f"torch's {backend.name.lower()} kernel takes no mask in parts, which block {call.block} has; use "
+            f"flash.kernel=auto."
         )
     try:
         if call.with_lse:
@@ -68,12 +69,16 @@ def flash_lse(call: Attend) -> Any:
 
 def efficient_lse(call: Attend) -> Any:
     """The memory-efficient kernel of xformers."""
-    return aten._scaled_dot_product_efficient_attention(call.q, call.k, call.v, None, True, scale=call.options.get("scale"))[:2]
+    return aten._scaled_dot_product_efficient_attention(
+        call.q, call.k, call.v, None, True, scale=call.options.get("scale")
+    )[:2]
 
 
 def cudnn_lse(call: Attend) -> Any:
     """The kernel of cuDNN; it gives the log-sum-exp with a dim more."""
-    out, lse = aten._scaled_dot_product_cudnn_attention(call.q, call.k, call.v, None, True, scale=call.options.get("scale"))[:2]
+    out, lse = aten._scaled_dot_product_cudnn_attention(
+        call.q, call.k, call.v, None, True, scale=call.options.get("scale")
+    )[:2]
     return out, lse.reshape(*lse.shape[:2], -1)
 
 

@@ -48,7 +48,8 @@ def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem
         for phase, name in plan.transforms:
             if phase in ("shard", "compile"):
                 yield Problem(
-                    f"offload.mode=sequential moves every layer by itself, which the layers as {name} leaves them do not allow",
+                    f"offload.mode=sequential moves every layer by itself, which the layers as {name} leaves them do "
+                    f"not allow",
                     f"use offload.mode=model, or drop {name}",
                 )
 

@@ -1,8 +1,9 @@
 """Parallel VAE: the decoding of one picture divided among the ranks that made it.
 
-The decoder is cut along the rows of the picture by DistVAE (github.com/xdit-project/DistVAE, from PipeFusion, Fang et al. 2024,
-arXiv:2405.14430): convolutions exchange the rows at the cuts, norms their statistics, and the result equals that of one rank. A decoder
-that DistVAE does not know is left whole, and the tiles into which diffusers cuts the picture are dealt out.
+The decoder is cut along the rows of the picture by DistVAE (github.com/xdit-project/DistVAE, from PipeFusion, Fang et
+al. 2024, arXiv:2405.14430): convolutions exchange the rows at the cuts, norms their statistics, and the result equals
+that of one rank. A decoder that DistVAE does not know is left whole, and the tiles into which diffusers cuts the
+picture are dealt out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 class Settings:
     """Settings of ``parallel_vae``."""
 
-    degree: int | None = field(default=None, metadata={"help": "ranks that decode a picture; default: all that make it"})
+    degree: int | None = field(
+        default=None, metadata={"help": "ranks that decode a picture; default: all that make it"}
+    )
     tiling: bool | None = field(
         default=None, metadata={"help": "overlapping tiles, not equal to serial; default: where nothing else works"}
     )
@@ -43,7 +46,9 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     return Declaration(
         claims=(Claim("decode", "it divides the decoding of a picture"),),
         wraps=(Wrap("decode", "split"),),
-        transforms=(Transform("quantize"),),  # the first phase that sees the VAE: others quantize or compile what it leaves
+        transforms=(
+            Transform("quantize"),
+        ),  # the first phase that sees the VAE: others quantize or compile what it leaves
         problems=tuple(problems),
         fidelity=Fidelity("approximate") if settings.tiling else EXACT,
     )
@@ -62,7 +67,9 @@ def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem
         return
     degree = settings.degree or ranks
     if degree > ranks:
-        yield Problem(f"parallel_vae.degree={degree} but {ranks} ranks make a picture", f"give 1 to {ranks}, or leave it out")
+        yield Problem(
+            f"parallel_vae.degree={degree} but {ranks} ranks make a picture", f"give 1 to {ranks}, or leave it out"
+        )
     elif degree > facts.rows:  # latents have at least as many rows as tokens
         yield Problem(
             f"{facts.rows} rows of tokens are too few to be decoded by {degree} ranks",

@@ -45,7 +45,8 @@ class ParallelVae:
         return Built(wraps={"decode/split": self.decode}, transforms={"quantize": self.prepare})
 
     def prepare(self, pipe: Any) -> None:
-        """Divide the decoder, and the encoder where all ranks of a picture take part: one rank that encodes alone would be waited for.
+        """Divide the decoder, and the encoder where all ranks of a picture take part: one rank that encodes alone would
+        be waited for.
 
         Raises:
             UsageError: there is no VAE, or none that can be divided in the way asked for.
@@ -90,7 +91,8 @@ class ParallelVae:
         if run.height <= window[0] and run.width <= window[1]:
             other = "leave out parallel_vae.tiling" if self.tiling else WITHOUT
             raise UsageError(
-                f"one tile of {type(vae).__name__} covers {window[1]} x {window[0]} pixels, which leaves nothing to divide in a picture of "
+                f"one tile of {type(vae).__name__} covers {window[1]} x {window[0]} pixels, which leaves nothing to "
+                f"divide in a picture of "
                 f"{run.width} x {run.height}; draw a larger one, or {other}."
             )
 
@@ -114,7 +116,8 @@ class ParallelVae:
             return inner(latents, *args, **kwargs)
         if latents.shape[-2] < self.degree:
             raise UsageError(
-                f"latents of {latents.shape[-2]} rows cannot be decoded by {self.degree} ranks; draw a larger picture, or lower "
+                f"latents of {latents.shape[-2]} rows cannot be decoded by {self.degree} ranks; draw a larger "
+                f"picture, or lower "
                 "parallel_vae.degree."
             )
         result = self.watched(inner)(latents, *args, **kwargs)
@@ -146,7 +149,8 @@ def refusals(degree: int) -> Iterator[None]:
         if not str(error).startswith("Cannot split"):
             raise
         raise UsageError(
-            f"the VAE cannot be divided among {degree} ranks ({error}); take a larger picture, or lower parallel_vae.degree."
+            f"the VAE cannot be divided among {degree} ranks ({error}); take a larger picture, or lower "
+            f"parallel_vae.degree."
         ) from error
 
 
@@ -167,7 +171,9 @@ class Watch(TorchDispatchMode):
         self._wait.close()
         if func.namespace == "c10d":
             self.rank.sent["vae"] += self.bytes_of(func, args)
-            group = None if func.overloadpacket.__name__ in ("send", "recv_") else self.group  # messages are no collectives
+            group = (
+                None if func.overloadpacket.__name__ in ("send", "recv_") else self.group
+            )  # messages are no collectives
             wait = self.rank.waiting("the other ranks to decode", "vae", group)
             self._wait.enter_context(wait)  # until the next operation
         return func(*args, **(kwargs or {}))

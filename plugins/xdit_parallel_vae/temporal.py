@@ -1,7 +1,8 @@
-"""The decoder of ``AutoencoderKLTemporalDecoder`` (Latte, Stable Video Diffusion) by rows; DistVAE has its pieces and no adapter.
+"""The decoder of ``AutoencoderKLTemporalDecoder`` (Latte, Stable Video Diffusion) by rows; DistVAE has its pieces and
+no adapter.
 
-Behind the middle block, which attends over whole frames, every layer looks at neighbouring rows at most: 2D convolutions, group norms,
-and convolutions over time that look at one row only.
+Behind the middle block, which attends over whole frames, every layer looks at neighbouring rows at most: 2D
+convolutions, group norms, and convolutions over time that look at one row only.
 """
 
 from __future__ import annotations

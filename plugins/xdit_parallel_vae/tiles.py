@@ -1,7 +1,7 @@
 """Tiles over ranks: each rank decodes some of the overlapping tiles into which diffusers cuts a large picture.
 
-The result equals diffusers' own with ``vae.enable_tiling()``, which differs a little from that of the whole picture: norms and
-attention see one tile at a time.
+The result equals diffusers' own with ``vae.enable_tiling()``, which differs a little from that of the whole picture:
+norms and attention see one tile at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Made:
 
 
 class Dealer(nn.Module):
-    """Stands for the decoder. The VAE's own loop runs twice: first each rank decodes its tiles, then the first rank has them all.
+    """Stands for the decoder. The VAE's own loop runs twice: first each rank decodes its tiles, then the first rank has
+    them all.
 
     Args:
         decoder: called once a tile, or several times with a ``conv_cache`` that belongs to the tile.

@@ -1,8 +1,8 @@
 """PipeFusion: displaced patch pipeline parallelism (Fang et al. 2024, arXiv:2405.14430).
 
 The blocks are divided into stages over ranks, the picture into patches over time. After ``warmup`` synchronous steps a
-patch attends to fresh keys and values of the patches before it and to those of the step before of the patches behind it.
-The result depends on patches, warmup and steps only, never on the number of stages.
+patch attends to fresh keys and values of the patches before it and to those of the step before of the patches behind
+it. The result depends on patches, warmup and steps only, never on the number of stages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from xdit_core import Axis, Built, Claim, Declaration, Facts, Fidelity, Problem, Traffic, Wrap, hookimpl
-from xdit_core.tokens import even_bounds
+from xdit_core.parallel.tokens import even_bounds
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -93,7 +93,8 @@ def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
         if sum(settings.layers) != facts.blocks or min(settings.layers, default=0) < 1:
             shown = ",".join(map(str, settings.layers))
             yield Problem(
-                f"pipefusion.layers={shown} must be positive numbers that add up to the {facts.blocks} blocks of {facts.model}",
+                f"pipefusion.layers={shown} must be positive numbers that add up to the {facts.blocks} blocks of "
+                f"{facts.model}",
                 "correct them or leave the setting out for a balanced split",
             )
         if settings.stages is not None and settings.stages != len(settings.layers):

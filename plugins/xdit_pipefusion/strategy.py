@@ -44,7 +44,8 @@ TOKENS, TEXT = 0, 1  # parts of the messages of a patch between neighbours; in t
 
 @dataclass
 class Kept:
-    """Keys and values of one attention call of one block, rows in ascending order of position; ``valid``: patches written."""
+    """Keys and values of one attention call of one block, rows in ascending order of position; ``valid``: patches
+    written."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -89,8 +90,10 @@ class StageWorld(PatchWorld):
             if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
                 raise  # a stage has gone, which is another story
             raise LazyError(
-                "latents whose patches are still under way were read on this rank, and the other stages did not join within "
-                f"{patience.total_seconds():g} s; a callback or print must read them on all ranks, or use xdit_core.Preview."
+                "latents whose patches are still under way were read on this rank, and the other stages did not join "
+                "within "
+                f"{patience.total_seconds():g} s; a callback or print must read them on all ranks, or use "
+                f"xdit_core.Preview."
             ) from error
 
 
@@ -107,7 +110,8 @@ class PipeFusion:
         self.stages, self.stage = rank.degree("stages"), rank.index("stages")
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
         self.ranks = rank.mesh.ranks("stages")
-        # one communicator for the links behind even stages, one behind odd ones: a stage receives and sends at the same time
+        # one communicator for the links behind even stages, one behind odd ones: a stage receives and sends at the same
+        # time
         links = [rank.group("stages"), rank.mesh.second_group("stages")]
         self.source = Channel(rank, links[(self.stage - 1) % 2], "stages")
         self.target = Channel(rank, links[self.stage % 2], "stages")
@@ -164,7 +168,9 @@ class PipeFusion:
             return self.run_patches(inner, call, [None], [0, call.latents.shape[now.row_dim]])
         return self.run_patches(inner, call, range(now.layout.patches), now.cuts)
 
-    def run_patches(self, inner: ForwardRun, call: Call, patches: Sequence[int | None], bounds: Sequence[int]) -> torch.Tensor:
+    def run_patches(
+        self, inner: ForwardRun, call: Call, patches: Sequence[int | None], bounds: Sequence[int]
+    ) -> torch.Tensor:
         """The patches of one step through this stage."""
         cells: list[Any] = []
         try:
@@ -172,7 +178,9 @@ class PipeFusion:
                 self.now.patch = patch
                 if call.elsewhere:
                     if self.first and isinstance(call.latents, PatchTensor):
-                        call.latents.rows(top, bottom)  # so that ranks which exchange these rows reach them at the same time
+                        call.latents.rows(
+                            top, bottom
+                        )  # so that ranks which exchange these rows reach them at the same time
                     out = inner(call)
                     cells.append(out.narrow(self.now.row_dim, top, bottom - top))
                     continue
@@ -181,7 +189,13 @@ class PipeFusion:
         finally:
             self.now.patch, self.now.placeholder = None, False
         return PatchTensor.make(
-            cells, shape=out.shape, dim=self.now.row_dim, bounds=bounds, dtype=out.dtype, device=out.device, world=self.world
+            cells,
+            shape=out.shape,
+            dim=self.now.row_dim,
+            bounds=bounds,
+            dtype=out.dtype,
+            device=out.device,
+            world=self.world,
         )
 
     def plain(self, latents: torch.Tensor) -> torch.Tensor:
@@ -200,7 +214,11 @@ class PipeFusion:
         if self.first:
             if not proven:
                 self._blank.fill_(torch.nan)
-            rows = latents.rows(top, bottom) if isinstance(latents, PatchTensor) else latents.narrow(dim, top, bottom - top)
+            rows = (
+                latents.rows(top, bottom)
+                if isinstance(latents, PatchTensor)
+                else latents.narrow(dim, top, bottom - top)
+            )
             self._blank.narrow(dim, top, bottom - top).copy_(rows)
         return self._blank
 
@@ -225,8 +243,8 @@ class PipeFusion:
     def one_stage(self, inner: TrunkRun, rows: Rows) -> Rows | None:
         """Rows from the stage before, through the blocks of this one, to the stage behind.
 
-        Sends ``B x n x width`` elements a patch to the next stage, and the text rows with patch 0; as many to another stage for each
-        block there that takes the tokens behind a block here.
+        Sends ``B x n x width`` elements a patch to the next stage, and the text rows with patch 0; as many to another
+        stage for each block there that takes the tokens behind a block here.
         """
         mine, segment = self.rank.blocks, self.now.segment
         if not self.first and mine.start >= segment.start:
@@ -255,7 +273,8 @@ class PipeFusion:
         return None
 
     def long_skips(self) -> tuple[list[Link], list[Link], list[Channel]]:
-        """What this stage wants of, and gives to, stages that are not its neighbours: block that gave the tokens, channel, rank."""
+        """What this stage wants of, and gives to, stages that are not its neighbours: block that gave the tokens,
+        channel, rank."""
         spec, split, mine = self.rank.spec, self.rank.plan.split, self.rank.blocks
         if spec.long_skips is None:
             return [], [], []
@@ -280,7 +299,8 @@ class PipeFusion:
     # attention
 
     def cached(self, inner: AttentionRun, call: Attend) -> Any:
-        """Attend to the rows of all patches: fresh ones of this step, those of the step before where there are none yet.
+        """Attend to the rows of all patches: fresh ones of this step, those of the step before where there are none
+        yet.
 
         Args:
             call: q, k, v with the rows of the patch in hand; text rows come with patch 0.

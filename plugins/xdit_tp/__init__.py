@@ -1,7 +1,8 @@
 """Tensor parallelism: the matrices of every block divided over ranks (Shoeybi et al. 2019, arXiv:1909.08053).
 
-Queries, keys, values and the first matrix of a feed-forward are divided by columns, the matrices behind them by rows; one sum over the
-ranks follows each pair. Which is which is data of the model adapter, or of the diffusers class where it has a plan of its own.
+Queries, keys, values and the first matrix of a feed-forward are divided by columns, the matrices behind them by rows;
+one sum over the ranks follows each pair. Which is which is data of the model adapter, or of the diffusers class where
+it has a plan of its own.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from xdit_core import Absent, ModelError, Rank
 
 
 def styles() -> dict[str, Callable[[], ParallelStyle]]:
-    """The words of a plan: ``colwise`` leaves the columns where they are, ``gathered`` brings them together, ``rowwise`` sums.
+    """The words of a plan: ``colwise`` leaves the columns where they are, ``gathered`` brings them together,
+    ``rowwise`` sums.
 
     ``normed`` is for an RMS norm over columns that are divided.
     """
@@ -79,7 +80,8 @@ class Divide:
         unmatched = sorted(pattern for pattern in plan if not any(fnmatch(name, pattern) for name in names))
         if unmatched:
             raise ModelError(
-                f"the matrices of {self.rank.spec.name} name {', '.join(unmatched)}, which {type(denoiser).__name__} does not have; "
+                f"the matrices of {self.rank.spec.name} name {', '.join(unmatched)}, which {type(denoiser).__name__} "
+                f"does not have; "
                 "a part of the model would stay undivided, so correct the adapter."
             )
         known, fewer = styles(), set()
@@ -107,7 +109,8 @@ class Divide:
 
     @staticmethod
     def forget() -> None:
-        """Torch keeps how operations on a mesh divide, and takes an old mesh for a new one over the same ranks, whose groups have gone."""
+        """Torch keeps how operations on a mesh divide, and takes an old mesh for a new one over the same ranks, whose
+        groups have gone."""
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
@@ -120,7 +123,8 @@ class Divide:
         if style not in styles() or size is None or size % self.degree:
             raise ModelError(
                 f"{name} of {self.rank.spec.name} cannot be divided {style} by tp.degree={self.degree} "
-                f"({'it is no Linear' if size is None else f'{size} features'}); use another degree or correct the adapter."
+                f"({'it is no Linear' if size is None else f'{size} features'}); use another degree or correct the "
+                f"adapter."
             )
 
     def pass_nothing(self, module: nn.Module, style: str) -> None:

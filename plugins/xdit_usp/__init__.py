@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 class Settings:
     """Settings of ``usp``."""
 
-    ulysses: int | None = field(default=None, metadata={"help": "ranks that exchange heads for rows; divides the heads"})
+    ulysses: int | None = field(
+        default=None, metadata={"help": "ranks that exchange heads for rows; divides the heads"}
+    )
     ring: int | None = field(default=None, metadata={"help": "ranks that pass keys and values around"})
 
 

@@ -1,7 +1,7 @@
 """The communication of USP, on yunchang's pieces where the shares are even.
 
-Shapes: ``B`` batch, ``H`` heads, ``S`` rows, ``D`` head dim; ``u`` marks this rank's share of rows or heads. The order of
-keys does not matter to attention, so text rows need no special treatment: they are divided like all others.
+Shapes: ``B`` batch, ``H`` heads, ``S`` rows, ``D`` head dim; ``u`` marks this rank's share of rows or heads. The order
+of keys does not matter to attention, so text rows need no special treatment: they are divided like all others.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xdit_core import Engine, Plan, Registry
-from xdit_core.registry import STRATEGIES
+from xdit_core.registry.registry import STRATEGIES
 from xdit_core.testing.runs import diffusers_latents, plan_for
 
 # What a strategy is given in a combination; two ranks for each axis, so a pair has up to 4 ranks and a triple up to 8.
@@ -81,5 +81,7 @@ def decoded(folder: str, latents: torch.Tensor) -> list[Any]:
 
     vae = diffusers.AutoencoderKL.from_pretrained(Path(folder) / "vae")
     with torch.no_grad():
-        picture = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0), return_dict=False)[0]
+        picture = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0), return_dict=False)[
+            0
+        ]
     return VaeImageProcessor(vae_scale_factor=2).postprocess(picture)

@@ -1,4 +1,5 @@
-"""Every pair and triple of strategies: equal to serial, equal to the displaced reference, or refused with a sentence."""
+"""Every pair and triple of strategies: equal to serial, equal to the displaced reference, or refused with a
+sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from xdit_core.testing.runs import plan_for
 NAMES = strategies()
 SETS = [names for size in (1, 2, 3) for names in combinations(NAMES, size)]
 
-# Why a combination is refused on a CPU: if it holds all of the first and nothing besides the second (None: whatever else).
+# Why a combination is refused on a CPU: if it holds all of the first and nothing besides the second (None: whatever
+# else).
 REFUSED = [
     ({"distrifusion", "pipefusion"}, None, "distrifusion and pipefusion both need the slot 'patches'"),
     ({"offload"}, None, "offload needs a GPU"),
@@ -25,7 +27,11 @@ REFUSED = [
 def refusals(names):
     """The sentences that a plan of these strategies must be refused with."""
     chosen = set(names)
-    return [text for all_of, besides, text in REFUSED if all_of <= chosen and (besides is None or chosen - all_of <= besides)]
+    return [
+        text
+        for all_of, besides, text in REFUSED
+        if all_of <= chosen and (besides is None or chosen - all_of <= besides)
+    ]
 
 
 def test_every_strategy_has_settings_here():

@@ -92,7 +92,13 @@ def check(request: tuple[str, str, list[str], dict[str, Any]]) -> bool:
     return True
 
 
-@settings(max_examples=BUDGET, deadline=None, derandomize=BUDGET <= 100, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=BUDGET,
+    deadline=None,
+    derandomize=BUDGET <= 100,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(requests())
 def test_equal_or_refused(request: tuple[str, str, list[str], dict[str, Any]]) -> None:
     check(request)
@@ -108,7 +114,9 @@ def main() -> None:
     many, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     ran = []
     body = given(requests())(lambda request: ran.append(check(request)))
-    seed(first)(settings(max_examples=many, deadline=None, database=None, suppress_health_check=list(HealthCheck))(body))()
+    seed(first)(
+        settings(max_examples=many, deadline=None, database=None, suppress_health_check=list(HealthCheck))(body)
+    )()
     pool().close()
     print(f"{len(ran)} examples, {sum(ran)} ran and were equal, the others were refused")
 

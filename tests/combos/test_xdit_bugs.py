@@ -18,7 +18,8 @@ LATE = {"pipefusion.stages": 2, "pipefusion.patches": 4, "pipefusion.warmup": 1}
 
 
 def test_keys_of_the_warmup_lie_where_the_displaced_steps_look(gloo, folders):
-    """Its cache is rank-major in warm-up and patch-major after it, so the first displaced step attends to wrong keys."""
+    """Its cache is rank-major in warm-up and patch-major after it, so the first displaced step attends to wrong
+    keys."""
     values = settings(["pipefusion", "usp"], "sd3", **LATE, steps=2, **{"usp.ulysses": 2})
     plan = plan_for(["pipefusion", "usp"], folders["sd3"], values)
     want = oracle(plan, folders["sd3"], "sd3")
@@ -30,7 +31,8 @@ def test_keys_of_the_warmup_lie_where_the_displaced_steps_look(gloo, folders):
     ("rows", "columns", "patches", "shards"), [(16, 16, 3, 2), (7, 5, 3, 4), (9, 1, 4, 2), (128, 128, 3, 2)]
 )
 def test_shards_of_uneven_patches_agree_on_every_rank(rows, columns, patches, shards):
-    """It loops ranks outside and patches inside, and reads the table the other way round: ranks disagree on who has how many rows."""
+    """It loops ranks outside and patches inside, and reads the table the other way round: ranks disagree on who has how
+    many rows."""
     layout = TokenLayout(rows, columns, 5, patches, shards)
     for m in range(patches):
         parts = [layout.picture(m, s) for s in range(shards)]
@@ -43,7 +45,9 @@ def test_shards_of_uneven_patches_agree_on_every_rank(rows, columns, patches, sh
 
 def test_uneven_patches_under_sequence_parallelism(gloo, folders):
     """As above, run: three patches of different sizes, each over two ranks."""
-    values = settings(["pipefusion", "usp"], "sd3", **{**LATE, "pipefusion.patches": 3, "usp.ulysses": 1, "usp.ring": 2})
+    values = settings(
+        ["pipefusion", "usp"], "sd3", **{**LATE, "pipefusion.patches": 3, "usp.ulysses": 1, "usp.ring": 2}
+    )
     values |= {"height": 28, "width": 20}
     plan = plan_for(["pipefusion", "usp"], folders["sd3"], values)
     for latents, _ in gloo.run(drawn, ["pipefusion", "usp"], folders["sd3"], values, world=4):
@@ -54,7 +58,9 @@ def test_uneven_patches_under_sequence_parallelism(gloo, folders):
 def test_groups_of_matrices_and_of_rows_are_perpendicular(folders, rank):
     """Its TP x SP groups overlap: ranks that hold different rows are summed as if they held parts of one matrix."""
     plan = plan_for(
-        ["tp", "usp", "pipefusion"], folders["sd3"], {"tp.degree": 2, "usp.ulysses": 2, "usp.ring": 1, "pipefusion.stages": 2}
+        ["tp", "usp", "pipefusion"],
+        folders["sd3"],
+        {"tp.degree": 2, "usp.ulysses": 2, "usp.ring": 1, "pipefusion.stages": 2},
     )
     from xdit_core import Mesh
 
@@ -79,7 +85,8 @@ def blocks_run(folder, layers):
 
 @pytest.mark.parametrize("layers", ["1,3", "3,1", "1,2,1", "2,1,1"])
 def test_with_given_layers_every_block_runs_once_and_in_order(gloo, folders, layers):
-    """Its explicit split for HunyuanDiT is off by one stage: a rank takes its neighbour's blocks and the last blocks never run."""
+    """Its explicit split for HunyuanDiT is off by one stage: a rank takes its neighbour's blocks and the last blocks
+    never run."""
     sizes = [int(n) for n in layers.split(",")]
     results = gloo.run(blocks_run, folders["sd3"], layers, world=len(sizes))
     assert [len(seen) for seen in results] == sizes
@@ -118,7 +125,8 @@ def test_no_group_is_made_by_a_request(gloo, folders, plugins, world):
 
 
 def many(folder, plugins, values, requests):
-    """Memory of this rank in use after each of many requests of different sizes, and whether the first picture came out the same."""
+    """Memory of this rank in use after each of many requests of different sizes, and whether the first picture came out
+    the same."""
     import resource
 
     torch.set_num_threads(1)
@@ -133,7 +141,9 @@ def many(folder, plugins, values, requests):
             gc.collect()
             tensors.append(
                 sum(
-                    o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) is torch.Tensor and o.device.type == "cpu"
+                    o.untyped_storage().nbytes()
+                    for o in gc.get_objects()
+                    if type(o) is torch.Tensor and o.device.type == "cpu"
                 )
             )
     engine.close()
@@ -145,7 +155,8 @@ def many(folder, plugins, values, requests):
 def test_memory_does_not_grow_over_50_requests(gloo, folders, plugins):
     values = {**settings(plugins, "sd3"), "images": 2}
     for tensors, _ in gloo.run(many, folders["sd3"], plugins, values, 50, world=4, timeout=300):
-        # what is about to go may still be held when it is counted: a few KiB; one KiB a request that stays would be 45 KiB
+        # what is about to go may still be held when it is counted: a few KiB; one KiB a request that stays would be 45
+        # KiB
         assert sorted(tensors[-5:])[2] <= sorted(tensors[1:6])[2] + 32768, tensors
 
 
@@ -157,7 +168,10 @@ def several(folder):
     found = []
     for side in (16, 24, 16):
         found.append(
-            (a.generate("a red fox", height=side, width=32).latents, b.generate("a red fox", height=side, width=32).latents)
+            (
+                a.generate("a red fox", height=side, width=32).latents,
+                b.generate("a red fox", height=side, width=32).latents,
+            )
         )
     a.close()
     again = b.generate("a red fox", height=16, width=32).latents
@@ -168,6 +182,8 @@ def several(folder):
 def test_several_engines_on_the_same_ranks(gloo, folders):
     for found, again in gloo.run(several, folders["sd3"], world=2):
         assert (
-            torch.equal(found[0][0], found[2][0]) and torch.equal(found[0][1], found[2][1]) and torch.equal(again, found[0][1])
+            torch.equal(found[0][0], found[2][0])
+            and torch.equal(found[0][1], found[2][1])
+            and torch.equal(again, found[0][1])
         )
         assert not torch.allclose(found[0][0], found[0][1], atol=1e-3)

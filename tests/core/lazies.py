@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xdit_core.lazy import PatchTensor, PatchWorld
+from xdit_core.parallel.patch_tensor import PatchTensor, PatchWorld
 
 aten = torch.ops.aten
 B, C, H, W = 2, 4, 10, 5

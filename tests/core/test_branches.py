@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from xdit_core import UnsupportedCall
-from xdit_core.branches import Branches, watched
+from xdit_core.points.branches import Branches, watched
 
 
 def texts(*seeds):
@@ -70,7 +70,9 @@ def test_age_counts_steps_and_not_evaluations():
 
 def test_a_condition_that_is_new_at_every_step_is_refused():
     branches = Branches()
-    with pytest.raises(UnsupportedCall, match=r"more than 16 conditions in one request.*pass the same condition at every step"):
+    with pytest.raises(
+        UnsupportedCall, match=r"more than 16 conditions in one request.*pass the same condition at every step"
+    ):
         for step in range(20):
             numbers(branches, texts(step), step)
 

@@ -1,4 +1,5 @@
-"""Checkpoint folders that are damaged, odd or dangerous: a sentence that names the file, never numbers from nowhere or a traceback."""
+"""Checkpoint folders that are damaged, odd or dangerous: a sentence that names the file, never numbers from nowhere or
+a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xdit_core import ModelError, PluginError
-from xdit_core.engine import Engine
+from xdit_core.engine.engine import Engine
 from xdit_core.testing.runs import generate, plan_for
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -125,7 +126,9 @@ def test_a_tensor_of_the_wrong_shape(folder, component):
     (file,) = (folder / component).glob("*.safetensors")
     tensors = load_file(file)
     name = sorted(
-        n for n, t in tensors.items() if (n.endswith("weight") and t.dim() == 2) or (component == "vae" and t.dim() == 4)
+        n
+        for n, t in tensors.items()
+        if (n.endswith("weight") and t.dim() == 2) or (component == "vae" and t.dim() == 4)
     )[0]
     shape = list(tensors[name].shape)
     tensors[name] = torch.zeros(shape[0] + 1, *shape[1:])
@@ -138,12 +141,15 @@ def test_a_tensor_of_the_wrong_shape(folder, component):
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 @pytest.mark.parametrize(
-    ("config", "method"), [({"quant_method": "bitsandbytes"}, "bitsandbytes"), ({"bits": 4}, "unnamed"), ("gptq", "unnamed")]
+    ("config", "method"),
+    [({"quant_method": "bitsandbytes"}, "bitsandbytes"), ({"bits": 4}, "unnamed"), ("gptq", "unnamed")],
 )
 def test_quantized_weights(folder, component, config, method):
     """They were read as if they were plain numbers."""
     change(folder / component / "config.json", quantization_config=config)
-    with pytest.raises(ModelError, match=rf"{component} are quantized \(.*{method}.*\).*pipe.{component}.dequantize\(\)"):
+    with pytest.raises(
+        ModelError, match=rf"{component} are quantized \(.*{method}.*\).*pipe.{component}.dequantize\(\)"
+    ):
         plan(folder)
 
 

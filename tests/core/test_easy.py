@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xdit_core import Engine, UsageError
-from xdit_core.easy import bar_for, plan_from
+from xdit_core.engine.pretrained import bar_for, plan_from
 from xdit_core.testing.runs import generate
 
 ASKED = {"steps": 2, "height": 16, "width": 16, "output_type": "latent", "device": "cpu", "max_sequence_length": 5}

@@ -7,7 +7,17 @@ import json
 import pytest
 import torch
 
-from xdit_core import Engine, GuardError, ModelError, PlanRefused, PluginError, Registry, UnsupportedCall, UsageError, XditError
+from xdit_core import (
+    Engine,
+    GuardError,
+    ModelError,
+    PlanRefused,
+    PluginError,
+    Registry,
+    UnsupportedCall,
+    UsageError,
+    XditError,
+)
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 ONE = {"pipefusion.stages": 1, "pipefusion.patches": 3}
@@ -17,13 +27,17 @@ def test_without_a_plugin_it_is_diffusers(tiny_sd3_folder):
     for changes in ({}, {"guidance": 1.0}, {"images": 2}):
         latents, sent = generate([], str(tiny_sd3_folder), changes)
         names = {"guidance": "guidance_scale", "images": "num_images_per_prompt"}
-        assert torch.equal(latents, diffusers_latents(str(tiny_sd3_folder), **{names[k]: v for k, v in changes.items()}))
+        assert torch.equal(
+            latents, diffusers_latents(str(tiny_sd3_folder), **{names[k]: v for k, v in changes.items()})
+        )
         assert not sent
 
 
 def test_the_hot_path_calls_no_hook(tiny_sd3_folder):
     registry = Registry()
-    engine = Engine(plan_for(["usp", "pipefusion"], str(tiny_sd3_folder), {**ONE, "usp.ulysses": 1, "usp.ring": 1}), registry)
+    engine = Engine(
+        plan_for(["usp", "pipefusion"], str(tiny_sd3_folder), {**ONE, "usp.ulysses": 1, "usp.ring": 1}), registry
+    )
 
     def alarm(name, methods, kwargs):
         raise RuntimeError(f"hook {name} was called")
@@ -95,7 +109,9 @@ def test_skip_layer_guidance_is_honoured(tiny_sd3_folder, plugins):
 def test_skip_layer_guidance_over_stages(gloo, tiny_sd3_folder):
     call = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
     late = {"pipefusion.patches": 3, "pipefusion.warmup": 1}
-    reference = generate(["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 1}, "a red fox", {"call": call})
+    reference = generate(
+        ["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 1}, "a red fox", {"call": call}
+    )
     arguments = ["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 2}, "a red fox", {"call": call}
     results = gloo.run(generate, *arguments, world=2)
     torch.testing.assert_close(results[1][0], reference[0], atol=1e-5, rtol=1e-5)
@@ -116,7 +132,9 @@ def test_the_guard_sees_an_attention_that_went_elsewhere(tiny_sd3_folder):
             return hidden_states, encoder_hidden_states
 
     list(engine.trunks[0].blocks.values())[2].attn.set_processor(Own())
-    with pytest.raises(GuardError, match="block 2 made 0 attention calls through the engine where the adapter declares 1"):
+    with pytest.raises(
+        GuardError, match="block 2 made 0 attention calls through the engine where the adapter declares 1"
+    ):
         engine.generate("a red fox")
 
 
@@ -126,7 +144,8 @@ def test_unknown_arguments_of_generate(tiny_sd3_folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind"), [({"height": 30}, PlanRefused), ({"steps": 0}, PlanRefused), ({"dtype": "float16"}, UsageError)]
+    ("changes", "kind"),
+    [({"height": 30}, PlanRefused), ({"steps": 0}, PlanRefused), ({"dtype": "float16"}, UsageError)],
 )
 def test_requests_are_checked_like_plans(tiny_sd3_folder, changes, kind):
     with pytest.raises(kind):
@@ -174,7 +193,8 @@ def test_variants_beside_the_weights_are_left_alone(tmp_path):
     before, _ = generate([], str(folder))
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(
-        {k: torch.zeros_like(v) for k, v in load_file(file).items()}, file.with_name("diffusion_pytorch_model.fp16.safetensors")
+        {k: torch.zeros_like(v) for k, v in load_file(file).items()},
+        file.with_name("diffusion_pytorch_model.fp16.safetensors"),
     )
     shutil.copy(file, file.with_name("zzz.safetensors"))
     assert torch.equal(generate([], str(folder))[0], before)

@@ -15,7 +15,9 @@ from xdit_core.testing.runs import plan_for
 
 def test_mappings_in_records_cannot_be_changed(tiny_sd3_folder):
     plan = plan_for(
-        ["pipefusion"], str(tiny_sd3_folder), {"pipefusion.stages": 1, "call.joint_attention_kwargs": {"deep": {"er": 1}}}
+        ["pipefusion"],
+        str(tiny_sd3_folder),
+        {"pipefusion.stages": 1, "call.joint_attention_kwargs": {"deep": {"er": 1}}},
     )
     spec = ModelSpec("m", ("P",), (Blocks("b", "n"),), defaults={"steps": 1}, stream=Stream(aligned={"rope": 1}))
     for mapping in (
@@ -54,11 +56,15 @@ def test_what_was_given_may_change_and_the_record_does_not():
 
 def test_frozen_plans_can_be_written_copied_and_sent(tiny_sd3_folder):
     plan = plan_for(
-        ["pipefusion"], str(tiny_sd3_folder), {"pipefusion.stages": 1, "call.joint_attention_kwargs": {"deep": {"er": 1}}}
+        ["pipefusion"],
+        str(tiny_sd3_folder),
+        {"pipefusion.stages": 1, "call.joint_attention_kwargs": {"deep": {"er": 1}}},
     )
     assert Plan.from_json(plan.to_json()) == plan
     assert pickle.loads(pickle.dumps(plan)) == copy.deepcopy(plan) == copy.copy(plan) == plan
-    assert json.loads(json.dumps(dataclasses.asdict(plan)))["values"]["call.joint_attention_kwargs"] == {"deep": {"er": 1}}
+    assert json.loads(json.dumps(dataclasses.asdict(plan)))["values"]["call.joint_attention_kwargs"] == {
+        "deep": {"er": 1}
+    }
     with pytest.raises(TypeError, match="cannot be changed"):
         pickle.loads(pickle.dumps(plan)).values["call.joint_attention_kwargs"]["deep"]["er"] = 2
 

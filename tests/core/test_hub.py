@@ -9,9 +9,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from xdit_core import ModelError, Registry, hub
-from xdit_core.plan import make_plan
-from xdit_core.settings import ModelSettings
+from xdit_core import ModelError, Registry
+from xdit_core.checkpoints import hub
+from xdit_core.planning.planner import make_plan
+from xdit_core.planning.settings import ModelSettings
 
 VALUES = {"model": "sd3", "model.path": "someone/tiny", "steps": 2, "device": "cpu"}
 
@@ -58,7 +59,9 @@ def test_a_folder_without_weights_is_refused_even_if_only_looked_at(tiny_sd3_fol
         make_plan([], {**VALUES, "model.path": str(folder)}, weights=False)
 
 
-@pytest.mark.parametrize(("path", "remote"), [("someone/tiny", True), (None, True), ("./tiny", False), ("a/b/c", False)])
+@pytest.mark.parametrize(
+    ("path", "remote"), [("someone/tiny", True), (None, True), ("./tiny", False), ("a/b/c", False)]
+)
 def test_what_is_on_the_hub(path, remote):
     spec, _ = Registry().model("sd3")
     assert hub.on_hub(spec, ModelSettings(path=path)) is remote

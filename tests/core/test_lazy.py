@@ -10,7 +10,7 @@ import pytest
 import torch
 from lazies import CUTS, MODES, B, C, H, W, base, chan, col, half, lazy, mask, row, same, sigma, y
 
-from xdit_core.lazy import LazyError, LocalWorld, PatchTensor, PatchWorld
+from xdit_core.parallel.patch_tensor import LazyError, LocalWorld, PatchTensor, PatchWorld
 
 aten = torch.ops.aten
 
@@ -97,7 +97,8 @@ def test_operation_without_values(name: str) -> None:
     x, z = base(), base(seed=9)
     nothing = [None] * 4
     args = [
-        PatchTensor.make(nothing, shape=t.shape, dim=2, bounds=CUTS, dtype=t.dtype, device="cpu", world=world) for t in (x, z)
+        PatchTensor.make(nothing, shape=t.shape, dim=2, bounds=CUTS, dtype=t.dtype, device="cpu", world=world)
+        for t in (x, z)
     ]
 
     def check(a: Any, b: Any) -> None:

@@ -14,7 +14,15 @@ import pytest
 import torch
 from lazies import CUTS, MODES, B, C, H, W, base, lazy, same, y
 
-from xdit_core.lazy import Cell, LazyError, LocalWorld, PatchTensor, PatchWorld, materialized, patchwise
+from xdit_core.parallel.patch_tensor import (
+    Cell,
+    LazyError,
+    LocalWorld,
+    PatchTensor,
+    PatchWorld,
+    materialized,
+    patchwise,
+)
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from xdit_core.lazy import LocalWorld, PatchTensor
+from xdit_core.parallel.patch_tensor import LocalWorld, PatchTensor
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xdit_core import Axis, Mesh, Traffic
-from xdit_core.degrees import ordered
+from xdit_core.planning.degrees import ordered
 from xdit_core.testing.world import fake_world
 
 AXES = ordered(

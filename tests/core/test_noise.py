@@ -9,13 +9,14 @@ import torch
 from diffusers import PixArtSigmaPipeline, StableDiffusion3Pipeline
 
 from xdit_core import UnsupportedCall
-from xdit_core.noise import PictureStreams
+from xdit_core.engine.noise import PictureStreams
 from xdit_core.testing.models import save_tiny_pixart, save_tiny_sd3
 from xdit_core.testing.runs import generate
 
 OWN = {"use_resolution_binning": False, "clean_caption": False}
 PIXART = {"model": "pixart_sigma", "guidance": 4.5, **{f"call.{k}": v for k, v in OWN.items()}}
-# those that draw at every step: what a scheduler is given by its pipeline (PixArt) or takes from the default generator (SD3)
+# those that draw at every step: what a scheduler is given by its pipeline (PixArt) or takes from the default generator
+# (SD3)
 SD3_SCHEDULERS = ["FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler:stochastic_sampling"]
 PIXART_SCHEDULERS = [
     "DDPMScheduler",
@@ -62,7 +63,12 @@ def alone(model, folder, scheduler, seed):
         generator = torch.Generator().manual_seed(seed)
         guidance = 7.0 if model == "sd3" else 4.5
         return pipe(
-            "a red fox", num_inference_steps=3, guidance_scale=guidance, generator=generator, output_type="latent", **more
+            "a red fox",
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="latent",
+            **more,
         )[0]
 
 
@@ -93,7 +99,10 @@ def test_pictures_do_not_depend_on_their_batch(gloo, folder_of, name):
 def test_lazy_patches_draw_the_same_noise(gloo, folder_of):
     folder = folder_of("sd3", "stochastic_sampling")
     late = {"pipefusion.patches": 3, "images": 2, "seed": 4}
-    one = [generate(["pipefusion"], folder, {**late, "pipefusion.stages": 1, "images": 1, "seed": seed})[0] for seed in (4, 5)]
+    one = [
+        generate(["pipefusion"], folder, {**late, "pipefusion.stages": 1, "images": 1, "seed": seed})[0]
+        for seed in (4, 5)
+    ]
     for latents, _ in gloo.run(generate, ["pipefusion"], folder, {**late, "pipefusion.stages": 2}, world=2):
         close(latents, torch.cat(one))
 
@@ -102,7 +111,12 @@ def test_streams_of_single_draws():
     """Shapes as one argument or several, `like` another tensor, and what is not of the pictures."""
     streams = PictureStreams([3, 8], torch.device("cpu"))
     with streams:
-        drawn = [torch.randn(2, 3), torch.rand((2, 1)), torch.randn_like(torch.zeros(2, 4)), torch.rand_like(torch.zeros(2, 2))]
+        drawn = [
+            torch.randn(2, 3),
+            torch.rand((2, 1)),
+            torch.randn_like(torch.zeros(2, 4)),
+            torch.rand_like(torch.zeros(2, 2)),
+        ]
     for i, seed in enumerate((3, 8)):
         generator = torch.Generator().manual_seed(seed)
         alone = [torch.randn(1, 3, generator=generator), torch.rand(1, 1, generator=generator)]
@@ -112,7 +126,9 @@ def test_streams_of_single_draws():
         torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("draw", [lambda: torch.randn(3, 3), lambda: torch.empty(2, 2).normal_(), lambda: torch.randperm(4)])
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.randn(3, 3), lambda: torch.empty(2, 2).normal_(), lambda: torch.randperm(4)]
+)
 def test_draws_that_belong_to_no_picture_are_refused(draw):
     with (
         pytest.raises(UnsupportedCall, match=r"draws random numbers for 2 pictures at once.*images=1"),

@@ -24,8 +24,8 @@ from xdit_core import (
     hookimpl,
     make_plan,
 )
-from xdit_core.degrees import complete
-from xdit_core.plan import same_plan
+from xdit_core.planning.degrees import complete
+from xdit_core.planning.planner import same_plan
 from xdit_core.testing.runs import plan_for
 
 
@@ -94,7 +94,8 @@ def test_axes_are_ordered_by_traffic(tiny_sd3_folder):
     [
         (
             {"nproc": 7, "usp__ulysses": 2},
-            "nproc=7 does not fit the degrees (given usp.ulysses=2); use one of 2, 4, 6, 8, 10, 12, or leave nproc out.",
+            "nproc=7 does not fit the degrees (given usp.ulysses=2); use one of 2, 4, 6, 8, 10, 12, or leave nproc "
+            "out.",
         ),
         ({"usp__ulysses": 3}, "sd3 has 4 heads, which does not fit usp.ulysses=3; use one of 1, 2, 4."),
         ({"usp__ulysses": 0}, "usp.ulysses=0 is below 1; give 1 or more."),
@@ -139,7 +140,9 @@ def test_usage_errors(tiny_sd3_folder, plugins, settings, sentence):
 
 def test_two_claims_on_a_slot_name_both(tiny_sd3_folder):
     rival = plugin(Declaration(claims=(Claim("tokens", "it wants them all"),)))
-    with pytest.raises(PlanRefused, match=r"rival and usp both need the slot 'tokens' .*it wants them all.*; drop one of"):
+    with pytest.raises(
+        PlanRefused, match=r"rival and usp both need the slot 'tokens' .*it wants them all.*; drop one of"
+    ):
         plan(tiny_sd3_folder, ["usp", "rival"], extra={"rival": rival})
 
 
@@ -237,7 +240,7 @@ class Odd:
 
 
 def test_values_are_taken_verbatim():
-    from xdit_core.settings import build, parse_words
+    from xdit_core.planning.settings import build, parse_words
 
     values = parse_words(["o.word=0123", "o.flag=yes", "o.many=1,2", "o.part=none", "o.whole=7"])
     assert build(Odd, "o.", values) == Odd(7, None, True, (1, 2), "0123")
@@ -256,6 +259,7 @@ def test_auto_takes_the_adapter_that_fits(tiny_sd3_folder, tiny_pixart_folder, t
         make_plan([], {"model": "auto"})
     (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     with pytest.raises(
-        UsageError, match=r"model=auto: no installed adapter fits a KolorsPipeline; name one with model=, of cogvideox, "
+        UsageError,
+        match=r"model=auto: no installed adapter fits a KolorsPipeline; name one with model=, of cogvideox, ",
     ):
         make_plan([], {"model": "auto", "model.path": str(tmp_path)})

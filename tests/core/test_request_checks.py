@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xdit_core import Engine, PlanRefused, UsageError, XditError, make_plan
-from xdit_core.settings import RunSettings, build
+from xdit_core.planning.settings import RunSettings, build
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 DIT = {"model": "dit", "steps": 2}
@@ -100,7 +100,9 @@ def test_embeddings_in_place_of_a_prompt(gloo, tiny_sd3_folder, plugins):
     with torch.no_grad():
         texts = pipe.encode_prompt("a red fox", None, None, device="cpu", max_sequence_length=5)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    values = {"dp": {"dp.degree": 2}, "pipefusion": {"pipefusion.stages": 2, "pipefusion.patches": 1}}.get(plugins[0], {})
+    values = {"dp": {"dp.degree": 2}, "pipefusion": {"pipefusion.stages": 2, "pipefusion.patches": 1}}.get(
+        plugins[0], {}
+    )
     values |= {"usp.ulysses": 2, "usp.ring": 1} if plugins == ["usp"] else {}
     changes = {"images": 2, "call": dict(zip(names, texts, strict=True))}
     want = diffusers_latents(str(tiny_sd3_folder), num_images_per_prompt=2)
@@ -114,7 +116,9 @@ def test_numbers_that_are_none(tiny_sd3_folder):
     weight = engine.pipe.transformer.proj_out.weight.data
     weight[0, 0] += torch.inf
     for output_type in ("latent", "image"):
-        with pytest.raises(XditError, match=r"the latents came out as not a number or infinite in float32.*another scheduler"):
+        with pytest.raises(
+            XditError, match=r"the latents came out as not a number or infinite in float32.*another scheduler"
+        ):
             engine.generate("a red fox", output_type=output_type)
     assert first.isfinite().all()
 
@@ -187,7 +191,9 @@ def test_a_seed_for_each_picture(tiny_sd3_folder):
     assert plan.run.images == 2
     both = Engine(plan).generate("a red fox").latents
     for i, seed in enumerate((3, 9)):
-        torch.testing.assert_close(both[i : i + 1], generate([], folder, {"seed": seed, "steps": 2})[0], rtol=0, atol=5e-5)
+        torch.testing.assert_close(
+            both[i : i + 1], generate([], folder, {"seed": seed, "steps": 2})[0], rtol=0, atol=5e-5
+        )
     with pytest.raises(PlanRefused, match="seed= names 2 seeds for images=3"):
         plan_for([], folder, {"seed": "3,9", "images": 3})
 
@@ -224,10 +230,17 @@ def test_words_of_a_command_line_become_what_the_pipeline_takes(tmp_path):
     from xdit_core.testing.models import save_tiny_pixart
 
     folder = save_tiny_pixart(tmp_path / "pixart")
-    words = {"call.clean_caption": "no", "call.use_resolution_binning": "off", "call.eta": "1", "call.timesteps": "[900, 500]"}
+    words = {
+        "call.clean_caption": "no",
+        "call.use_resolution_binning": "off",
+        "call.eta": "1",
+        "call.timesteps": "[900, 500]",
+    }
     plan = make_plan([], {"model": "pixart_sigma", "model.path": str(folder), "device": "cpu", **words})
     assert plan.call == {"clean_caption": False, "use_resolution_binning": False, "eta": 1, "timesteps": [900, 500]}
-    assert plan_for([], str(folder), {"model": "pixart_sigma", "call.clean_caption": True}).call == {"clean_caption": True}
+    assert plan_for([], str(folder), {"model": "pixart_sigma", "call.clean_caption": True}).call == {
+        "clean_caption": True
+    }
 
 
 def test_ranks_without_a_picture_are_noted(tiny_sd3_folder):

@@ -9,8 +9,8 @@ import diffusers
 import pytest
 
 from xdit_core import PlanRefused
-from xdit_core.engine import Engine
-from xdit_core.schedulers import FLOW, check_scheduler, known_schedulers
+from xdit_core.checkpoints.schedulers import FLOW, check_scheduler, known_schedulers
+from xdit_core.engine.engine import Engine
 from xdit_core.testing.models import save_tiny_pixart
 from xdit_core.testing.runs import plan_for
 
@@ -41,7 +41,10 @@ def test_the_text_of_diffusers_is_read_rightly():
 
 def test_flow_matching_and_noise_do_not_mix(tiny_sd3_folder, tmp_path):
     """A velocity that is taken for noise gives a wrong picture without a word."""
-    flow = r"does not fit this model, which predicts flow_prediction \(flow matching\); use one of FlowMatchEulerDiscreteScheduler, "
+    flow = (
+        r"does not fit this model, which predicts flow_prediction \(flow matching\); use one of "
+        r"FlowMatchEulerDiscreteScheduler, "
+    )
     for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         with pytest.raises(PlanRefused, match=f"scheduler={name} {flow}"):
             plan_for([], str(tiny_sd3_folder), {"scheduler": name})
@@ -53,7 +56,8 @@ def test_flow_matching_and_noise_do_not_mix(tiny_sd3_folder, tmp_path):
 
 
 def test_the_configuration_decides():
-    """Solvers that know flow matching take it where the model's configuration says so, and v_prediction is passed on."""
+    """Solvers that know flow matching take it where the model's configuration says so, and v_prediction is passed
+    on."""
     wan = {"_class_name": "UniPCMultistepScheduler", "prediction_type": FLOW, "use_flow_sigmas": True}
     for name in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         assert not check_scheduler(name, wan)
@@ -81,5 +85,6 @@ def test_that_of_a_given_pipeline(tiny_sd3_folder):
 
 
 def test_without_torch():
-    code = "import sys; from xdit_core.schedulers import check_scheduler as c; assert c('A', {}); assert not {'torch', 'diffusers'} & set(sys.modules)"
+    code = "import sys; from xdit_core.checkpoints.schedulers import check_scheduler as check; assert check('A', {}); "
+    code += "assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

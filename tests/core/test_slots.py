@@ -68,7 +68,9 @@ def test_wraps_that_cannot_nest_are_refused(tiny_sd3_folder, place):
 
 
 def test_the_plan_says_who_owns_what(tiny_sd3_folder):
-    plan = plan_for(["pipefusion", "usp"], str(tiny_sd3_folder), {"pipefusion.stages": 1, "usp.ulysses": 1, "usp.ring": 1})
+    plan = plan_for(
+        ["pipefusion", "usp"], str(tiny_sd3_folder), {"pipefusion.stages": 1, "usp.ulysses": 1, "usp.ring": 1}
+    )
     assert {slot: plan.claims[slot] for slot in ("blocks", "patches", "kv", "tokens")} == {
         "blocks": "pipefusion",
         "patches": "pipefusion",

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 from PIL import Image, ImageDraw
 
-from xdit_core.engine import Engine
-from xdit_core.gantt import COLOURS, LEFT, RIGHT, ROW, TOP, WIDTH, draw
-from xdit_core.plan import make_plan
-from xdit_core.timeline import events
-from xdit_core.trace import Record, Span, title_of
+from xdit_core.engine.engine import Engine
+from xdit_core.observe.timeline import events
+from xdit_core.observe.timeline_picture import COLOURS, LEFT, RIGHT, ROW, TOP, WIDTH, draw
+from xdit_core.observe.trace import Record, Span, title_of
+from xdit_core.planning.planner import make_plan
 
 MS = 1_000_000
 
@@ -56,7 +56,14 @@ def test_numbers_do_not_lie_on_each_other(monkeypatch):
 
 
 def test_a_rank_remembers_its_steps(tiny_sd3_folder):
-    values = {"model": "sd3", "model.path": str(tiny_sd3_folder), "prompt": "a fox", "steps": 3, "device": "cpu", "trace": True}
+    values = {
+        "model": "sd3",
+        "model.path": str(tiny_sd3_folder),
+        "prompt": "a fox",
+        "steps": 3,
+        "device": "cpu",
+        "trace": True,
+    }
     plan = make_plan([], {**values, "max_sequence_length": 5})
     with Engine(plan) as engine:
         engine.generate(["a fox", "a hare"])
@@ -66,8 +73,12 @@ def test_a_rank_remembers_its_steps(tiny_sd3_folder):
     for phase, own in zip(denoise, (spans[:3], spans[3:]), strict=True):
         assert own[0].start == phase.start and own[-1].end <= phase.end
         assert all(a.end == b.start for a, b in pairwise(own))
-    tracks = {e["args"]["name"] for e in events([Record(0, "a", spans)]) if e["ph"] == "M" and e["name"] == "thread_name"}
+    tracks = {
+        e["args"]["name"] for e in events([Record(0, "a", spans)]) if e["ph"] == "M" and e["name"] == "thread_name"
+    }
     assert "step" in tracks
     assert title_of(plan) == "sd3 without plugins, one process; 32 x 32, 3 steps, float32 on cpu"
-    several = dataclasses.replace(plan, plugins={"usp": ("xdit", "1")}, run=dataclasses.replace(plan.run, prompt=("a", "b")))
+    several = dataclasses.replace(
+        plan, plugins={"usp": ("xdit", "1")}, run=dataclasses.replace(plan.run, prompt=("a", "b"))
+    )
     assert title_of(several) == "sd3 with usp, one process; 2 prompts, 32 x 32, 3 steps, float32 on cpu"

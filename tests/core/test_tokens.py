@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdit_core.tokens import TokenLayout, even_bounds, length, patch_bounds
+from xdit_core.parallel.tokens import TokenLayout, even_bounds, length, patch_bounds
 
 
 def members(spans):

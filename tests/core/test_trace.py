@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from xdit_core import Engine
+from xdit_core.observe.timeline import common, covered, events, rows_of, summary, waits_of, write
+from xdit_core.observe.trace import Record, Span, Trace, offset, tracing
 from xdit_core.testing.runs import diffusers_latents, plan_for
-from xdit_core.timeline import common, covered, events, rows_of, summary, waits_of, write
-from xdit_core.trace import Record, Span, Trace, offset, tracing
 
 
 def traced(plugins, folder, settings, out=None):
@@ -80,7 +80,10 @@ def test_what_is_seen(gloo, tiny_sd3_folder):
         counts = results[rank][2]
         assert sent == sum(n for name, n in counts.items() if name.split(".")[0] in ("stages", "latents")) > 0
     sends = {
-        (s.about["channel"], r, s.about["peer"], s.about["number"]) for r, m in spans.items() for s in m if s.kind == "send"
+        (s.about["channel"], r, s.about["peer"], s.about["number"])
+        for r, m in spans.items()
+        for s in m
+        if s.kind == "send"
     }
     asked = {
         (s.about["channel"], s.about["peer"], r, s.about["number"])
@@ -138,7 +141,8 @@ def test_a_collective():
 
 
 def test_a_collective_that_is_begun_ahead():
-    """Both begin it early; rank 1 as the last, at 40. What is waited for behind that is exposed, and all since then is communication."""
+    """Both begin it early; rank 1 as the last, at 40. What is waited for behind that is exposed, and all since then is
+    communication."""
     spans = {
         rank: [Span("the ring", "wait", start, 100, "ring", {"ranks": [0, 1], "began": began})]
         for rank, (began, start) in enumerate(((10, 20), (40, 90)))
@@ -162,7 +166,7 @@ def test_clocks():
 
 def skewed(ahead):
     """Every rank's clock is off by its own amount."""
-    from xdit_core import trace
+    from xdit_core.observe import trace
 
     real, rank, world = trace.clock, dist.get_rank(), dist.get_world_size()
     trace.clock = lambda: real() + ahead * rank

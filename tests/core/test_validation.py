@@ -21,9 +21,9 @@ from xdit_core import (
     Wrap,
     hookimpl,
 )
-from xdit_core.owners import Owner
+from xdit_core.registry.owners import Owner
+from xdit_core.registry.validation import check_record
 from xdit_core.testing.runs import plan_for
-from xdit_core.validation import check_record
 
 
 class Plugin:
@@ -83,7 +83,10 @@ WRONG = {
         plugin(declared=Declaration(fidelity=Fidelity("displaced"))),
         "is displaced and names no reference",
     ),
-    "a bound of what is exact": (plugin(declared=Declaration(fidelity=Fidelity("exact", 0.1))), "is exact with the bound 0.1"),
+    "a bound of what is exact": (
+        plugin(declared=Declaration(fidelity=Fidelity("exact", 0.1))),
+        "is exact with the bound 0.1",
+    ),
     "a check that says no": (
         plugin(check=False),
         "must return a list of Problem from xdit_check, or nothing; it returned False",
@@ -92,7 +95,10 @@ WRONG = {
     "problems in words": (plugin(check=["too small"]), "must return a list of Problem from xdit_check"),
     "a problem without words": (plugin(check=[Problem(1, "b")]), "with what=1, where str is expected"),
     "a setting of another type": (plugin(settings=Odd), "a setting is an int, float, bool, str"),
-    "no wraps": (plugin(built=Built()), r"declares wrap forward/reuse but xdit_build gave none; add it to Built\(wraps=...\)"),
+    "no wraps": (
+        plugin(built=Built()),
+        r"declares wrap forward/reuse but xdit_build gave none; add it to Built\(wraps=...\)",
+    ),
     "wraps that were not declared": (
         plugin(built=Built(wraps={"forward/reuse": print, "trunk/reuse": print})),
         "builds wrap trunk/reuse without declaring it, so it would never run",
@@ -141,7 +147,9 @@ def test_a_slot_of_ones_own(tiny_sd3_folder):
 )
 def test_a_mistake_of_an_adapter(changes, said):
     spec = ModelSpec(**{"name": "mine", "pipelines": ("X",), **changes})
-    with pytest.raises(PluginError, match=f"adapter mine of mine-models 1.0 returned a ModelSpec from xdit_model with {said}"):
+    with pytest.raises(
+        PluginError, match=f"adapter mine of mine-models 1.0 returned a ModelSpec from xdit_model with {said}"
+    ):
         check_record(spec, ModelSpec, Owner("adapter", "mine", "mine-models", "1.0"), "xdit_model")
 
 
@@ -151,7 +159,11 @@ def test_a_mistake_of_an_adapter(changes, said):
         (None, "unverified", "unverified"),
         (EXACT, "exact", "exact"),
         (Fidelity("approximate", 0.2), "approximate", "approximate"),
-        (Fidelity("displaced", reference=lambda degrees: {}), "exact", "exact"),  # without patches there is nothing to displace
+        (
+            Fidelity("displaced", reference=lambda degrees: {}),
+            "exact",
+            "exact",
+        ),  # without patches there is nothing to displace
     ],
 )
 def test_fidelity_of_a_plan(tiny_sd3_folder, fidelity, exactness, kind):
@@ -169,11 +181,13 @@ def test_fidelity_of_a_plan(tiny_sd3_folder, fidelity, exactness, kind):
 
 
 def test_verify_knows_what_is_promised():
-    from xdit_launcher.verify import Finding
+    from xdit_launcher.commands.verify import Finding
 
     assert Finding("float32", 0.1, None, "approximate", bound=0.2).good
     assert not Finding("float32", 0.3, None, "approximate", bound=0.2).good
     assert not Finding("float32", 0.1, None, "exact").good
     unverified = Finding("float32", 0.1, None, "unverified")
     assert not unverified.good and next(unverified.lines()).startswith("unverified: latents differ")
-    assert next(Finding("float32", 0.1, None, "approximate", bound=0.2).lines()).startswith("approximate as it should be")
+    assert next(Finding("float32", 0.1, None, "approximate", bound=0.2).lines()).startswith(
+        "approximate as it should be"
+    )

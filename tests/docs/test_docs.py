@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xdit_core import Registry, hookspecs
-from xdit_core.settings import ModelSettings, RunSettings, fields_of
+from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
@@ -58,7 +58,9 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
 
 
 def test_constraints_pin_what_the_project_needs():
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
         assert re.split(r"[<>=]", requirement)[0].lower() in pinned, requirement
@@ -114,7 +116,7 @@ def test_every_option_of_xdit_has_a_row_and_every_setting_there_exists():
 
 
 def test_the_page_of_combinations_is_what_the_plans_say():
-    from xdit_launcher import matrix
+    from xdit_launcher.commands import matrix
 
     page = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
     names = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["xdit.plugins"])

@@ -23,15 +23,15 @@ from xdit_core import Engine, Plan, XditError
 from xdit_core.testing.pool import Pool, PoolError
 from xdit_core.testing.runs import plan_for
 
-EXACT = (
-    2e-4  # of the largest value, in float32; random weights amplify what rounding does, mistakes are a thousand times larger
-)
+# of the largest value, in float32; random weights amplify what rounding does, mistakes are a thousand times larger
+EXACT = 2e-4
 NAMES = {"height": "height", "width": "width", "frames": "num_frames"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a case: ``equal``, ``refused``, ``skipped`` (diffusers cannot do it either) or ``wrong``, and the reason."""
+    """What became of a case: ``equal``, ``refused``, ``skipped`` (diffusers cannot do it either) or ``wrong``, and the
+    reason."""
 
     kind: str
     why: str = ""
@@ -242,7 +242,11 @@ class Fuzzer:
                 refused.append(said[0])
                 continue
             try:
-                wanted = reference(case, plan, one, lora, case.dtype) if plan.displaced else serial(case, one, lora, case.dtype)
+                wanted = (
+                    reference(case, plan, one, lora, case.dtype)
+                    if plan.displaced
+                    else serial(case, one, lora, case.dtype)
+                )
             except Exception as error:
                 skipped.append(f"request {i} has no oracle: {type(error).__name__}: {error}")
                 continue
@@ -253,12 +257,15 @@ class Fuzzer:
             for rank, answer in enumerate(answers):
                 for prompt, (mine, want) in enumerate(zip(answer, wanted, strict=True)):
                     if mine.shape != want.shape:
-                        return Verdict("wrong", f"request {i} prompt {prompt} rank {rank}: {mine.shape} for {want.shape}")
+                        return Verdict(
+                            "wrong", f"request {i} prompt {prompt} rank {rank}: {mine.shape} for {want.shape}"
+                        )
                     off = (mine.float() - want.float()).abs().max().item() / max(1.0, want.abs().max().item())
                     if not off <= bound:
                         return Verdict(
                             "wrong",
-                            f"request {i} prompt {prompt} rank {rank} of {plan.world}: {off:.2g} off, bound {bound:.2g}",
+                            f"request {i} prompt {prompt} rank {rank} of {plan.world}: {off:.2g} off, bound "
+                            f"{bound:.2g}",
                         )
             equal += 1
         if equal:

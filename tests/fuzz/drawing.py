@@ -1,4 +1,5 @@
-"""Random cases: a model, a dtype, some strategies with degrees, a scheduler, how the pipeline is loaded, and requests in one engine."""
+"""Random cases: a model, a dtype, some strategies with degrees, a scheduler, how the pipeline is loaded, and requests
+in one engine."""
 
 from __future__ import annotations
 
@@ -22,7 +23,16 @@ STEP_CALLBACKS = (
     "z_image",
 )
 ADAPTED = ("sd3", "flux", "qwen_image", "wan-2.1", "cogvideox-2b", "z_image")  # families whose LoRAs diffusers reads
-UNITS = {"sd3": 4, "flux": 4, "qwen_image": 4, "z_image": 4, "hunyuandit": 16, "wan-2.1": 16, "wan-2.2": 16, "wan-5b": 16}
+UNITS = {
+    "sd3": 4,
+    "flux": 4,
+    "qwen_image": 4,
+    "z_image": 4,
+    "hunyuandit": 16,
+    "wan-2.1": 16,
+    "wan-2.2": 16,
+    "wan-5b": 16,
+}
 COMMON_SCHEDULERS = {
     True: (
         "FlowMatchEulerDiscreteScheduler",
@@ -30,7 +40,13 @@ COMMON_SCHEDULERS = {
         "FlowMatchLCMScheduler",
         "UniPCMultistepScheduler",
     ),
-    False: ("DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler"),
+    False: (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+    ),
 }
 FLOW = ("sd3", "flux", "qwen_image", "z_image", "z_image-masked", "wan-2.1", "wan-2.2", "wan-5b")
 PROMPTS = ("a red fox", "a red fox in the snow", "the fox", "snow")
@@ -41,7 +57,8 @@ class Ask:
     """One request; None stands for what the plan says.
 
     Args:
-        callback: what a step callback does with the latents: ``read``, ``scale`` (another tensor) or ``inplace``; "" for no callback.
+        callback: what a step callback does with the latents: ``read``, ``scale`` (another tensor) or ``inplace``; ""
+            for no callback.
         guided: with guidance.
     """
 
@@ -160,7 +177,11 @@ def ask(rng: random.Random, name: str) -> Ask:
     if name == "z_image" and rng.random() < 0.3:
         call = {"cfg_truncation": rng.choice((0.3, 0.6)), "cfg_normalization": rng.random() < 0.5}
     if name == "sd3" and rng.random() < 0.25:
-        call = {"skip_guidance_layers": [rng.randrange(3)], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}
+        call = {
+            "skip_guidance_layers": [rng.randrange(3)],
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 0.6,
+        }
     return Ask(
         prompts=("golden retriever",) if subject else tuple(rng.sample(PROMPTS, k=rng.choice((1, 1, 1, 2)))),
         seed=rng.randrange(100),
@@ -177,7 +198,10 @@ def ask(rng: random.Random, name: str) -> Ask:
 
 def simpler(case: Case) -> list[Case]:
     """Cases with one thing less, for finding what a failure needs."""
-    found = [replace(case, asks=case.asks[:i] + case.asks[i + 1 :]) for i in range(len(case.asks) if len(case.asks) > 1 else 0)]
+    found = [
+        replace(case, asks=case.asks[:i] + case.asks[i + 1 :])
+        for i in range(len(case.asks) if len(case.asks) > 1 else 0)
+    ]
     for name, plain in (("scheduler", ""), ("dtype", "float32"), ("given", False), ("inference", False), ("lora", 0.0)):
         if getattr(case, name) != plain:
             found.append(replace(case, **{name: plain}))

@@ -1,4 +1,5 @@
-"""A few random cases against their oracle; ``python tests/fuzz/test_fuzz.py 1000`` runs more, ``--seed`` and ``--only`` choose which."""
+"""A few random cases against their oracle; ``python tests/fuzz/test_fuzz.py 1000`` runs more, ``--seed`` and ``--only``
+choose which."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "models")]
 
-from xdit_core.worker import quieten  # noqa: E402
+from xdit_core.worker.entry import quieten  # noqa: E402
 
 quieten()  # the workers too, which inherit the environment
 

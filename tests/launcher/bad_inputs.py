@@ -2,7 +2,8 @@
 
 python tests/launcher/bad_inputs.py 1000 --seed 1          (prints each find with the words that lead to it)
 
-Most inputs run in this process, where starting a run is replaced; one in fifty is a process of its own, as a user starts it.
+Most inputs run in this process, where starting a run is replaced; one in fifty is a process of its own, as a user
+starts it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from click.testing import CliRunner
 
 from xdit_core.errors import UsageError, XditError
 from xdit_core.printable import printable
-from xdit_core.worker import read_plan
-from xdit_launcher import backends
+from xdit_core.worker.entry import read_plan
+from xdit_launcher.backends import registry
 from xdit_launcher.cli import cli
 
 CODES = (0, 1, 2, 3)  # of README; 4 and 130 need a run
@@ -44,7 +45,13 @@ def png(text: bytes = b"") -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     head = (1).to_bytes(4, "big") * 2 + bytes((8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + text + chunk(b"IDAT", zlib.compress(b"\0\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + text
+        + chunk(b"IDAT", zlib.compress(b"\0\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 @contextmanager
@@ -125,9 +132,9 @@ def answer(case: Case, alone: bool) -> tuple[int, str, str]:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=SLOW)
         return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
     with (
-        mock.patch.object(backends.Backend, "start", lambda self, plan, folder: 0),
-        mock.patch.object(backends.Backend, "connect", refuse),
-        mock.patch("xdit_launcher.verify.Verify.__call__", lambda self: 0),
+        mock.patch.object(registry.Backend, "start", lambda self, plan, folder: 0),
+        mock.patch.object(registry.Backend, "connect", refuse),
+        mock.patch("xdit_launcher.commands.verify.Verify.__call__", lambda self: 0),
     ):
         result = CliRunner().invoke(cli, case.words, input="")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -216,7 +223,10 @@ def run(count: int, seed: int, checkpoint: Path, plan: str, tell: Callable[[str]
         for number in range(count):
             case = generator.case()
             problem = wrong_with(
-                case, folder, counts, alone=number % 50 == 49 and "doctor" not in case.words and "verify" not in case.words
+                case,
+                folder,
+                counts,
+                alone=number % 50 == 49 and "doctor" not in case.words and "verify" not in case.words,
             )
             counts["inputs"] += 1
             if problem:
@@ -229,7 +239,7 @@ def run(count: int, seed: int, checkpoint: Path, plan: str, tell: Callable[[str]
 
 def good_plan(checkpoint: Path) -> str:
     """A plan that can be read."""
-    from xdit_core.plan import make_plan
+    from xdit_core.planning.planner import make_plan
 
     words = {"model": "sd3", "model.path": str(checkpoint), "prompt": ["a fox"], "device": "cpu", "usp.ulysses": "2"}
     return make_plan(["usp"], words).to_json()
@@ -245,7 +255,9 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
         save_tiny_sd3(name)
-        counts = run(arguments.count, arguments.seed, Path(name), good_plan(Path(name)), lambda text: print(text, flush=True))
+        counts = run(
+            arguments.count, arguments.seed, Path(name), good_plan(Path(name)), lambda text: print(text, flush=True)
+        )
     print(dict(counts))
     return 1 if counts["finds"] else 0
 

@@ -1,4 +1,5 @@
-"""Draws bad input to the launcher: words, config files, hostfiles, plans and checkpoints with something wrong in them."""
+"""Draws bad input to the launcher: words, config files, hostfiles, plans and checkpoints with something wrong in
+them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xdit_core.settings import ModelSettings, RunSettings, fields_of
+from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
 
 PLUGINS = ("usp", "pipefusion", "cfg", "dp", "tp", "distrifusion", "parallel_vae", "compile", "flash", "offload")
 OWN = (
@@ -38,7 +39,15 @@ OWN += (
     "slurm.options",
     "local.nnodes",
 )
-OWN += ("call.num_inference_steps", "call.guidance_scale", "call.prompt", "call.latents", "call.x", "call.", "call.self")
+OWN += (
+    "call.num_inference_steps",
+    "call.guidance_scale",
+    "call.prompt",
+    "call.latents",
+    "call.x",
+    "call.",
+    "call.self",
+)
 OPTIONS = (
     "--on",
     "--hosts",
@@ -108,7 +117,9 @@ NUMERIC = (
     "timeout",
 )
 NUMERIC += tuple(
-    name for name in OWN if name.split(".")[0] in PLUGINS and name.split(".")[1] not in ("scope", "mode", "backend", "kernel")
+    name
+    for name in OWN
+    if name.split(".")[0] in PLUGINS and name.split(".")[1] not in ("scope", "mode", "backend", "kernel")
 )
 WORDS = (
     "",
@@ -136,7 +147,21 @@ WORDS = (
 CONTROL = ("\x1b[2J", "a\nrank 0 of 1 failed at: x", "\r", "\x07", "\u202e", "\udcff", "\x9b1m", "\u2028")
 JSONS = ("[", "[1,2]", '{"a": 1}', "null", "true", "[" * 50000, '{"a":' * 3000, "1e999", '"\\ud800"')
 OUTSIDE = ("runs=/", "runs=..", "runs=~", "runs=/dev/full")  # would be honoured
-HOSTS = ("a:8,b:8", "a", "a:0", ":8", "a:b", "-oProxyCommand=x", "[::1]:2", "::1", "a:8,a:8", "a@b:0,2", "@", "a b", "user@a:2")
+HOSTS = (
+    "a:8,b:8",
+    "a",
+    "a:0",
+    ":8",
+    "a:b",
+    "-oProxyCommand=x",
+    "[::1]:2",
+    "::1",
+    "a:8,a:8",
+    "a@b:0,2",
+    "@",
+    "a b",
+    "user@a:2",
+)
 PATHS = (
     "/dev/zero",
     "/dev/null",
@@ -199,7 +224,8 @@ class Case:
     def __str__(self) -> str:
         shown = [word if len(word) < 200 else f"{word[:60]}...({len(word)})" for word in self.words]
         more = {name: data[:300] for name, data in self.files.items()}
-        return f"{shown!r}{f' with {more!r}' if more else ''}{f' plan {self.plan[:3000]!r}' if self.plan is not None else ''}"
+        plan = f" plan {self.plan[:3000]!r}" if self.plan is not None else ""
+        return f"{shown!r}{f' with {more!r}' if more else ''}{plan}"
 
 
 class Generator:
@@ -262,7 +288,9 @@ class Generator:
         extra = [word for _ in range(self.random.choice((1, 1, 1, 2, 3))) for word in self.word()]
         good = ["model=sd3", f"model.path={model}", "steps=3", "device=cpu", "a fox"]
         plugins = [
-            name for name in PLUGINS if any(word.startswith(f"{name}.") for word in extra) and self.random.random() < 0.9
+            name
+            for name in PLUGINS
+            if any(word.startswith(f"{name}.") for word in extra) and self.random.random() < 0.9
         ]
         if self.random.random() < 0.3:
             plugins += self.random.sample(PLUGINS, self.random.randrange(1, 3))
@@ -321,7 +349,9 @@ class Generator:
             *CONTROL,
             self.value()[:300],
         )
-        lines = [" ".join(self.random.choices(words, k=self.random.randrange(1, 4))) for _ in range(self.random.randrange(4))]
+        lines = [
+            " ".join(self.random.choices(words, k=self.random.randrange(1, 4))) for _ in range(self.random.randrange(4))
+        ]
         start = b"\xef\xbb\xbf" if self.random.random() < 0.3 else b""
         return start + "\n".join(lines).encode("utf-8", "replace")
 

@@ -1,6 +1,7 @@
 """What breaks, on two hosts that are network namespaces, and what the launcher must say of it.
 
-python tests/launcher/failures.py --write        (docs/failures.md, with torchrun and accelerate beside; a quarter of an hour)
+python tests/launcher/failures.py --write        (docs/failures.md, with torchrun and accelerate beside; a quarter of an
+hour)
 """
 
 from __future__ import annotations
@@ -108,7 +109,11 @@ def faulty(how: str, **more: object) -> tuple[str, ...]:
 
 
 def agent_killed(job: Job) -> None:
-    (pid,) = [p for p in job.made.processes("beta", "xdit_launcher.agent") if "sh" not in Path(f"/proc/{p}/comm").read_text()]
+    (pid,) = [
+        p
+        for p in job.made.processes("beta", "xdit_launcher.node.agent")
+        if "sh" not in Path(f"/proc/{p}/comm").read_text()
+    ]
     os.kill(pid, signal.SIGKILL)
 
 
@@ -181,15 +186,25 @@ CASES = (
     Case("a worker raises an error", faulty("raise"), parts=("ValueError: a number that is no number",), how="raise"),
     Case("a worker leaves with exit code 3", faulty("exit"), code=3, parts=("left with exit code 3",), how="exit"),
     Case("a worker is killed (SIGKILL)", faulty("kill"), code=137, parts=("killed by signal 9 (SIGKILL)",), how="kill"),
-    Case("a worker runs out of memory", faulty("limit"), code=137, parts=("out of memory (", "lower height"), how="limit"),
-    Case("a worker hangs in its own work", faulty("hang", steps=9), parts=("no rank made progress for 20 s",), how="hang"),
+    Case(
+        "a worker runs out of memory", faulty("limit"), code=137, parts=("out of memory (", "lower height"), how="limit"
+    ),
+    Case(
+        "a worker hangs in its own work", faulty("hang", steps=9), parts=("no rank made progress for 20 s",), how="hang"
+    ),
     Case(
         "a worker hangs in a collective",
         faulty("collective", steps=9),
         parts=("no rank made progress for 20 s",),
         how="collective",
     ),
-    Case("a host loses its network", LONG, link_down, parts=("it was lost with its host: no word from it for",), how="link"),
+    Case(
+        "a host loses its network",
+        LONG,
+        link_down,
+        parts=("it was lost with its host: no word from it for",),
+        how="link",
+    ),
     Case("the agent of a host is killed", LONG, agent_killed, parts=("it was lost with its host: ",), how="agent"),
     Case(
         "Ctrl-C, twice",
@@ -204,7 +219,11 @@ CASES = (
     Case("SIGKILL to the launcher", LONG, send(signal.SIGKILL), -9, "", how="SIGKILL"),
     Case("its terminal is closed", LONG, terminal_closed, 130, ""),
     Case(
-        "another version on a host", code=2, who="", parts=("beta has diffusers 0.41.0, and this machine",), setup=other_version
+        "another version on a host",
+        code=2,
+        who="",
+        parts=("beta has diffusers 0.41.0, and this machine",),
+        setup=other_version,
     ),
     Case(
         "the port is taken",
@@ -224,7 +243,11 @@ CASES = (
     ),
     Case("a second run on the same hosts", ("steps=3",), code=0, who="", setup=second_job),
     Case(
-        "a host has no address", code=2, who="", parts=("nowhere.invalid: ", "Could not resolve hostname"), setup=unknown_host
+        "a host has no address",
+        code=2,
+        who="",
+        parts=("nowhere.invalid: ", "Could not resolve hostname"),
+        setup=unknown_host,
     ),
 )
 
@@ -232,7 +255,8 @@ CASES = (
 def start(made: Cluster, folder: Path, words: Sequence[str], terminal: bool = False) -> Job:
     """The launcher as a user starts it, over both hosts."""
     hosts = () if {"--hosts", "--hostfile"} & set(words) else ("--hosts", "alpha:1,beta:1")
-    command = [sys.executable, "-P", "-m", "xdit_launcher.cli", *hosts, "--on", "ssh", f"ssh.command={made.ssh}", "--plugins", "usp,faulty",
+    command = [sys.executable, "-P", "-m", "xdit_launcher.cli", *hosts, "--on", "ssh", f"ssh.command={made.ssh}",
+               "--plugins", "usp,faulty",
                "usp.ulysses=2", "model=emoji", *words, "red heart"]  # fmt: skip
     env = {
         **os.environ,
@@ -275,7 +299,9 @@ def attempt(made: Cluster, case: Case, folder: Path) -> Outcome:
             lines = text.splitlines()
             first = next((i for i, line in enumerate(lines) if case.who and line.startswith(case.who)), None)
             report = (
-                lines[first:] if first is not None else [line for line in lines if any(part in line for part in case.parts)]
+                lines[first:]
+                if first is not None
+                else [line for line in lines if any(part in line for part in case.parts)]
             )
             return Outcome(code, ended - failed, text, report, made.left(10))
         finally:
@@ -286,7 +312,8 @@ def attempt(made: Cluster, case: Case, folder: Path) -> Outcome:
 
 
 OTHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29533", "--node-rank"],
+    "torchrun": ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29533",
+                 "--node-rank"],
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2",
                    "--main_process_port", "29533", "--machine_rank"],
 }  # fmt: skip
@@ -313,7 +340,9 @@ def beside(made: Cluster, tool: str, how: str, folder: Path) -> str:
         ]
         env = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         err = (folder / f"{host}.err").open("wb")
-        launchers.append(subprocess.Popen(command, cwd=folder, env=env, stdout=err, stderr=err, stdin=subprocess.DEVNULL))
+        launchers.append(
+            subprocess.Popen(command, cwd=folder, env=env, stdout=err, stderr=err, stdin=subprocess.DEVNULL)
+        )
     first, second = launchers
     try:
         mark = folder / ("reached0" if plain == "none" else "fault-time")
@@ -340,7 +369,9 @@ def beside(made: Cluster, tool: str, how: str, folder: Path) -> str:
         root = re.search(r"Root Cause.*?rank\s*:\s*(\d+)", text, re.S)
         named = f"names rank {root[1]}" if root else "names no rank"
         end = time.monotonic() + 10
-        while (left := [p for name in ("alpha", "beta") for p in made.processes(name, "plain.py")]) and time.monotonic() < end:
+        while (
+            left := [p for name in ("alpha", "beta") for p in made.processes(name, "plain.py")]
+        ) and time.monotonic() < end:
             time.sleep(0.2)
         stay = f", {len(left)} processes stay" if left else ""
         return f"{seconds:.0f} s, {named}, {len(text.splitlines())} lines, exit code {code}{stay}"

@@ -67,9 +67,10 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     key.chmod(0o600)
     env = {**os.environ, "SLURM_CONF": str(config)}
     quiet = {"env": env, "stdin": subprocess.DEVNULL, "stdout": (folder / "out").open("w"), "stderr": subprocess.STDOUT}
-    commands = [["munged", "--force", "--foreground", f"--key-file={key}", f"--socket={munge}/socket", f"--pid-file={munge}/pid",
-                 f"--log-file={munge}/log", f"--seed-file={munge}/seed"],
-                ["slurmctld", "-D", "-f", str(config)], *(["slurmd", "-D", "-f", str(config), "-N", n] for n in ("n1", "n2"))]  # fmt: skip
+    files = {"key": key, "socket": munge / "socket", "pid": munge / "pid", "log": munge / "log", "seed": munge / "seed"}
+    options = [f"--{name}{'' if name == 'socket' else '-file'}={path}" for name, path in files.items()]
+    commands = [["munged", "--force", "--foreground", *options], ["slurmctld", "-D", "-f", str(config)]]
+    commands += [["slurmd", "-D", "-f", str(config), "-N", name] for name in ("n1", "n2")]
     daemons: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
@@ -81,7 +82,9 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             if "idle 2" in state.stdout:
                 break
             if time.monotonic() > end:
-                raise RuntimeError(f"Slurm did not start: {state.stdout} {state.stderr} {(folder / 'out').read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"Slurm did not start: {state.stdout} {state.stderr} {(folder / 'out').read_text()[-2000:]}"
+                )
             time.sleep(0.2)
         yield env
     finally:

@@ -43,10 +43,14 @@ def slurm_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         yield env
 
 
-def xdit(folder: Path, *words: str, before: tuple[str, ...] = (), env: dict[str, str] | None = None, **more: str) -> Any:
+def xdit(
+    folder: Path, *words: str, before: tuple[str, ...] = (), env: dict[str, str] | None = None, **more: str
+) -> Any:
     """The command as a user types it."""
     command = [*before, sys.executable, "-P", "-m", "xdit_launcher.cli", *words]
-    return subprocess.run(command, cwd=folder, env={**(env or os.environ), **more}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env={**(env or os.environ), **more}, capture_output=True, text=True, timeout=120
+    )
 
 
 def pixels(path: Path) -> bytes:
@@ -56,7 +60,15 @@ def pixels(path: Path) -> bytes:
 @pytest.mark.slow
 def test_two_hosts_give_the_picture_of_one(hosts: Cluster, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
-    words = ("--plugins", "pipefusion,usp", "pipefusion.stages=2", "usp.ulysses=2", "usp.ring=1", "pipefusion.warmup=3", *SMALL)
+    words = (
+        "--plugins",
+        "pipefusion,usp",
+        "pipefusion.stages=2",
+        "usp.ulysses=2",
+        "usp.ring=1",
+        "pipefusion.warmup=3",
+        *SMALL,
+    )
     command = f"ssh.command={hosts.ssh}"
     done = xdit(tmp_path, "--hostfile", "hosts", command, "ssh.env=MADE_UP", *words, "out=two.png", MADE_UP="a 'b' $c")
     assert done.returncode == 0, done.stderr
@@ -109,7 +121,9 @@ def test_doctor(hosts: Cluster, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert (
-        lines[0].split()[:3] == ["host", "python", "diffusers"] and lines[1].startswith("alpha") and lines[2].startswith("beta")
+        lines[0].split()[:3] == ["host", "python", "diffusers"]
+        and lines[1].startswith("alpha")
+        and lines[2].startswith("beta")
     )
     speeds = [line for line in lines if "bit/s" in line]
     assert len(speeds) == 2 and all(line.count("ms") == 1 for line in speeds)
@@ -141,8 +155,15 @@ def test_slurm(slurm_env: dict[str, str], tmp_path: Path) -> None:
     (log,) = tmp_path.glob("runs/*/slurm.out")
     assert "b.png  " in log.read_text()
     assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
-    shown = xdit(tmp_path, *words, "--nnodes", "2", "--dry-run", "slurm.options=--partition=all --time=5", env=slurm_env).stdout
-    for part in ("#SBATCH --nodes=2", "#SBATCH --partition=all", "#SBATCH --time=5", "-m xdit_launcher.slurm "):
+    shown = xdit(
+        tmp_path, *words, "--nnodes", "2", "--dry-run", "slurm.options=--partition=all --time=5", env=slurm_env
+    ).stdout
+    for part in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --partition=all",
+        "#SBATCH --time=5",
+        "-m xdit_launcher.backends.slurm ",
+    ):
         assert part in shown
     unsure = xdit(tmp_path, *(w for w in words if w != "device=cpu"), env=slurm_env)
     assert unsure.returncode == 2 and "this machine has no GPU and the nodes may have some" in unsure.stderr
@@ -197,7 +218,7 @@ def test_the_agent_of_a_slurm_node_is_killed(slurm_env: dict[str, str], tmp_path
         time.sleep(0.1)
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            agent = entry.name.isdigit() and "xdit_launcher.agent" in (entry / "cmdline").read_text()
+            agent = entry.name.isdigit() and "xdit_launcher.node.agent" in (entry / "cmdline").read_text()
             if agent and "SLURMD_NODENAME=n2\0" in (entry / "environ").read_text(errors="replace"):
                 os.kill(int(entry.name), signal.SIGKILL)
     _, err = run.communicate(timeout=60)
@@ -214,7 +235,15 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     monkeypatch.setenv("PYTHONPATH", path)
     folder = tmp_path_factory.mktemp("r", numbered=True)
-    start = [ray, "start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--object-store-memory=100000000"]
+    start = [
+        ray,
+        "start",
+        "--head",
+        "--num-cpus=2",
+        "--port=0",
+        "--include-dashboard=false",
+        "--object-store-memory=100000000",
+    ]
     subprocess.run(start, check=True, capture_output=True, cwd=folder)
     yield
     subprocess.run([ray, "stop", "--force"], capture_output=True)
@@ -230,7 +259,8 @@ def test_ray(ray_cluster: None, tmp_path: Path) -> None:
     assert failed.returncode == 137 and "rank 1 of 2 on " in failed.stderr and "killed by signal 9" in failed.stderr
     many = xdit(tmp_path, "--on", "ray", "--plugins", "usp", "usp.ulysses=4", "usp.ring=1", *SMALL)
     assert (
-        many.returncode == 2 and "4 processes need 4 CPUs and the Ray cluster has 2 on 1 node; lower the degrees" in many.stderr
+        many.returncode == 2
+        and "4 processes need 4 CPUs and the Ray cluster has 2 on 1 node; lower the degrees" in many.stderr
     )
     spread = xdit(tmp_path, "--on", "ray", "ray.strategy=STRICT_SPREAD", "ray.wait=3", *USP, *SMALL)
     assert spread.returncode == 2 and "Ray found no place for 2 actors with STRICT_SPREAD within 3 s" in spread.stderr
@@ -316,7 +346,10 @@ def test_two_backends_of_one_name(say: Callable[..., Result], monkeypatch: pytes
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert say("--hosts", "a", "--dry-run", "model=emoji", "a").output == before  # what is ours stays ours
     said = say("--on", "paper", "--dry-run", "model=emoji", "a").stderr
-    assert "xdit-other 2.0 and xdit-thief 1.0 all have a backend paper" in said or "xdit-thief 1.0 and xdit-other 2.0" in said
+    assert (
+        "xdit-other 2.0 and xdit-thief 1.0 all have a backend paper" in said
+        or "xdit-thief 1.0 and xdit-other 2.0" in said
+    )
 
 
 def test_the_dry_run_shows_the_command_of_the_user(say: Callable[..., Result]) -> None:
@@ -328,8 +361,10 @@ def test_the_dry_run_shows_the_command_of_the_user(say: Callable[..., Result]) -
     assert "ssh.python" not in by_hand and "--trace" in by_hand
 
 
-def test_a_backend_of_another_distribution(say: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What `xdit_launcher.backends` says is all that one needs."""
+def test_a_backend_of_another_distribution(
+    say: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What `xdit_launcher.backends.registry` says is all that one needs."""
     info = tmp_path / "site" / "xdit_paper-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-paper\nVersion: 1.0\n")
@@ -343,7 +378,18 @@ def test_a_backend_of_another_distribution(say: Callable[..., Result], monkeypat
         "    (folder / 'told.json').write_text(json.dumps([plan.world, asdict(settings)]))\n    return 7\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    words = ("--on", "paper", "paper.colour=blue", "--hosts", "a", "--plugins", "dp", "model=emoji", "images=3", "a fox")
+    words = (
+        "--on",
+        "paper",
+        "paper.colour=blue",
+        "--hosts",
+        "a",
+        "--plugins",
+        "dp",
+        "model=emoji",
+        "images=3",
+        "a fox",
+    )
     shown = say(*words, "--dry-run")
     assert "on paper      a sheet of blue" in shown.stdout, shown.stderr
     done = say(*words)

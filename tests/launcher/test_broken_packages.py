@@ -11,7 +11,7 @@ import pytest
 
 from xdit_core import PluginError, Registry
 from xdit_core.errors import XditError
-from xdit_core.plan import make_plan
+from xdit_core.planning.planner import make_plan
 
 HOOK = "from xdit_core import hookimpl\n"
 STRATEGY = (
@@ -194,7 +194,9 @@ def test_nobody_else_is_harmed(kind, baseline, tmp_path, monkeypatch):
         assert said in both and "Traceback" not in both
 
 
-@pytest.mark.parametrize("kind", [k for k, v in KINDS.items() if v[3] and v[0].startswith("[xdit.plugins]\nbad = bad\n")])
+@pytest.mark.parametrize(
+    "kind", [k for k, v in KINDS.items() if v[3] and v[0].startswith("[xdit.plugins]\nbad = bad\n")]
+)
 def test_selecting_it_is_a_sentence(kind, tmp_path, monkeypatch):
     metadata, said = install(kind, tmp_path, monkeypatch)
     sys.modules.pop("bad", None)

@@ -50,7 +50,11 @@ def path(tmp_path_factory):
 )
 def test_bash(path, line, reply):
     done = subprocess.run(
-        ["bash", "-c", SCRIPT, "bash", line], capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path}
+        ["bash", "-c", SCRIPT, "bash", line],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PATH": path},
     )
     assert done.stdout.split("\n")[:-1] == reply, done.stderr
 

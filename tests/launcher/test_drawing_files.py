@@ -15,7 +15,9 @@ from typing import Any
 Launch = Callable[..., Any]
 
 
-def test_after_a_failure_it_is_said_what_there_is_and_resume_draws_the_rest(launch: Launch, tiny: tuple[str, ...]) -> None:
+def test_after_a_failure_it_is_said_what_there_is_and_resume_draws_the_rest(
+    launch: Launch, tiny: tuple[str, ...]
+) -> None:
     """The third of three prompts fails; the run is started again, and draws that one alone."""
     words = (*tiny, "a", "b", "c", "out=o")
     run = launch("--plugins", "faulty", *words, "faulty.rank=0", "faulty.step=8")  # 3 steps a prompt
@@ -25,7 +27,8 @@ def test_after_a_failure_it_is_said_what_there_is_and_resume_draws_the_rest(laun
     times = {name: (folder / name).stat().st_mtime_ns for name in ("a-0.png", "b-0.png")}
     code, out, err = launch(*words, "resume=yes").wait()  # with other plugins: other pictures
     assert (
-        code == 0 and "0 of 3 are there with these settings; drawing 3\nreplacing o/a-0.png and o/b-0.png; overwrite=no" in err
+        code == 0
+        and "0 of 3 are there with these settings; drawing 3\nreplacing o/a-0.png and o/b-0.png; overwrite=no" in err
     )
     assert times != {name: (folder / name).stat().st_mtime_ns for name in times}
     times = {name: (folder / name).stat().st_mtime_ns for name in times}
@@ -39,14 +42,18 @@ def test_after_a_failure_it_is_said_what_there_is_and_resume_draws_the_rest(laun
 
 
 def test_what_there_is_after_an_interruption(launch: Launch, tiny: tuple[str, ...]) -> None:
-    run = launch("--plugins", "faulty", *tiny, "a", "b", "out=x.png", "faulty.rank=0", "faulty.step=5", "faulty.how=hang")
+    run = launch(
+        "--plugins", "faulty", *tiny, "a", "b", "out=x.png", "faulty.rank=0", "faulty.step=5", "faulty.how=hang"
+    )
     end = time.monotonic() + 60
     while not (run.folder / "fault-time").exists() and time.monotonic() < end:
         time.sleep(0.1)
     run.process.send_signal(signal.SIGINT)
     code, _, err = run.wait()
     assert code == 130 and err.endswith(
-        "interrupted; every process has ended.\n1 of 2 is in ./; resume=yes draws the rest\n".replace("1 of 2 are", "1 of 2 is")
+        "interrupted; every process has ended.\n1 of 2 is in ./; resume=yes draws the rest\n".replace(
+            "1 of 2 are", "1 of 2 is"
+        )
     )
 
 

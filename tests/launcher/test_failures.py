@@ -1,4 +1,5 @@
-"""Two hosts over ssh, and everything that breaks there: the right rank and host, in a few lines, soon, and nothing is left running."""
+"""Two hosts over ssh, and everything that breaks there: the right rank and host, in a few lines, soon, and nothing is
+left running."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def test_a_failure(hosts: Cluster, tmp_path: Path, case: Case) -> None:
 def test_the_table_is_of_these_cases() -> None:
     table = failures.DOC.read_text(encoding="utf-8").partition(failures.BEGIN)[2].partition(failures.END)[0]
     rows = [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines() if line.startswith("| ")
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| ")
     ][1:]
     assert [(row[0], row[2]) for row in rows] == [(case.name, str(case.code)) for case in CASES]
     for row, case in zip(rows, CASES, strict=True):

@@ -25,7 +25,9 @@ TWO = ("--plugins", "usp,faulty", "usp.ulysses=2")
         ("allocator", 1, 137, "out of memory ("),
     ],
 )
-def test_the_right_rank_is_blamed(launch: Launch, tiny: tuple[str, ...], how: str, rank: int, code: int, part: str) -> None:
+def test_the_right_rank_is_blamed(
+    launch: Launch, tiny: tuple[str, ...], how: str, rank: int, code: int, part: str
+) -> None:
     run = launch(*TWO, *tiny, f"faulty.how={how}", f"faulty.rank={rank}", "a red fox")
     found, out, err = run.wait()
     lines = err.splitlines()

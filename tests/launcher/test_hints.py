@@ -13,7 +13,10 @@ from xdit_launcher.hints import loose_words
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "emoji", "red heart"], "there is no option --model; settings are written without dashes: model=emoji."),
+        (
+            ["--model", "emoji", "red heart"],
+            "there is no option --model; settings are written without dashes: model=emoji.",
+        ),
         (["--model=emoji", "red heart"], "settings are written without dashes: model=emoji."),
         (["model=emoji", "--seed", "5", "red heart"], "settings are written without dashes: seed=5."),
         (["model=emoji", "--negative", "a b", "red heart"], 'settings are written without dashes: negative="a b".'),
@@ -61,4 +64,7 @@ def test_prompts_from_standard_input(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "rocket" in done.stdout and "red heart" in done.stdout and "not this" not in done.stdout
     empty = subprocess.run(command, input="", capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert (empty.returncode, empty.stderr) == (2, "prompts=- and nothing came from standard input; write a prompt a line.\n")
+    assert (empty.returncode, empty.stderr) == (
+        2,
+        "prompts=- and nothing came from standard input; write a prompt a line.\n",
+    )

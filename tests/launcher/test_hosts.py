@@ -11,12 +11,13 @@ import pytest
 
 from xdit_core import Registry, make_plan
 from xdit_core.errors import UsageError
-from xdit_launcher import facts, fleet, layout, ssh
-from xdit_launcher.agent import located
-from xdit_launcher.backends import choose
-from xdit_launcher.fleet import Host
-from xdit_launcher.hosts import filtered, parse_hosts, read_hostfile
-from xdit_launcher.supervise import QUICK, STUCK, Pace
+from xdit_launcher.backends import ssh
+from xdit_launcher.backends.registry import choose
+from xdit_launcher.cluster import fleet, host_facts, placement
+from xdit_launcher.cluster.fleet import Host
+from xdit_launcher.cluster.host_file import filtered, parse_hosts, read_hostfile
+from xdit_launcher.node.agent import located
+from xdit_launcher.node.watching import QUICK, STUCK, Pace
 
 
 def test_hosts() -> None:
@@ -94,15 +95,15 @@ def test_filters() -> None:
 
 
 def test_spread() -> None:
-    assert layout.spread(4, [8, 8]) == [range(0, 2), range(2, 4)]
-    assert layout.spread(12, [8, 4]) == [range(0, 8), range(8, 12)]
-    assert layout.spread(5, [8, 8, 1]) == [range(0, 2), range(2, 4), range(4, 5)]
-    assert layout.spread(1, [8, 8]) == [range(0, 1), range(1, 1)]
-    assert layout.spread(6, [4, 4], 2) == [range(0, 4), range(4, 6)]  # pairs stay together
-    assert layout.spread(2, [4, 4], 2) == [range(0, 1), range(1, 2)]  # every host is used
-    assert layout.spread(6, [3, 3], 2) == [range(0, 3), range(3, 6)]  # where they can
+    assert placement.spread(4, [8, 8]) == [range(0, 2), range(2, 4)]
+    assert placement.spread(12, [8, 4]) == [range(0, 8), range(8, 12)]
+    assert placement.spread(5, [8, 8, 1]) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert placement.spread(1, [8, 8]) == [range(0, 1), range(1, 1)]
+    assert placement.spread(6, [4, 4], 2) == [range(0, 4), range(4, 6)]  # pairs stay together
+    assert placement.spread(2, [4, 4], 2) == [range(0, 1), range(1, 2)]  # every host is used
+    assert placement.spread(6, [3, 3], 2) == [range(0, 3), range(3, 6)]  # where they can
     with pytest.raises(UsageError, match="9 processes but 8 slots on all hosts together"):
-        layout.spread(9, [4, 4])
+        placement.spread(9, [4, 4])
 
 
 def test_a_better_layout(tiny: tuple[str, ...]) -> None:
@@ -110,10 +111,12 @@ def test_a_better_layout(tiny: tuple[str, ...]) -> None:
 
     def told(plugins: list[str], **degrees: int) -> list[str]:
         plan = make_plan(plugins, {**values, **{k.replace("_", "."): v for k, v in degrees.items()}}, Registry())
-        return list(layout.warnings(plan, [range(0, plan.world // 2), range(plan.world // 2, plan.world)]))
+        return list(placement.warnings(plan, [range(0, plan.world // 2), range(plan.world // 2, plan.world)]))
 
     (line,) = told(["usp"], usp_ulysses=4, usp_ring=1)
-    assert line.startswith("warning: usp.ulysses=4 spans 2 machines") and line.endswith("better is usp.ulysses=2 usp.ring=2.")
+    assert line.startswith("warning: usp.ulysses=4 spans 2 machines") and line.endswith(
+        "better is usp.ulysses=2 usp.ring=2."
+    )
     (line,) = told(["tp"], tp_degree=4)
     assert "tp.degree=4 spans 2 machines" in line
     assert "better is tp.degree=2 with one of cfg, dp, pipefusion across the machines." in line
@@ -143,7 +146,11 @@ def test_the_backend_that_takes_an_option() -> None:
 def test_ssh_commands() -> None:
     settings = ssh.Settings(hosts="a:1,b:2", command="ssh -p 2222", python="/opt/my python")
     first = ssh.command_to(ssh.hosts_of(settings)[0], settings)
-    assert first[:3] == ["ssh", "-p", "2222"] and first[-3:] == ["--", "a", "'/opt/my python' -P -m xdit_launcher.agent"]
+    assert first[:3] == ["ssh", "-p", "2222"] and first[-3:] == [
+        "--",
+        "a",
+        "'/opt/my python' -P -m xdit_launcher.node.agent",
+    ]
     assert ssh.devices(settings) == 3
     with pytest.raises(UsageError, match="give the hosts with one of"):
         ssh.hosts_of(ssh.Settings())
@@ -176,35 +183,35 @@ def test_variables_are_passed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_differences() -> None:
     ours = {"versions": {"torch": "2.13.0", "x": "1"}, "python": "3.11.2", "code": {"xdit_core": "aa"}, "model": "m"}
-    assert not list(facts.differences(ours, ours, "b"))
+    assert not list(host_facts.differences(ours, ours, "b"))
     other = {**ours, "versions": {"torch": "2.12.0", "x": ""}, "python": "3.12.1", "model": None}
-    assert list(facts.differences(other, ours, "b")) == [
+    assert list(host_facts.differences(other, ours, "b")) == [
         "b has torch 2.12.0, and this machine 2.13.0; run pip install torch==2.13.0 there.",
         "b has no x, and this machine 1; run pip install x==1 there.",
         "b runs Python 3.12.1, and this machine 3.11.2; use the same minor version on both.",
     ]
     built = {**ours, "versions": {"torch": "2.13.0+cu130", "x": "1"}}
-    assert not list(facts.differences(built, ours, "b"))  # the same release for other devices
-    (line,) = facts.differences(ours, {**ours, "versions": {"torch": "2.13.0", "x": ""}}, "b")
+    assert not list(host_facts.differences(built, ours, "b"))  # the same release for other devices
+    (line,) = host_facts.differences(ours, {**ours, "versions": {"torch": "2.13.0", "x": ""}}, "b")
     assert line == "b has x 1, and this machine none; install x==1 here too."
-    (line,) = facts.differences({**ours, "code": {"xdit_core": "bb"}}, ours, "b")
+    (line,) = host_facts.differences({**ours, "code": {"xdit_core": "bb"}}, ours, "b")
     assert "the code of xdit_core on b is not that of this machine" in line
-    assert facts.model_problem(other, ours, "b", "/m").startswith("b has no folder /m; copy the model there")
-    assert "holds other files" in facts.model_problem({**ours, "model": "n"}, ours, "b", "/m")
+    assert host_facts.model_problem(other, ours, "b", "/m").startswith("b has no folder /m; copy the model there")
+    assert "holds other files" in host_facts.model_problem({**ours, "model": "n"}, ours, "b", "/m")
 
 
 def test_one_machine_by_two_names() -> None:
     one = {"host": "n1", "addresses": ["10.0.0.1", "127.0.0.1"]}
     names = {0: "a", 1: "a.example.org", 2: "b"}
-    found = list(facts.same_machine({0: one, 1: one, 2: {**one, "addresses": ["10.0.0.2"]}}, names))
+    found = list(host_facts.same_machine({0: one, 1: one, 2: {**one, "addresses": ["10.0.0.2"]}}, names))
     assert found == ["a and a.example.org are one machine; name it once, with more slots."]
-    assert not list(facts.same_machine({0: one, 1: one}, {0: "n1", 1: "n1"}))  # two actors of Ray
+    assert not list(host_facts.same_machine({0: one, 1: one}, {0: "n1", 1: "n1"}))  # two actors of Ray
 
 
 def test_gpus_as_nvidia_smi_shows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("xdit_core.machine.cuda_devices", lambda: 1)
+    monkeypatch.setattr("xdit_core.planning.machine.cuda_devices", lambda: 1)
     for text, found in (
         ("GPU X, 100, 200", [{"name": "GPU X", "free": 100 << 20, "total": 200 << 20}]),
         ("GPU X, [N/A], [N/A]", [{}]),
@@ -212,7 +219,7 @@ def test_gpus_as_nvidia_smi_shows_them(monkeypatch: pytest.MonkeyPatch, tmp_path
     ):
         tool.write_text(f"#!/bin/sh\nprintf '{text}\\n'\n")
         tool.chmod(0o755)
-        assert facts.gpus() == found
+        assert host_facts.gpus() == found
 
 
 def test_a_plan_for_cpus_that_nobody_asked_for() -> None:
@@ -220,9 +227,9 @@ def test_a_plan_for_cpus_that_nobody_asked_for() -> None:
     unsure = make_plan([], values, Registry())
     if unsure.run.device == "cpu":
         wanted = "this machine has no GPU and b has 8; say which are meant with device=cuda or device=cpu."
-        assert facts.device_problem(unsure, True, "b has 8") == wanted
-    assert not facts.device_problem(unsure, False, "b has 0")
-    assert not facts.device_problem(make_plan([], {**values, "device": "cpu"}, Registry()), True, "b has 8")
+        assert host_facts.device_problem(unsure, True, "b has 8") == wanted
+    assert not host_facts.device_problem(unsure, False, "b has 0")
+    assert not host_facts.device_problem(make_plan([], {**values, "device": "cpu"}, Registry()), True, "b has 8")
 
 
 def test_where_ranks_meet() -> None:
@@ -234,7 +241,7 @@ def test_where_ranks_meet() -> None:
 
 
 def test_a_broken_line_of_an_agent() -> None:
-    from xdit_launcher.pipe import read
+    from xdit_launcher.cluster.pipe import read
 
     assert read('{"did": 1}') == {"did": 1} and read('{"did": @xdit {') is None
 
@@ -251,15 +258,15 @@ def test_the_code_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = facts.code_digest("xdit_made_up")
+    before = host_facts.code_digest("xdit_made_up")
     (package / "__init__.py").write_text("a = 2\n")
-    assert before and facts.code_digest("xdit_made_up") not in ("", before)
-    assert facts.code_digest("xdit_not_there") == ""
+    assert before and host_facts.code_digest("xdit_made_up") not in ("", before)
+    assert host_facts.code_digest("xdit_not_there") == ""
 
 
 def test_how_long_a_run_may_stand_still() -> None:
-    from xdit_core.beat import Pulse
-    from xdit_launcher.report import Seen
+    from xdit_core.worker.heartbeat import Pulse
+    from xdit_launcher.node.root_cause import Seen
 
     def at(*doing: str) -> dict[int, Seen]:
         return {i: Seen("a", pulse=Pulse(1, 0.0, words)) for i, words in enumerate(doing)}

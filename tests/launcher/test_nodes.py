@@ -1,4 +1,5 @@
-"""One run on several nodes, started by hand on each: here two launchers of one machine, which know nothing of each other."""
+"""One run on several nodes, started by hand on each: here two launchers of one machine, which know nothing of each
+other."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from xdit_core.beat import read_beat
 from xdit_core.errors import UsageError
-from xdit_launcher.local import Node, Settings
-from xdit_launcher.processes import interface_to
+from xdit_core.worker.heartbeat import read_beat
+from xdit_launcher.backends.local import Node, Settings
+from xdit_launcher.node.processes import interface_to
 
 Launch = Callable[..., Any]
 
@@ -47,7 +48,9 @@ def test_a_picture(pair: Callable[..., list[Any]]) -> None:
     assert out.startswith("out.png  ")
     assert (first.folder / "out.png").stat().st_size > 500
     logs = sorted(path.name for path in (first.folder / "runs").glob("*/rank*.log"))
-    assert logs == [f"rank{k}.log" for k in range(4)]  # each node wrote its own two, here into folders beside each other
+    assert logs == [
+        f"rank{k}.log" for k in range(4)
+    ]  # each node wrote its own two, here into folders beside each other
     assert first.none_left()
 
 
@@ -63,7 +66,9 @@ def test_a_rank_of_another_node_is_killed(pair: Callable[..., list[Any]]) -> Non
 
 def test_ctrl_c_on_one_node_ends_both(pair: Callable[..., list[Any]]) -> None:
     first, second = pair("--plugins", "usp,faulty", "usp.ulysses=2", "faulty.how=hang", "timeout=120")
-    while not any("step 2" in pulse.doing for path in first.folder.glob("runs/*/rank0.beat") if (pulse := read_beat(path))):
+    while not any(
+        "step 2" in pulse.doing for path in first.folder.glob("runs/*/rank0.beat") if (pulse := read_beat(path))
+    ):
         assert first.process.poll() is None
         time.sleep(0.1)
     os.kill(second.process.pid, signal.SIGTERM)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xdit_core import outputs
-from xdit_core.outputs import write_sheet
-from xdit_core.result_names import sheet_path, targets
-from xdit_core.settings import RunSettings
-from xdit_core.sheet import GAP, LINE, SIDE, WIDE, contact_sheet, shortened
-from xdit_core.video import middle_frame, write_video
+from xdit_core.outputs import results
+from xdit_core.outputs.contact_sheet import GAP, LINE, SIDE, WIDE, contact_sheet, shortened
+from xdit_core.outputs.names import sheet_path, targets
+from xdit_core.outputs.results import write_sheet
+from xdit_core.outputs.video import middle_frame, write_video
+from xdit_core.planning.settings import RunSettings
 
 
 def plain(colour: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -35,7 +35,12 @@ def test_a_video_read_back(tmp_path: Path, size: tuple[int, int]) -> None:
             for f in container.decode(video=0)
         ]
         code = video.codec_context
-        assert (code.colorspace, code.color_primaries, code.color_trc, code.color_range) == (1, 1, 1, 1)  # BT.709, narrow
+        assert (code.colorspace, code.color_primaries, code.color_trc, code.color_range) == (
+            1,
+            1,
+            1,
+            1,
+        )  # BT.709, narrow
         assert container.metadata["comment"] == 'a fox "ü"'
         assert (video.average_rate, video.codec_context.pix_fmt) == (5, "yuv420p")
     assert len(frames) == 5
@@ -68,9 +73,11 @@ def test_a_video_is_browser_ready_and_the_same_each_time(tmp_path: Path) -> None
 
 def test_an_output_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two videos of one prompt: two files with their settings inside, and the same beside them."""
-    from xdit_core.jobs import Output
+    from xdit_core.points.request import Output
 
-    run = RunSettings(prompt=("a fox",), images=2, seed=(3,), frames=3, fps=5, out=str(tmp_path / "v.mp4"), height=32, width=48)
+    run = RunSettings(
+        prompt=("a fox",), images=2, seed=(3,), frames=3, fps=5, out=str(tmp_path / "v.mp4"), height=32, width=48
+    )
     plan: Any = SimpleNamespace(
         run=run, facts=SimpleNamespace(video=True, loras=()), model="wan", plugins={}, axes=(), split=(4,)
     )
@@ -78,7 +85,7 @@ def test_an_output_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     videos = [[plain(c)] * 3 for c in ("red", "blue")]
     paths = targets(run, video=True)[0]
     for i, path in enumerate(paths):
-        outputs.write(Output("a fox", numbers=range(2), images=videos), i, path, plan, {"denoise": 1.0})
+        results.write(Output("a fox", numbers=range(2), images=videos), i, path, plan, {"denoise": 1.0})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v-0.json", "v-0.mp4", "v-1.json", "v-1.mp4"]
     with av.open(str(tmp_path / "v-1.mp4")) as container:
         comment = container.metadata["comment"]
@@ -90,7 +97,16 @@ def test_an_output_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert middle_frame(tmp_path / "v-1.mp4").getpixel((9, 9))[2] > 240
     many = RunSettings(prompt=("a b", "a", "a", "a") + ("b",) * 5000, images=2, out="d/")
     names = [path.name for row in targets(many, video=True) for path in row]
-    assert names[:8] == ["a-b-0.mp4", "a-b-1.mp4", "a-0.mp4", "a-1.mp4", "a-0-2.mp4", "a-1-2.mp4", "a-0-3.mp4", "a-1-3.mp4"]
+    assert names[:8] == [
+        "a-b-0.mp4",
+        "a-b-1.mp4",
+        "a-0.mp4",
+        "a-1.mp4",
+        "a-0-2.mp4",
+        "a-1-2.mp4",
+        "a-0-3.mp4",
+        "a-1-3.mp4",
+    ]
     assert len(set(names)) == 10008
 
 
@@ -134,12 +150,16 @@ def test_where_it_goes_and_what_is_said(tmp_path: Path) -> None:
     assert "was not written" in write_sheet(gone, [[tmp_path / "a-0.png"], [tmp_path / "a-0.png"]])
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("too large"), RuntimeError("no font")])
-def test_a_sheet_that_cannot_be_made_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), MemoryError("too large"), RuntimeError("no font")]
+)
+def test_a_sheet_that_cannot_be_made_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("xdit_core.sheet.contact_sheet", fails)
+    monkeypatch.setattr("xdit_core.outputs.contact_sheet.contact_sheet", fails)
     line = write_sheet(RunSettings(prompt=("a", "b"), out=str(tmp_path)), [[tmp_path / "a.png"], [tmp_path / "b.png"]])
     assert line.startswith(f"{tmp_path / 'sheet.png'} was not written: ") and line.endswith("; the pictures are there.")
     assert str(error.args[-1]) in line and not list(tmp_path.iterdir())

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from xdit_core.beat import SIZE, Beat, beat_path, read_beat
 from xdit_core.errors import ModelError, UsageError, XditError
-from xdit_core.failure import error_path, failure
 from xdit_core.filesystem import atomically
-from xdit_core.place import Place, compare, not_started
-from xdit_core.result_names import slug, targets
-from xdit_core.screen import Progress, Tee
-from xdit_core.settings import RunSettings
-from xdit_launcher import report
-from xdit_launcher.report import Blame, Seen, lines
-from xdit_launcher.words import is_setting, values_of
+from xdit_core.outputs.names import slug, targets
+from xdit_core.planning.settings import RunSettings
+from xdit_core.worker.failure import error_path, failure
+from xdit_core.worker.heartbeat import SIZE, Beat, beat_path, read_beat
+from xdit_core.worker.progress import Progress, Tee
+from xdit_core.worker.rendezvous import Place, compare, not_started
+from xdit_launcher.arguments import is_setting, values_of
+from xdit_launcher.node import root_cause
+from xdit_launcher.node.root_cause import Blame, Seen, lines
 
 
 def names(**settings: object) -> list[list[str]]:
@@ -55,10 +55,17 @@ def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["x-0.safetensors"],
         ["x-1.safetensors"],
     ]
-    assert names(prompt=("A red fox!", "a red fox"), out="d", seed=(4,)) == [["d/a-red-fox-4.png"], ["d/a-red-fox-4-2.png"]]
+    assert names(prompt=("A red fox!", "a red fox"), out="d", seed=(4,)) == [
+        ["d/a-red-fox-4.png"],
+        ["d/a-red-fox-4-2.png"],
+    ]
     assert names(prompt=("a",), out="new.d/", images=2, seed=(1,)) == [["new.d/a-1.png", "new.d/a-2.png"]]
     assert names(prompt=("a",), out="v1.5") == [["v1.5/a-0.png"]]
-    assert slug("../../etc/passwd") == "etc-passwd" and slug("?!") == "picture" and slug("Schöne Füchse") == "schöne-füchse"
+    assert (
+        slug("../../etc/passwd") == "etc-passwd"
+        and slug("?!") == "picture"
+        and slug("Schöne Füchse") == "schöne-füchse"
+    )
     assert len(slug("x" * 500)) <= 48
     run = RunSettings(prompt=("a",))
     assert targets(run, video=True) == ((Path("out.mp4"),),)
@@ -78,14 +85,24 @@ def test_nothing_half_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("word", "expected"),
-    [("steps=3", True), ("usp.ulysses=2", True), ("1+1=2", False), ("a sign: x=y", False), ("=x", False), ("prompt=", True)],
+    [
+        ("steps=3", True),
+        ("usp.ulysses=2", True),
+        ("1+1=2", False),
+        ("a sign: x=y", False),
+        ("=x", False),
+        ("prompt=", True),
+    ],
 )
 def test_settings_and_prompts(word: str, expected: bool) -> None:
     assert is_setting(word) is expected
 
 
 def test_words_in_any_order() -> None:
-    assert values_of(["a fox", "steps=3", "1+1=2", "prompt=b=c"]) == ({"prompt": ["a fox", "1+1=2", "b=c"], "steps": "3"}, ())
+    assert values_of(["a fox", "steps=3", "1+1=2", "prompt=b=c"]) == (
+        {"prompt": ["a fox", "1+1=2", "b=c"], "steps": "3"},
+        (),
+    )
 
 
 def fail(folder: Path, rank: int, error: BaseException, doing: str = "step 1 of 2") -> None:
@@ -99,10 +116,10 @@ def fail(folder: Path, rank: int, error: BaseException, doing: str = "step 1 of 
 def blame(folder: Path, codes: list[int | None], stuck_for: float | None = None) -> Blame:
     """As of ranks whose files are in a folder."""
     seen = {
-        rank: Seen("here", code, read_beat(beat_path(folder, rank)), report.read_error(folder, rank), log="x.log")
+        rank: Seen("here", code, read_beat(beat_path(folder, rank)), root_cause.read_error(folder, rank), log="x.log")
         for rank, code in enumerate(codes)
     }
-    return report.blame(seen, stuck_for)
+    return root_cause.blame(seen, stuck_for)
 
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
@@ -124,12 +141,14 @@ def test_signals_before_lost_peers(tmp_path: Path) -> None:
 
 def test_an_exit_without_a_word(tmp_path: Path) -> None:
     fail(tmp_path, 0, LOST)
-    assert blame(tmp_path, [1, 7]) == Blame(1, "here", "starting", "it ended with exit code 7 and left no error", 7, "x.log")
+    assert blame(tmp_path, [1, 7]) == Blame(
+        1, "here", "starting", "it ended with exit code 7 and left no error", 7, "x.log"
+    )
 
 
 def test_a_lost_host() -> None:
     seen = {rank: Seen("ab"[rank // 2], lost="no word from it." if rank > 1 else "") for rank in range(4)}
-    found = report.blame(seen)
+    found = root_cause.blame(seen)
     assert (found.rank, found.host, found.code) == (2, "b", 1)
     assert found.sentence == "ranks 2 to 3 were lost with their host: no word from it."
 
@@ -222,7 +241,10 @@ def test_ranks_with_another_plan_are_named() -> None:
             {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"},
             "LOCAL_RANK=2 is none of",
         ),
-        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "9"}, "MASTER_ADDR and MASTER_PORT do not say where rank 0 is met"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "9"},
+            "MASTER_ADDR and MASTER_PORT do not say where rank 0 is met",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a"}, "MASTER_ADDR and MASTER_PORT do not say"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The progress line: how long it will still take, what is being loaded, also over a connection; and times that add up."""
+"""The progress line: how long it will still take, what is being loaded, also over a connection; and times that add
+up."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from xdit_core.beat import Beat
-from xdit_core.engine import Engine
-from xdit_core.jobs import Output, joined
-from xdit_core.loading import load_pipeline
-from xdit_core.place import COLUMNS_VARIABLE, Place
-from xdit_core.plan import make_plan
+from xdit_core.engine.engine import Engine
+from xdit_core.engine.loading import load_pipeline
+from xdit_core.planning.planner import make_plan
+from xdit_core.planning.settings import parse_words
+from xdit_core.points.request import Output, joined
 from xdit_core.printable import columns
-from xdit_core.screen import Progress, duration
-from xdit_core.settings import parse_words
-from xdit_core.writer import Writer
-from xdit_launcher import fleet
+from xdit_core.worker.heartbeat import Beat
+from xdit_core.worker.progress import Progress, duration
+from xdit_core.worker.rendezvous import COLUMNS_VARIABLE, Place
+from xdit_core.worker.writer import Writer
+from xdit_launcher.cluster import fleet
 
 
 def frames(text: str) -> list[str]:
@@ -39,7 +40,7 @@ def frames(text: str) -> list[str]:
 def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the pace of the steps after the first, which is slower."""
     now = [100.0]
-    monkeypatch.setattr("xdit_core.screen.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("xdit_core.worker.progress.time.monotonic", lambda: now[0])
     screen = io.StringIO()
     progress = Progress(screen, 200)
     progress.begin("a fox")
@@ -49,13 +50,19 @@ def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = frames(screen.getvalue())
     assert "left" not in shown[2] and "step 2/20  about 3 min 0 s left  10.00 s/step" in shown[3]
     assert "step 3/20  about 2 min 50 s left" in shown[4] and "left" not in shown[5]
-    assert [duration(s) for s in (0.4, 59.4, 59.6, 3599.6, 7500)] == ["0 s", "59 s", "1 min 0 s", "1 h 0 min", "2 h 5 min"]
+    assert [duration(s) for s in (0.4, 59.4, 59.6, 3599.6, 7500)] == [
+        "0 s",
+        "59 s",
+        "1 min 0 s",
+        "1 h 0 min",
+        "2 h 5 min",
+    ]
 
 
 def test_what_is_being_loaded_is_shown(tiny_sd3_folder: Path, tiny: tuple[str, ...]) -> None:
     import torch
 
-    from xdit_core.registry import Registry
+    from xdit_core.registry.registry import Registry
 
     said: list[str] = []
     spec, _ = Registry().model("sd3")
@@ -89,7 +96,9 @@ def test_a_bar_over_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
             lines = frames(pipe.read())
         assert lines[2].startswith("[##########..........] step 2/4") and max(sum(map(columns, x)) for x in lines) < 50
         monkeypatch.setattr(sys, "stdout", io.StringIO())
-        fleet.show(1, b"fox.png  1.0 s\n")  # the bar is taken away before a line comes, whichever of the two pipes is faster
+        fleet.show(
+            1, b"fox.png  1.0 s\n"
+        )  # the bar is taken away before a line comes, whichever of the two pipes is faster
         assert os.read(near, 100) == b"\r\x1b[K" and sys.stdout.getvalue() == "fox.png  1.0 s\n"  # type: ignore[attr-defined]
     os.close(near)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -118,7 +127,8 @@ def slow_phases(tiny: tuple[str, ...]) -> Iterator[Engine]:
 
 
 def test_phases_add_up(slow_phases: Engine) -> None:
-    """Their sum is the time that a request takes; a decoder that is called for each part of the latents is still decoding."""
+    """Their sum is the time that a request takes; a decoder that is called for each part of the latents is still
+    decoding."""
     engine = slow_phases
     start = time.perf_counter()
     output = engine.generate("a fox")
@@ -136,7 +146,8 @@ def test_phases_add_up(slow_phases: Engine) -> None:
 
 
 def test_parts_that_were_made_in_turn() -> None:
-    """Of a pipeline that draws one picture a call; parts that were made at once on several ranks took as long as the longest."""
+    """Of a pipeline that draws one picture a call; parts that were made at once on several ranks took as long as the
+    longest."""
 
     def parts() -> list[Output]:
         return [Output("a", numbers=range(i, i + 1), seconds={"denoise": 2.0 + i, "encode": 1.0}) for i in range(3)]
@@ -156,4 +167,6 @@ def test_the_printed_times_add_up(
     writer = Writer(plan, engine, Progress(None), Beat(None), tmp_path)
     times = {"encode": 1.0, "denoise": 2.0, "decode": 0.5}
     writer(Output("a fox", images=[Image.new("RGB", (32, 32))], seconds=times))
-    assert capsys.readouterr().out == "out.png  3.5 s (encode 1.0, denoise 2.0, decode 0.5; loading took 7.0 s before)\n"
+    assert (
+        capsys.readouterr().out == "out.png  3.5 s (encode 1.0, denoise 2.0, decode 0.5; loading took 7.0 s before)\n"
+    )

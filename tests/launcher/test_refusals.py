@@ -30,7 +30,11 @@ def refused(result: Result, code: int, *parts: str) -> None:
         (["--plugins", "usp", "usp.ulises=2"], 2, ["unknown setting usp.ulises; did you mean usp.ulysses?"]),
         (["height=many"], 2, ["height=many is not a whole number", "height=2"]),
         (["guidance=nan"], 2, ["guidance=nan is not a number"]),
-        (["usp.ulysses=2"], 2, ["usp.ulysses belongs to the plugin usp, which is not selected; add it: --plugins usp."]),
+        (
+            ["usp.ulysses=2"],
+            2,
+            ["usp.ulysses belongs to the plugin usp, which is not selected; add it: --plugins usp."],
+        ),
         (["--plugins", "usp", "usp.ulysses=3"], 3, ["4 heads", "usp.ulysses=3", "use one of 1, 2, 4"]),
         (["--plugins", "usp", "usp.ulysses=2", "nproc=3"], 3, ["nproc=3", "usp.ulysses=2"]),
         (["nproc=2"], 3, ["nproc=2", "nothing can use more than one process"]),
@@ -39,7 +43,11 @@ def refused(result: Result, code: int, *parts: str) -> None:
         (["--plugins", "pipefusion", "pipefusion.patches=0"], 3, ["pipefusion.patches=0", "use 1 to 8"]),
         (["--plugins", "pipefusion", "pipefusion.warmup=-1"], 3, ["pipefusion.warmup=-1 is negative"]),
         (["--plugins", "pipefusion", "pipefusion.warmup=9"], 3, ["warmup=9 is more than steps=3"]),
-        (["--plugins", "broken"], 2, ["plugin broken of xdit-faulty 0.1 cannot be loaded", "xdit_missing_module", "uninstall"]),
+        (
+            ["--plugins", "broken"],
+            2,
+            ["plugin broken of xdit-faulty 0.1 cannot be loaded", "xdit_missing_module", "uninstall"],
+        ),
         ([""], 2, ["the prompt is empty; write what to draw"]),
         (["prompt=  "], 2, ["the prompt is empty; write what to draw"]),
         (["steps=4"], 2, ["steps is given twice"]),
@@ -52,8 +60,16 @@ def refused(result: Result, code: int, *parts: str) -> None:
         (["--json", "a fox"], 2, ["--json shows a plan; add --dry-run."]),
         (["--on", "locl"], 2, ["unknown backend 'locl'", "did you mean local?"]),
         (["nproc=10000000000"], 3, ["nproc=10000000000 is too large; give 65536 or less."]),
-        (["images=1000000000", "height=1000000000"], 3, ["images=1000000000 is too large", "height=1000000000 is too large"]),
-        (["threads=100000", "timeout=1e300"], 3, ["threads=100000 is too large", "timeout=1e+300 is too large; give at most"]),
+        (
+            ["images=1000000000", "height=1000000000"],
+            3,
+            ["images=1000000000 is too large", "height=1000000000 is too large"],
+        ),
+        (
+            ["threads=100000", "timeout=1e300"],
+            3,
+            ["threads=100000 is too large", "timeout=1e+300 is too large; give at most"],
+        ),
         (
             ["--plugins", "dp", "dp.degree=1000000000000"],
             3,
@@ -62,7 +78,9 @@ def refused(result: Result, code: int, *parts: str) -> None:
         (["output_type=film"], 3, ["output_type=film is unknown; use image or latent."]),
     ],
 )
-def test_a_sentence_with_the_fix(say: Say, tiny: tuple[str, ...], words: list[str], code: int, parts: list[str]) -> None:
+def test_a_sentence_with_the_fix(
+    say: Say, tiny: tuple[str, ...], words: list[str], code: int, parts: list[str]
+) -> None:
     refused(say(*tiny, *words), code, *parts)
 
 
@@ -149,7 +167,7 @@ def test_bad_config(say: Say, text: str, part: str) -> None:
 
 
 def test_not_enough_gpus(say: Say, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xdit_core.machine.cuda_devices", lambda: 1)
+    monkeypatch.setattr("xdit_core.planning.machine.cuda_devices", lambda: 1)
     words = [w for w in tiny if w != "device=cpu"]
     result = say("--plugins", "usp", *words, "usp.ulysses=2", "a fox")
     assert result.exit_code == 2 and "2 processes but 1 GPUs on " in result.stderr

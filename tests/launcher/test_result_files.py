@@ -1,4 +1,5 @@
-"""Files of results: nothing that is there is lost, nothing that was drawn is lost, and what cannot be written is known before."""
+"""Files of results: nothing that is there is lost, nothing that was drawn is lost, and what cannot be written is known
+before."""
 
 from __future__ import annotations
 
@@ -15,17 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from xdit_core import outputs
-from xdit_core.beat import Beat, beat_path, read_beat
-from xdit_core.embedded import embedded_settings
 from xdit_core.errors import UsageError, XditError
-from xdit_core.files_there import FilesThere
 from xdit_core.filesystem import atomically, read_text
-from xdit_core.jobs import Job, Output, jobs_for, joined
-from xdit_core.plan import Plan, make_plan
-from xdit_core.result_names import all_files, json_path, sheet_path, targets
-from xdit_core.settings import RunSettings, parse_words
-from xdit_core.writer import Writer
+from xdit_core.outputs import results
+from xdit_core.outputs.existing import FilesThere
+from xdit_core.outputs.metadata import embedded_settings
+from xdit_core.outputs.names import all_files, json_path, sheet_path, targets
+from xdit_core.plan import Plan
+from xdit_core.planning.planner import make_plan
+from xdit_core.planning.settings import RunSettings, parse_words
+from xdit_core.points.request import Job, Output, jobs_for, joined
+from xdit_core.worker.heartbeat import Beat, beat_path, read_beat
+from xdit_core.worker.writer import Writer
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def picture(prompt: str = "a fox", index: int = 0, numbers: range = range(1)) ->
 def draw(plan: Plan, *numbers: int) -> None:
     """Write some of the pictures of the first prompt, or all of them."""
     for i in numbers or range(plan.run.images):
-        outputs.write(picture(plan.run.prompt[0], 0, range(i, i + 1)), 0, targets(plan.run)[0][i], plan, {})
+        results.write(picture(plan.run.prompt[0], 0, range(i, i + 1)), 0, targets(plan.run)[0][i], plan, {})
 
 
 def test_a_json_file_of_somebody_else_stays(plan_of: Callable[..., Plan]) -> None:
@@ -67,7 +69,9 @@ def test_a_sheet_of_somebody_else_stays(tmp_path: Path) -> None:
     before = (tmp_path / "sheet.png").read_bytes()
     run = RunSettings(prompt=("a", "b"), out=str(tmp_path))
     for _ in range(2):  # the second time it is ours
-        assert outputs.write_sheet(run, [[tmp_path / "sheet.png"]] * 2).startswith(f"{tmp_path / 'sheet-2.png'}  the contact")
+        assert results.write_sheet(run, [[tmp_path / "sheet.png"]] * 2).startswith(
+            f"{tmp_path / 'sheet-2.png'}  the contact"
+        )
     assert (tmp_path / "sheet.png").read_bytes() == before and sheet_path(run).name == "sheet-2.png"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -79,13 +83,13 @@ def test_pictures_that_are_there(plan_of: Callable[..., Plan]) -> None:
     assert [str(p) for p in FilesThere.here(plan).replaced] == ["o/fox-0.png"]
     assert list(FilesThere.here(plan).lines(plan)) == ["replacing o/fox-0.png; overwrite=no would keep what is there"]
     with pytest.raises(UsageError, match=r"overwrite=no and o/fox-0\.png is there; choose another place with out="):
-        outputs.check_writable(plan_of("prompt=a fox", "images=3", "out=o/fox.png", "overwrite=no"))
+        results.check_writable(plan_of("prompt=a fox", "images=3", "out=o/fox.png", "overwrite=no"))
     Path("o/fox-1.png").write_bytes(Path("o/fox-0.png").read_bytes()[:8] + b"not ours")
     with pytest.raises(UsageError, match=r"o/fox-1\.png is there and not written by xdit; .* overwrite=yes"):
-        outputs.check_writable(plan)
-    outputs.check_writable(plan_of("prompt=a fox", "images=3", "out=o/fox.png", "overwrite=yes"))
+        results.check_writable(plan)
+    results.check_writable(plan_of("prompt=a fox", "images=3", "out=o/fox.png", "overwrite=yes"))
     Path("o/fox-1.png").write_bytes(b"")  # as mktemp makes it
-    outputs.check_writable(plan)
+    results.check_writable(plan)
 
 
 def test_resume_keeps_what_has_the_same_settings(plan_of: Callable[..., Plan]) -> None:
@@ -109,8 +113,12 @@ def test_settings_are_read_back_from_every_format(tmp_path: Path, plan_of: Calla
     plan = plan_of("prompt=a fox", "output_type=latent")
     path = tmp_path / f"x.{suffix}"
     latents = Output("a fox", latents=torch.zeros(1, 4, 8, 8))
-    outputs.write(
-        latents if suffix == "safetensors" else Output("a", images=[[Image.new("RGB", (32, 32))] * 2]), 0, path, plan, {}
+    results.write(
+        latents if suffix == "safetensors" else Output("a", images=[[Image.new("RGB", (32, 32))] * 2]),
+        0,
+        path,
+        plan,
+        {},
     )
     found = embedded_settings(path)
     assert found is not None and found["plan"]["digest"] == plan.digest()
@@ -121,7 +129,10 @@ def test_settings_are_read_back_from_every_format(tmp_path: Path, plan_of: Calla
 
 
 def test_only_the_rest_is_drawn() -> None:
-    assert jobs_for(["a", "b"], 3, {(0, 1), (1, 0), (1, 1), (1, 2)}) == (Job("a", 0, range(0, 1)), Job("a", 0, range(2, 3)))
+    assert jobs_for(["a", "b"], 3, {(0, 1), (1, 0), (1, 1), (1, 2)}) == (
+        Job("a", 0, range(0, 1)),
+        Job("a", 0, range(2, 3)),
+    )
     assert jobs_for(["a"], 2) == (Job("a", 0, range(2)),)
     parts = [picture(numbers=range(0, 1)), picture(numbers=range(2, 3)), picture(numbers=range(3, 4))]
     assert [o.numbers for o in joined(parts)] == [range(0, 1), range(2, 4)]
@@ -149,14 +160,14 @@ def test_a_name_that_cannot_be_is_found_before(plan_of: Callable[..., Plan], out
     Path("in/a-fox-0.png/x").mkdir(parents=True)
     before = sorted(map(str, Path().rglob("*")))
     with pytest.raises(UsageError, match=part) as caught:
-        outputs.check_writable(dataclasses.replace(plan, run=dataclasses.replace(plan.run, out=out)))
+        results.check_writable(dataclasses.replace(plan, run=dataclasses.replace(plan.run, out=out)))
     assert str(caught.value).endswith(".") and ";" in str(caught.value)
     assert sorted(map(str, Path().rglob("*"))) == before  # not even a folder was made
 
 
 def test_a_name_of_the_greatest_length_is_written(plan_of: Callable[..., Plan]) -> None:
     plan = plan_of("prompt=a fox", f"out={'x' * 250}.png")
-    outputs.check_writable(plan)
+    results.check_writable(plan)
     draw(plan)
     assert len(list(Path().iterdir())) == 2
 
@@ -164,7 +175,7 @@ def test_a_name_of_the_greatest_length_is_written(plan_of: Callable[..., Plan]) 
 def test_the_folder_is_made_when_writing(plan_of: Callable[..., Plan]) -> None:
     """The check makes nothing, and a folder that is deleted in between is made again."""
     plan = plan_of("prompt=a fox", "out=new/deep/")
-    outputs.check_writable(plan)
+    results.check_writable(plan)
     assert not Path("new").exists()
     draw(plan)
     assert Path("new/deep/a-fox-0.png").is_file()
@@ -174,7 +185,7 @@ def test_links_stay_and_pipes_are_written_into(plan_of: Callable[..., Plan]) -> 
     plan = plan_of("prompt=a fox", "out=link.png")
     Path("far").mkdir()
     Path("link.png").symlink_to("far/fox.png")
-    outputs.check_writable(plan)
+    results.check_writable(plan)
     draw(plan)
     assert Path("link.png").is_symlink() and Image.open("far/fox.png").size == (32, 32)
     assert [p.name for p in Path("far").iterdir()] == ["fox.png"]
@@ -183,11 +194,13 @@ def test_links_stay_and_pipes_are_written_into(plan_of: Callable[..., Plan]) -> 
     reader = threading.Thread(target=lambda: got.append(Path("pipe.png").read_bytes()))
     reader.start()
     pipe = dataclasses.replace(plan, run=dataclasses.replace(plan.run, out="pipe.png"))
-    outputs.check_writable(pipe)
+    results.check_writable(pipe)
     draw(pipe)
     reader.join(5)
     assert got[0].endswith(b"IEND\xaeB`\x82") and got[0].startswith(b"\x89PNG") and Path("pipe.png").is_fifo()
-    assert outputs.write_sheet(dataclasses.replace(plan.run, images=2), [[Path("pipe.png"), Path("link.png")]])  # does not wait
+    assert results.write_sheet(
+        dataclasses.replace(plan.run, images=2), [[Path("pipe.png"), Path("link.png")]]
+    )  # does not wait
 
 
 def test_the_right_file_is_blamed(tmp_path: Path) -> None:
@@ -209,8 +222,9 @@ class Idle:
 def test_what_was_drawn_is_never_lost(
     plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that cannot be written any more: the picture goes into the run folder, or where temporary files go, and later prompts go on."""
-    from xdit_core.screen import Progress
+    """A folder that cannot be written any more: the picture goes into the run folder, or where temporary files go, and
+    later prompts go on."""
+    from xdit_core.worker.progress import Progress
 
     plan = plan_of("prompt=a", "prompt=b", "out=o")
     run_folder, spare = tmp_path / "run", tmp_path / "spare"
@@ -224,7 +238,10 @@ def test_what_was_drawn_is_never_lost(
     Path("o").unlink()
     writer(picture("b", 1))
     assert (run_folder / "a-0.png").is_file() and Path("o/b-0.png").is_file()
-    assert f"o/a-0.png cannot be written: File exists; the result is in {run_folder / 'a-0.png'}\n" in capsys.readouterr().out
+    assert (
+        f"o/a-0.png cannot be written: File exists; the result is in {run_folder / 'a-0.png'}\n"
+        in capsys.readouterr().out
+    )
     assert read_beat(beat_path(run_folder, 0)).written == 1  # type: ignore[union-attr]
     with pytest.raises(XditError, match=r"o/a-0\.png cannot be written: .* in .*run/a-0\.png; make room"):
         writer.check()

@@ -18,11 +18,11 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from xdit_core import outputs
-from xdit_core.beat import Beat, beat_path
-from xdit_core.jobs import Output
-from xdit_core.plan import make_plan
-from xdit_core.settings import parse_words
+from xdit_core.outputs import results
+from xdit_core.planning.planner import make_plan
+from xdit_core.planning.settings import parse_words
+from xdit_core.points.request import Output
+from xdit_core.worker.heartbeat import Beat, beat_path
 from xdit_launcher.run_folders import COMMAND, may_run, note_end, queued, read_command, remove_old, run_folder
 
 
@@ -72,7 +72,7 @@ def test_what_is_no_run_of_ours_stays(tmp_path: Path, tiny: tuple[str, ...]) -> 
     mine, rescued, deep, linked, queue = [old_run(tmp_path / "runs", n) for n in range(5)]
     (mine / "notes.txt").write_text("mine")
     plan = make_plan([], parse_words([*tiny, "prompt=a fox"]))
-    outputs.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, rescued / "fox.png", plan, {})
+    results.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, rescued / "fox.png", plan, {})
     (deep / "plan").mkdir()
     (deep / "plan" / "notes.txt").write_text("mine")
     (linked / "rank1.log").symlink_to(tmp_path / "elsewhere")
@@ -96,7 +96,7 @@ def test_what_is_no_run_of_ours_stays(tmp_path: Path, tiny: tuple[str, ...]) -> 
 def test_verify_leaves_results_that_are_its_own(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     folder = old_run(tmp_path, 1)
     plan = make_plan([], parse_words([*tiny, "prompt=a fox"]))
-    outputs.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, folder / "plan/a-fox-0.png", plan, {})
+    results.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, folder / "plan/a-fox-0.png", plan, {})
     (folder / "plan" / "plan.json").touch()
     old_run(tmp_path, 2)
     assert remove_old(tmp_path, 1) == [folder]
@@ -148,8 +148,10 @@ def test_a_run_folder_says_what_was_run(tmp_path: Path, tiny: tuple[str, ...], m
     assert len(list((tmp_path / "runs").iterdir())) == 2 and folder.is_dir()
 
 
-def test_the_command_line_as_typed(say: Callable[..., Result], tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xdit_launcher.backends.Backend.start", lambda *_: 0)
+def test_the_command_line_as_typed(
+    say: Callable[..., Result], tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xdit_launcher.backends.registry.Backend.start", lambda *_: 0)
     assert say(*tiny, "a fox").exit_code == 0
     (folder,) = Path("runs").iterdir()
     assert shlex.split(read_command(folder)["command"])[1:] == ["run", *tiny, "a fox"]

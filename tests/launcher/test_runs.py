@@ -25,7 +25,9 @@ def test_two_ranks_draw_what_one_draws(launch: Launch, tiny: tuple[str, ...]) ->
     assert [line.split()[0] for line in out.splitlines()] == [f"serial/{name}" for name in (*names, "sheet.png")]
     assert "one process" in err.splitlines()
 
-    two = launch("--plugins", "usp", "a red fox", *tiny, "blue heart", "usp.ulysses=2", "out=two.png", "seed=7", "images=2")
+    two = launch(
+        "--plugins", "usp", "a red fox", *tiny, "blue heart", "usp.ulysses=2", "out=two.png", "seed=7", "images=2"
+    )
     code, out, err = two.wait()
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()] == [*(f"two-{i}.png" for i in range(4)), "two-sheet.png"]
@@ -52,7 +54,9 @@ def test_finished_pictures_survive_a_later_failure(launch: Launch, tiny: tuple[s
     from safetensors import safe_open
 
     run = launch("--config", "c.yaml", *tiny, "faulty.step=4", "a", "b")  # 3 steps a prompt
-    (run.folder / "c.yaml").write_text("plugins: [faulty]\nfaulty: {rank: 0, how: raise}\noutput_type: latent\nout: kept\n")
+    (run.folder / "c.yaml").write_text(
+        "plugins: [faulty]\nfaulty: {rank: 0, how: raise}\noutput_type: latent\nout: kept\n"
+    )
     code, out, err = run.wait()
     assert code != 0 and "ValueError" in err
     assert out.split()[0] == "kept/a-0.safetensors"
@@ -66,13 +70,24 @@ def test_worker_under_torchrun(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     """Any launcher that sets the usual variables can start a plan."""
     words = ["--plugins", "usp", "usp.ulysses=2", *tiny, "a red fox", f"out={tmp_path / 'x.png'}"]
     plan = subprocess.run(
-        [sys.executable, "-m", "xdit_launcher.cli", "run", "--dry-run", "--json", *words], capture_output=True, check=True
+        [sys.executable, "-m", "xdit_launcher.cli", "run", "--dry-run", "--json", *words],
+        capture_output=True,
+        check=True,
     )
     file = tmp_path / "plan.json"
     file.write_bytes(plan.stdout)
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *rendezvous, "-m", "xdit_core.worker", str(file)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            *rendezvous,
+            "-m",
+            "xdit_core.worker",
+            str(file),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -83,8 +98,8 @@ def test_worker_under_torchrun(tmp_path: Path, tiny: tuple[str, ...]) -> None:
 
 
 def test_worker_alone_refuses_a_plan_for_two(tmp_path: Path, tiny: tuple[str, ...]) -> None:
-    from xdit_core.plan import make_plan
-    from xdit_core.settings import parse_words
+    from xdit_core.planning.planner import make_plan
+    from xdit_core.planning.settings import parse_words
 
     plan = make_plan(["usp"], parse_words([*tiny, "usp.ulysses=2", "prompt=a"]))
     (tmp_path / "plan.json").write_text(plan.to_json())
@@ -105,7 +120,19 @@ def test_pictures_drawn_on_several_ranks_are_all_written_and_named(launch: Launc
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()] == ["fox-0.png", "fox-1.png", "fox-2.png", "fox-sheet.png"]
     assert json.loads((run.folder / "fox-2.json").read_text())["seed"] == 9
-    words = ("--plugins", "dp", *tiny, "a red fox", "snow", "out=latents", "images=3", "dp.degree=2", "output_type=latent")
+    words = (
+        "--plugins",
+        "dp",
+        *tiny,
+        "a red fox",
+        "snow",
+        "out=latents",
+        "images=3",
+        "dp.degree=2",
+        "output_type=latent",
+    )
     code, out, err = (run := launch(*words)).wait()
     assert code == 0, err
-    assert [load_file(run.folder / f"latents/{n}-0.safetensors")["latents"].shape[0] for n in ("a-red-fox", "snow")] == [3, 3]
+    assert [
+        load_file(run.folder / f"latents/{n}-0.safetensors")["latents"].shape[0] for n in ("a-red-fox", "snow")
+    ] == [3, 3]

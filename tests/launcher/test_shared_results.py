@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from xdit_core import outputs
-from xdit_core.embedded import embedded_settings, without_folders
-from xdit_core.files_there import FilesThere
-from xdit_core.fingerprints import checkpoint_fingerprint
-from xdit_core.jobs import Output
-from xdit_core.plan import Plan, make_plan
-from xdit_core.result_names import targets
-from xdit_core.settings import parse_words
+from xdit_core.checkpoints.fingerprints import checkpoint_fingerprint
+from xdit_core.outputs import results
+from xdit_core.outputs.existing import FilesThere
+from xdit_core.outputs.metadata import embedded_settings, without_folders
+from xdit_core.outputs.names import targets
+from xdit_core.plan import Plan
+from xdit_core.planning.planner import make_plan
+from xdit_core.planning.settings import parse_words
+from xdit_core.points.request import Output
 
 
 @pytest.fixture
@@ -46,10 +47,14 @@ def test_no_folder_of_the_user_is_in_a_result(plan_of: Callable[..., Plan], tmp_
     picture = Image.new("RGB", (32, 32))
     images = {"png": [picture], "mp4": [[picture] * 2]}.get(suffix)
     path = tmp_path / f"a.{suffix}"
-    outputs.write(Output("a fox", images=images, latents=None if images else torch.zeros(1, 4, 8, 8)), 0, path, plan, {})
+    results.write(
+        Output("a fox", images=images, latents=None if images else torch.zeros(1, 4, 8, 8)), 0, path, plan, {}
+    )
     for file in (path, *tmp_path.glob("a*.json")):
         data = file.read_bytes()
-        assert b"secret" not in data and str(tmp_path).encode() not in data and str(Path.home()).encode() not in data, file
+        assert b"secret" not in data and str(tmp_path).encode() not in data and str(Path.home()).encode() not in data, (
+            file
+        )
     found = embedded_settings(path)
     assert found is not None
     assert found["plan"]["settings"]["model.path"] == "sd3-mine"
@@ -59,11 +64,17 @@ def test_no_folder_of_the_user_is_in_a_result(plan_of: Callable[..., Plan], tmp_
 
 def test_values_of_settings() -> None:
     """What names no folder stays as it is."""
-    assert without_folders("model.path", "stabilityai/stable-diffusion-3.5-large") == "stabilityai/stable-diffusion-3.5-large"
+    assert (
+        without_folders("model.path", "stabilityai/stable-diffusion-3.5-large")
+        == "stabilityai/stable-diffusion-3.5-large"
+    )
     assert without_folders("model.path", "/data/models/sd3/") == "sd3" == without_folders("model.path", "~/sd3")
     assert without_folders("negative", "/ugly") == "/ugly" and without_folders("steps", 3) == 3
     assert without_folders("lora", ["/a/b:c", "/a/b.safetensors"]) == ["b:c", "b.safetensors"]
-    assert without_folders("call.x", '["/a/b", {"y": "~/c"}]') == '["b", {"y": "c"}]' and without_folders("call.x", "[") == "["
+    assert (
+        without_folders("call.x", '["/a/b", {"y": "~/c"}]') == '["b", {"y": "c"}]'
+        and without_folders("call.x", "[") == "["
+    )
 
 
 def test_resume_tells_checkpoints_and_loras_by_their_contents(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
@@ -74,7 +85,7 @@ def test_resume_tells_checkpoints_and_loras_by_their_contents(plan_of: Callable[
 
     words = ("prompt=a fox", "out=o", "resume=yes")
     plan = plan_of(*words)
-    outputs.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, targets(plan.run)[0][0], plan, {})
+    results.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, targets(plan.run)[0][0], plan, {})
     assert is_kept(plan_of(*words))
     shutil.copytree("secret/sd3-mine", "moved/sd3-mine")
     assert is_kept(plan_of(*words, model="moved/sd3-mine"))
@@ -92,6 +103,6 @@ def test_a_checkpoint_that_has_gone_costs_no_picture(plan_of: Callable[..., Plan
     plan = plan_of("prompt=a fox")
     shutil.rmtree("secret/sd3-mine")
     assert checkpoint_fingerprint(Path(plan.folder)) is None
-    outputs.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, Path("out.png"), plan, {})
+    results.write(Output("a fox", images=[Image.new("RGB", (32, 32))]), 0, Path("out.png"), plan, {})
     found = embedded_settings(Path("out.png"))
     assert found is not None and found["plan"]["checkpoint"] is None

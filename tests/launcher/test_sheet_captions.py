@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from xdit_core import outputs
-from xdit_core.fonts import NOWHERE, Fonts, installed_fonts
-from xdit_core.result_names import targets
-from xdit_core.settings import RunSettings
-from xdit_core.sheet import contact_sheet, shortened
+from xdit_core.outputs import results
+from xdit_core.outputs.contact_sheet import contact_sheet, shortened
+from xdit_core.outputs.fonts import NOWHERE, Fonts, installed_fonts
+from xdit_core.outputs.names import targets
+from xdit_core.planning.settings import RunSettings
 
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The captions that are written, as they are when no font is installed."""
     found: list[str] = []
-    monkeypatch.setattr("xdit_core.fonts.installed_fonts", list)
+    monkeypatch.setattr("xdit_core.outputs.fonts.installed_fonts", list)
     monkeypatch.setattr(Fonts, "write", lambda self, pen, at, text, fill: found.append(text))
     return found
 
@@ -45,7 +45,7 @@ def test_the_seeds_are_those_of_the_run(tmp_path: Path, written: list[str]) -> N
     run = RunSettings(prompt=("a fox",), images=3, seed=(40,), out=str(tmp_path / "o.png"))
     files = targets(run)
     drawn(tmp_path, [[path.name for path in files[0]]])
-    assert "contact sheet" in outputs.write_sheet(run, files)
+    assert "contact sheet" in results.write_sheet(run, files)
     assert written == [f"seed {n}: a fox" for n in (40, 41, 42)]
 
 
@@ -97,7 +97,13 @@ def test_each_character_comes_from_the_first_font_that_has_it(monkeypatch: pytes
 
 def test_fonts_of_a_system(tmp_path: Path) -> None:
     """Those with many characters, the best first."""
-    for name in ("x/NotoSansCJK-Regular.ttc", "y/DejaVuSans.ttf", "y/DejaVuSans.pfb", "DejaVuSans-Bold.ttf", "Comic.ttf"):
+    for name in (
+        "x/NotoSansCJK-Regular.ttc",
+        "y/DejaVuSans.ttf",
+        "y/DejaVuSans.pfb",
+        "DejaVuSans-Bold.ttf",
+        "Comic.ttf",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"no font")
     found = installed_fonts([str(tmp_path), str(tmp_path / "nowhere")])

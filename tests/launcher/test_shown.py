@@ -18,10 +18,10 @@ from click.testing import Result
 from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.printable import columns, cut, printable
 from xdit_core.records import Problem
-from xdit_core.screen import Progress
-from xdit_launcher import report
-from xdit_launcher.report import Blame
-from xdit_launcher.supervise import say as shout
+from xdit_core.worker.progress import Progress
+from xdit_launcher.node import root_cause
+from xdit_launcher.node.root_cause import Blame
+from xdit_launcher.node.watching import say as shout
 
 Say = Callable[..., Result]
 FORGED = "x\x1b[2J\r\nrank 0 of 2 on host failed at: nothing"
@@ -45,7 +45,9 @@ def test_errors_stay_sentences() -> None:
     assert str(PlanRefused([Problem("a\nb", "c"), Problem("d", "e")])) == "a\\nb; c.\nd; e."
 
 
-def test_nothing_of_a_prompt_moves_the_cursor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_prompt_moves_the_cursor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     terminal.fileno = lambda: 1  # type: ignore[method-assign]
@@ -58,7 +60,7 @@ def test_nothing_of_a_prompt_moves_the_cursor(capsys: pytest.CaptureFixture[str]
     for line in terminal.getvalue().split("\r\x1b[K"):
         assert printable(line) == line and sum(map(columns, line)) < 40
     found = Blame(0, FORGED, FORGED, FORGED, 1, FORGED)
-    assert len(report.lines(found, 1)) == 3 and all(printable(line) == line for line in report.lines(found, 1))
+    assert len(root_cause.lines(found, 1)) == 3 and all(printable(line) == line for line in root_cause.lines(found, 1))
     shout(FORGED)
     assert capsys.readouterr().err == "x\\x1b[2J\\r\nrank 0 of 2 on host failed at: nothing\n"
 
@@ -83,7 +85,7 @@ def test_a_mistake_of_ours_is_told_in_a_sentence(say: Say, monkeypatch: pytest.M
     def broken(*_: object, **__: object) -> None:
         raise AssertionError("two\nlines")
 
-    monkeypatch.setattr("xdit_core.plan.make_plan", broken)
+    monkeypatch.setattr("xdit_core.planning.planner.make_plan", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = say("a fox")
     assert result.exit_code == 70 and result.stdout == ""
@@ -97,7 +99,10 @@ def test_a_mistake_of_ours_is_told_in_a_sentence(say: Say, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["out=~nosuchuser/x"], "out=~nosuchuser/x: the home folder of ~nosuchuser is not known; write the whole path."),
+        (
+            ["out=~nosuchuser/x"],
+            "out=~nosuchuser/x: the home folder of ~nosuchuser is not known; write the whole path.",
+        ),
         (["runs=~nosuchuser/x"], "runs=~nosuchuser/x: the home folder"),
         (["lora=~nosuchuser/x"], "lora=~nosuchuser/x: the home folder"),
         (["prompts=/dev/zero"], "prompts=/dev/zero holds more than 16 MiB; give a text file."),
@@ -115,7 +120,10 @@ def test_a_mistake_of_ours_is_told_in_a_sentence(say: Say, monkeypatch: pytest.M
         (["--hostfile", "twice"], "twice line 1 gives a word twice"),
         (["--hosts", "a:" + "9" * 5000], "is no number of slots"),
         (["--nnodes", "1", "--node-rank", "0", "--rdzv", "a:" + "9" * 5000], "is not HOST:PORT"),
-        (["--on", "slurm", "slurm.options=--x\n#SBATCH --y"], "slurm.options=--x\\n#SBATCH --y holds control characters"),
+        (
+            ["--on", "slurm", "slurm.options=--x\n#SBATCH --y"],
+            "slurm.options=--x\\n#SBATCH --y holds control characters",
+        ),
         (["--on", "slurm", "slurm.options='"], "slurm.options=' cannot be read (No closing quotation)"),
     ],
 )
@@ -129,7 +137,7 @@ def test_odd_words_and_files(say: Say, tiny: tuple[str, ...], words: list[str], 
 
 
 def test_a_hostfile_with_a_byte_order_mark(tmp_path: Path) -> None:
-    from xdit_launcher.hosts import read_hostfile
+    from xdit_launcher.cluster.host_file import read_hostfile
 
     (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfa slots=1\n")
     assert [h.name for h in read_hostfile(tmp_path / "hosts")] == ["a"]
@@ -143,7 +151,9 @@ def test_a_matrix_of_no_model(say: Say) -> None:
 def test_interrupted_while_it_starts(tmp_path: Path) -> None:
     """Ctrl-C during the first imports, which here take long."""
     (tmp_path / "click").mkdir()
-    (tmp_path / "click" / "__init__.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(20)\n")
+    (tmp_path / "click" / "__init__.py").write_text(
+        "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(20)\n"
+    )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(
         [sys.executable, "-m", "xdit_launcher", "plugins"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
@@ -158,7 +168,9 @@ def test_interrupted_while_it_starts(tmp_path: Path) -> None:
 def test_without_docstrings(tiny: tuple[str, ...], tmp_path: Path) -> None:
     """Libraries need docstrings, so that a launcher or a worker that has none starts again; the picture is drawn."""
     words = [sys.executable, "-m", "xdit_launcher", *tiny, "a fox"]
-    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONOPTIMIZE": "2"}, capture_output=True, text=True)
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONOPTIMIZE": "2"}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and (tmp_path / "out.png").is_file(), done.stderr
     plan = next(tmp_path.glob("runs/*/plan.json"))
     assert json.loads(plan.read_text())["model"] == "sd3"

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from xdit_core.beat import Pulse
-from xdit_core.place import waiting_to_start
-from xdit_launcher import facts, pipe
-from xdit_launcher.agent import MARK
-from xdit_launcher.fleet import Fleet, Host, check
-from xdit_launcher.local import Node, command_for
-from xdit_launcher.pipe import Pipe
-from xdit_launcher.report import Seen
-from xdit_launcher.supervise import watch
+from xdit_core.worker.heartbeat import Pulse
+from xdit_core.worker.rendezvous import waiting_to_start
+from xdit_launcher.backends.local import Node, command_for
+from xdit_launcher.cluster import host_facts, pipe
+from xdit_launcher.cluster.fleet import Fleet, Host, check
+from xdit_launcher.cluster.pipe import Pipe
+from xdit_launcher.node.agent import MARK
+from xdit_launcher.node.root_cause import Seen
+from xdit_launcher.node.watching import watch
 
 Launch = Callable[..., Any]
 
@@ -72,7 +72,7 @@ def test_an_interruption_ends_ranks_that_are_stopped(launch: Launch, tiny: tuple
 @pytest.fixture
 def agent() -> Iterator[subprocess.Popen[str]]:
     """An agent that takes half a second of silence for the end."""
-    code = "import xdit_launcher.agent as a; a.SILENCE = 0.5; a.main()"
+    code = "import xdit_launcher.node.agent as a; a.SILENCE = 0.5; a.main()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     yield process
     process.kill()
@@ -122,7 +122,7 @@ def test_a_fleet_that_was_stopped_takes_nobody_for_lost() -> None:
 
 def test_a_watch_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a laptop's sleep: no look takes so long because of the ranks."""
-    monkeypatch.setattr("xdit_launcher.supervise.ASLEEP", 0.2)
+    monkeypatch.setattr("xdit_launcher.node.watching.ASLEEP", 0.2)
     codes = iter([None, None, None, 0])
 
     def look() -> Mapping[int, Seen]:
@@ -149,7 +149,10 @@ def test_a_node_that_has_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert second.absent(seen(*[waiting_to_start([0])] * 2, start=2), 6).startswith(
         "node 0 has not come to a:29500; start it with: "
     )
-    assert first.absent(seen(waits, "importing torch"), 6) == "" and first.absent(seen("step 1 of 2", "step 1 of 2"), 6) == ""
+    assert (
+        first.absent(seen(waits, "importing torch"), 6) == ""
+        and first.absent(seen("step 1 of 2", "step 1 of 2"), 6) == ""
+    )
     assert first.absent(seen(*[waiting_to_start([1])] * 2), 6) == ""  # it is on its way
     assert command_for(1, ["--config", "x"]) == "the same command and --node-rank 1"
 
@@ -162,7 +165,9 @@ def test_a_peer_that_never_comes(launch: Launch, tiny: tuple[str, ...]) -> None:
     run = launch(*where, "--plugins", "usp", *tiny, "usp.ulysses=2", "timeout=14", "a red fox")
     code, _, err = run.wait()
     assert code == 1
-    assert f"waiting: node 1 has not come to 127.0.0.1:{port}; start it with: xdit-launch --nnodes 2 --node-rank 1 " in err
+    assert (
+        f"waiting: node 1 has not come to 127.0.0.1:{port}; start it with: xdit-launch --nnodes 2 --node-rank 1 " in err
+    )
     lines = err.splitlines()
     assert lines[-3].startswith("rank 0 of 2 on ") and "failed at: waiting for rank 1 to start" in lines[-3]
     assert lines[-2].startswith("  node 1 has not come") and "behind" not in err
@@ -187,7 +192,7 @@ ODD_ANSWERS = {
 @pytest.mark.parametrize("name", list(ODD_ANSWERS))
 def test_a_host_that_answers_oddly_is_named(name: str) -> None:
     """Another version, or another program that answers."""
-    types = json.dumps(dict.fromkeys(facts.about([], [], ""), 5))
+    types = json.dumps(dict.fromkeys(host_facts.about([], [], ""), 5))
     line = MARK + ODD_ANSWERS[name].replace("TYPES", types).replace("N", "1") + "\n"
     code = f"import sys; sys.stdin.readline(); sys.stdout.write({line!r}); sys.stdout.flush(); sys.stdin.read()"
     command = [sys.executable, "-c", code]
@@ -228,7 +233,9 @@ def test_a_worker_by_hand_with_no_plan(tmp_path: Path, text: str, part: str) -> 
 def test_a_worker_by_hand_says_sentences(launch: Launch, tiny: tuple[str, ...], tmp_path: Path) -> None:
     plan, two = tmp_path / "plan.json", tmp_path / "two.json"
     plan.write_text(launch("--dry-run", "--json", "--plugins", "faulty", "faulty.rank=0", *tiny, "a fox").wait()[1])
-    two.write_text(launch("--dry-run", "--json", "--plugins", "usp", "usp.ulysses=2", *tiny, "timeout=1", "a fox").wait()[1])
+    two.write_text(
+        launch("--dry-run", "--json", "--plugins", "usp", "usp.ulysses=2", *tiny, "timeout=1", "a fox").wait()[1]
+    )
     path = os.pathsep.join([str(Path(__file__).with_name("faulty")), os.environ.get("PYTHONPATH", "")])
     found = worker(plan, PYTHONPATH=path)
     assert found.returncode != 0 and "Traceback" not in found.stderr, found.stderr
@@ -243,9 +250,9 @@ def test_a_worker_by_hand_says_sentences(launch: Launch, tiny: tuple[str, ...], 
 def test_an_unknown_error_of_a_worker_by_hand(tmp_path: Path) -> None:
     """The sentence comes with a file that holds the traceback; one that is meant for users needs none."""
     from xdit_core.errors import UsageError
-    from xdit_core.failure import failure
-    from xdit_core.place import Place
-    from xdit_core.worker import by_hand
+    from xdit_core.worker.entry import by_hand
+    from xdit_core.worker.failure import failure
+    from xdit_core.worker.rendezvous import Place
 
     said = by_hand(failure(KeyError("x\n\x1b"), 1, "step 1 of 2"), Place(rank=1, world=2), tmp_path)
     path = tmp_path / "rank1.traceback.txt"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from xdit_launcher import compare
-from xdit_launcher.verify import MISMATCH, Finding, tolerance
+from xdit_launcher.commands import compare
+from xdit_launcher.commands.verify import MISMATCH, Finding, tolerance
 
 Launch = Callable[..., Any]
 SKEWED = os.pathsep.join([str(Path(__file__).with_name(name)) for name in ("skewed", "faulty")])
@@ -42,9 +42,17 @@ def test_serial_is_equal_to_itself(launch: Launch, tiny: tuple[str, ...]) -> Non
 
 
 def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
-    """Stages and shards against the same patches in one process; pictures of several ranks and their guidance halves."""
+    """Stages and shards against the same patches in one process; pictures of several ranks and their guidance
+    halves."""
     run = launch(
-        "verify", "--plugins", "pipefusion,cfg,dp", "pipefusion.layers=1,3", "dp.degree=2", *tiny, "a red fox", "images=2"
+        "verify",
+        "--plugins",
+        "pipefusion,cfg,dp",
+        "pipefusion.layers=1,3",
+        "dp.degree=2",
+        *tiny,
+        "a red fox",
+        "images=2",
     )
     code, out, err = run.wait(180)
     assert code == 0, err
@@ -66,12 +74,26 @@ def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
             ),
         ),
         (
-            ("--plugins", "pipefusion,cfg,skewed", "pipefusion.stages=2", "skewed.step=2", "skewed.block=3", "skewed.rank=3"),
-            ("latents differ from those of one process with pipefusion", "first behind block 3 at step 2: rows", "on rank 3"),
+            (
+                "--plugins",
+                "pipefusion,cfg,skewed",
+                "pipefusion.stages=2",
+                "skewed.step=2",
+                "skewed.block=3",
+                "skewed.rank=3",
+            ),
+            (
+                "latents differ from those of one process with pipefusion",
+                "first behind block 3 at step 2: rows",
+                "on rank 3",
+            ),
         ),
         (
             ("--plugins", "skewed", "skewed.block=-1"),
-            ("first before block 0 at step 2, so it is the head, the guidance or the scheduler behind the blocks of step 1",),
+            (
+                "first before block 0 at step 2, so it is the head, the guidance or the scheduler behind the blocks "
+                "of step 1",
+            ),
         ),
         (
             ("--plugins", "skewed", "skewed.block=-1", "steps=1"),
@@ -79,7 +101,9 @@ def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
         ),
     ],
 )
-def test_mismatch_is_located(launch: Launch, tiny: tuple[str, ...], words: tuple[str, ...], parts: tuple[str, ...]) -> None:
+def test_mismatch_is_located(
+    launch: Launch, tiny: tuple[str, ...], words: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
     code, out, err = launch(
         "verify", *(w for w in tiny if w != "steps=3" or "steps=1" not in words), *words, "a red fox", PYTHONPATH=SKEWED
     ).wait(180)
@@ -127,7 +151,11 @@ def test_similarity_of_pictures() -> None:
         for x in range(14 - 10):
             p, q = a[y : y + 11, x : x + 11], b[y : y + 11, x : x + 11]
             mp, mq = (w * p).sum((0, 1)), (w * q).sum((0, 1))
-            vp, vq, c = (w * (p - mp) ** 2).sum((0, 1)), (w * (q - mq) ** 2).sum((0, 1)), (w * (p - mp) * (q - mq)).sum((0, 1))
+            vp, vq, c = (
+                (w * (p - mp) ** 2).sum((0, 1)),
+                (w * (q - mq) ** 2).sum((0, 1)),
+                (w * (p - mp) * (q - mq)).sum((0, 1)),
+            )
             c1, c2 = 6.5025, 58.5225
             values.append((2 * mp * mq + c1) * (2 * c + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
     assert compare.ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9)

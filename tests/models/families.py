@@ -1,4 +1,5 @@
-"""What the parity tests know of each model: our settings, and the same request in the words of its diffusers pipeline."""
+"""What the parity tests know of each model: our settings, and the same request in the words of its diffusers
+pipeline."""
 
 from __future__ import annotations
 
@@ -212,7 +213,8 @@ def settings(family: Family, **more: Any) -> dict[str, Any]:
 
 
 def serial(folder: str, arguments: Mapping[str, Any], scheduler: str = "", images: int = 2) -> torch.Tensor:
-    """Latents of the unmodified pipeline, called as a user of diffusers would; where it gives none, what its VAE is given."""
+    """Latents of the unmodified pipeline, called as a user of diffusers would; where it gives none, what its VAE is
+    given."""
     import diffusers
 
     index = json.loads((Path(folder) / "model_index.json").read_text())

@@ -36,7 +36,9 @@ def cell(name: str, column: str) -> str:
 
 def lines_of(package: str) -> int:
     """Lines of Python in an adapter's package, of those that are there for diffusers' models."""
-    return sum(len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "models" / f"xdit_{package}").glob("*.py"))
+    return sum(
+        len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "models" / f"xdit_{package}").glob("*.py")
+    )
 
 
 def page() -> str:
@@ -44,11 +46,16 @@ def page() -> str:
     out = [
         "# Models and strategies",
         "",
-        "Made from the tests by `python tests/models/table.py --write`. Every tiny pipeline consists of the real diffusers and transformers classes with",
-        "random weights, is saved to disk and loaded through the public path. Compared are latents in float32, to 1e-5 of the largest value: *serial*, with",
-        "the unmodified diffusers pipeline; *displaced*, with the same schedule in one process. Without a plugin, and in warm-up, the latents are those of",
-        "diffusers bit for bit. A cell counts the combinations with that strategy that are compared; an empty one means that the architecture has nothing",
-        "for it to divide, and the plan refuses it. Of near relatives a few are run; of SD3 and PixArt-Sigma `tests/combos` runs all singles, pairs and",
+        "Made from the tests by `python tests/models/table.py --write`. Every tiny pipeline consists of the real "
+        "diffusers and transformers classes with",
+        "random weights, is saved to disk and loaded through the public path. Compared are latents in float32, to "
+        "1e-5 of the largest value: *serial*, with",
+        "the unmodified diffusers pipeline; *displaced*, with the same schedule in one process. Without a plugin, and "
+        "in warm-up, the latents are those of",
+        "diffusers bit for bit. A cell counts the combinations with that strategy that are compared; an empty one "
+        "means that the architecture has nothing",
+        "for it to divide, and the plan refuses it. Of near relatives a few are run; of SD3 and PixArt-Sigma "
+        "`tests/combos` runs all singles, pairs and",
         "triples.",
         "",
         "| model | " + " | ".join(f"`{c}`" for c in COLUMNS) + " | another scheduler | odd size | without guidance |",
@@ -60,16 +67,28 @@ def page() -> str:
         scheduler = "" if family.brief else f"`{family.scheduler}`"
         more = [scheduler, f"{odd[1]} x {odd[0]}" if odd else "", "yes" if family.plain else ""]
         out.append(f"| {name} | " + " | ".join([*cells, *more]) + " |")
-    out += ["", "## What is run", "", "| combination | plugins and settings | processes | compared with |", "|---|---|---|---|"]
-    for table, oracle in ((EXACT, "serial"), (DISPLACED, "its schedule in one process, warm-up of 1 step (some: 0 too)")):
+    out += [
+        "",
+        "## What is run",
+        "",
+        "| combination | plugins and settings | processes | compared with |",
+        "|---|---|---|---|",
+    ]
+    for table, oracle in (
+        (EXACT, "serial"),
+        (DISPLACED, "its schedule in one process, warm-up of 1 step (some: 0 too)"),
+    ):
         for label, (plugins, settings, world) in table.items():
             shown = " ".join([f"`{','.join(plugins)}`", *(f"`{k}={v}`" for k, v in settings.items())])
             out.append(f"| {label} | {shown} | {world} | {oracle} |")
     out += [
-        "| decoded | `cfg,parallel_vae` | 2 | pictures of one process, to 1 of 255; CogVideoX with diffusers' own tiles |",
+        "| decoded | `cfg,parallel_vae` | 2 | pictures of one process, to 1 of 255; CogVideoX with diffusers' own "
+        "tiles |",
         "",
-        "Three steps, two pictures or videos, guidance on. The published configurations (`tests/models/published.json`) are built without weights:",
-        "every block is found, 2 to 8 stages are balanced to one block, the numbers of parameters are those that were published, the sizes that",
+        "Three steps, two pictures or videos, guidance on. The published configurations "
+        "(`tests/models/published.json`) are built without weights:",
+        "every block is found, 2 to 8 stages are balanced to one block, the numbers of parameters are those that were "
+        "published, the sizes that",
         "users ask for pass the plan.",
         "",
         "## Lines",
@@ -83,7 +102,8 @@ def page() -> str:
     out += [f"| {name} | {lines_of(name)} | |" for name in others]
     out += [
         "",
-        "Latte has a second file: a module that runs a spatial and a temporal block as one, as the loop of its denoiser does.",
+        "Latte has a second file: a module that runs a spatial and a temporal block as one, as the loop of its "
+        "denoiser does.",
     ]
     return "\n".join(out) + "\n"
 

@@ -72,7 +72,18 @@ def test_the_training_scripts_run(tmp_path, monkeypatch):
     run(data, "--out", tmp_path)
     run(vae, "--data", tmp_path, "--out", tmp_path / "vae", "--minutes", 0.05, "--batch", 2, "--device", "cpu")
     (tmp_path / "names.txt").write_text("red heart\nrocket\n")
-    words = ("--vae", tmp_path / "vae", "--names", tmp_path / "names.txt", "--out", tmp_path / "pipeline", "--minutes", 0.05)
+    words = (
+        "--vae",
+        tmp_path / "vae",
+        "--names",
+        tmp_path / "names.txt",
+        "--out",
+        tmp_path / "pipeline",
+        "--minutes",
+        0.05,
+    )
     run(transformer, *words, "--batch", 2, "--layers", 2, "--no-bf16", "--device", "cpu")
-    made = Engine(make_plan([], {"model": "emoji", "model.path": str(tmp_path / "pipeline"), "steps": 2, "device": "cpu"}))
+    made = Engine(
+        make_plan([], {"model": "emoji", "model.path": str(tmp_path / "pipeline"), "steps": 2, "device": "cpu"})
+    )
     assert made.generate("red heart").images[0].size == (128, 128)

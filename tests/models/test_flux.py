@@ -1,4 +1,5 @@
-"""What of Flux.1 the table of all models does not have: no guidance but the embedded one, schnell, the latents of a picture a rank."""
+"""What of Flux.1 the table of all models does not have: no guidance but the embedded one, schnell, the latents of a
+picture a rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A pipeline from the user's hands takes the way of one from a folder: the same result, and refused where it cannot be honoured."""
+"""A pipeline from the user's hands takes the way of one from a folder: the same result, and refused where it cannot be
+honoured."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from test_lora import made
 from tiny import saved
 
 from xdit_core import ModelError, PlanRefused
-from xdit_core.engine import Engine
+from xdit_core.engine.engine import Engine
 from xdit_core.testing.runs import generate, plan_for
 
 STAGES = {"pipefusion.stages": 2, "pipefusion.patches": 2, "pipefusion.warmup": 1}
@@ -59,7 +60,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "plugins", "more", "world"), CASES)
 def test_equals_the_one_from_a_folder(gloo, folder_of, name, plugins, more, world):
-    """Blocks of other stages were kept, and divided weights were cut at the wrong places, where the pipeline came ready-made."""
+    """Blocks of other stages were kept, and divided weights were cut at the wrong places, where the pipeline came
+    ready-made."""
     family, folder = FAMILIES[name], folder_of(name)
     values = {**settings(family, images=1), **more}
     want = gloo.run(generate, plugins, folder, values, family.subject, world=world)[0][0]
@@ -93,7 +95,10 @@ def test_the_users_pipeline_is_left_as_it_was(folder_of, tmp_path):
                 **family.theirs, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent"
             )[0]
 
-    before, result = {n: dict(c.state_dict()) for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}, use()
+    before, result = (
+        {n: dict(c.state_dict()) for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)},
+        use(),
+    )
     before = {n: {k: v.clone() for k, v in state.items()} for n, state in before.items()}
     values = {**settings(family), "lora": f"{lora}:0.5"}
     mine = Engine(plan_for([], folder, values), pipe=pipe).generate("a red fox").latents
@@ -252,7 +257,9 @@ def test_one_of_another_shape(folder_of, tmp_path):
 def test_a_lora_that_does_not_fit(folder_of, tmp_path):
     lora = made(loaded(folder_of("wan-2.1")), tmp_path / "lora")
     with pytest.raises(ModelError, match=r"lora="):
-        Engine(plan_for([], folder_of("sd3"), {**settings(FAMILIES["sd3"]), "lora": lora}), pipe=loaded(folder_of("sd3")))
+        Engine(
+            plan_for([], folder_of("sd3"), {**settings(FAMILIES["sd3"]), "lora": lora}), pipe=loaded(folder_of("sd3"))
+        )
 
 
 def test_merged_adapters_are_weights_like_others(folder_of, tmp_path):

@@ -1,4 +1,5 @@
-"""LoRA files, written by diffusers: added to weights that are whole or divided, against diffusers' own way of running them."""
+"""LoRA files, written by diffusers: added to weights that are whole or divided, against diffusers' own way of running
+them."""
 
 from __future__ import annotations
 
@@ -19,10 +20,14 @@ SD3 = {"height": 24, "width": 40}
 
 
 def made(pipe, folder: Path, seed: int = 0, **options) -> str:
-    """A LoRA of a pipeline's denoiser, and of its first text encoder where diffusers knows that, with random weights."""
+    """A LoRA of a pipeline's denoiser, and of its first text encoder where diffusers knows that, with random
+    weights."""
     torch.manual_seed(seed)
     parts = {}
-    for name, targets in (("transformer", ["to_q", "to_k", "to_out.0", "add_v_proj", "net.2"]), ("text_encoder", ["q_proj"])):
+    for name, targets in (
+        ("transformer", ["to_q", "to_k", "to_out.0", "add_v_proj", "net.2"]),
+        ("text_encoder", ["q_proj"]),
+    ):
         if name not in pipe._lora_loadable_modules:
             continue
         module = getattr(pipe, name)
@@ -33,7 +38,9 @@ def made(pipe, folder: Path, seed: int = 0, **options) -> str:
         parts[name] = get_peft_model_state_dict(module)
         parts[f"{name}_config"] = module.peft_config["default"]
     words = {f"{n}_lora_layers": v for n, v in parts.items() if not n.endswith("_config")}
-    words |= {n.replace("_config", "_lora_adapter_metadata"): v.to_dict() for n, v in parts.items() if n.endswith("_config")}
+    words |= {
+        n.replace("_config", "_lora_adapter_metadata"): v.to_dict() for n, v in parts.items() if n.endswith("_config")
+    }
     pipe.save_lora_weights(folder, **words)
     return str(folder)
 
@@ -83,7 +90,13 @@ CASES = [
 @pytest.mark.parametrize(("plugins", "more", "world"), CASES)
 def test_equals_diffusers(gloo, sd3, plugins, more, world):
     folder, (one, other) = sd3
-    arguments = {"prompt": "a red fox", "num_images_per_prompt": 2, **SD3, "guidance_scale": 7.0, "max_sequence_length": 5}
+    arguments = {
+        "prompt": "a red fox",
+        "num_images_per_prompt": 2,
+        **SD3,
+        "guidance_scale": 7.0,
+        "max_sequence_length": 5,
+    }
     want = by_diffusers(folder, {one: 0.5, other: 1.0}, **arguments)
     plain = generate([], folder, {**SD3, "images": 2, "steps": STEPS})[0]
     assert (want - plain).abs().max() > 1e-2

@@ -1,4 +1,5 @@
-"""Every model under every strategy that its architecture allows, against serial diffusers or the displaced reference."""
+"""Every model under every strategy that its architecture allows, against serial diffusers or the displaced
+reference."""
 
 from __future__ import annotations
 
@@ -106,7 +107,9 @@ def test_without_a_plugin_it_is_diffusers(folder_of, oracle, name, on):
 @pytest.mark.parametrize(("name", "label"), cases(EXACT))
 def test_equals_serial(gloo, folder_of, oracle, name, label):
     plugins, more, world = EXACT[label]
-    for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), {**settings(FAMILIES[name]), **more}, world=world):
+    for latents, _ in gloo.run(
+        drawn, name, plugins, folder_of(name), {**settings(FAMILIES[name]), **more}, world=world
+    ):
         close(latents, oracle(name))
 
 
@@ -135,7 +138,9 @@ def test_warmup_is_serial(gloo, folder_of, oracle, name):
 
 
 ODD = {"wan": (48, 16), "hunyuandit": (112, 80)}
-ODD |= dict.fromkeys(("sd3", "flux", "qwen_image", "z_image"), (28, 20))  # 7 x 5 tokens; others take multiples of 8 only
+ODD |= dict.fromkeys(
+    ("sd3", "flux", "qwen_image", "z_image"), (28, 20)
+)  # 7 x 5 tokens; others take multiples of 8 only
 
 
 @pytest.mark.parametrize("plugins", [["usp"], ["pipefusion", "usp"]], ids="+".join)
@@ -165,11 +170,14 @@ def test_odd_sizes(gloo, folder_of, name, plugins):
 
 @pytest.mark.parametrize(("height", "width", "degree"), [(128, 192, 2), (144, 168, 4), (176, 104, 3)])
 def test_a_unet_in_patches(gloo, tmp_path, height, width, degree):
-    """Sides that do not halve evenly, patches of different sizes; serial in warm-up, near it and equal to the reference past it."""
+    """Sides that do not halve evenly, patches of different sizes; serial in warm-up, near it and equal to the reference
+    past it."""
     name, size, folder = "sdxl", {"height": height, "width": width}, saved("sdxl", tmp_path / "sdxl", levels=4)
     want = serial(folder, {**FAMILIES[name].theirs, **size})
     values = {**settings(FAMILIES[name]), **size, "distrifusion.degree": degree}
-    for latents, _ in gloo.run(drawn, name, ["distrifusion"], folder, {**values, "distrifusion.warmup": 3}, world=degree):
+    for latents, _ in gloo.run(
+        drawn, name, ["distrifusion"], folder, {**values, "distrifusion.warmup": 3}, world=degree
+    ):
         close(latents, want)
     one = {**values, "distrifusion.degree": 1, "distrifusion.patches": degree}
     reference = drawn(name, ["distrifusion"], folder, one)[0]
@@ -186,7 +194,8 @@ def test_without_guidance(gloo, folder_of, oracle, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "plugins"), [(n, ["usp"] if "usp" in f.strategies else ["cfg"]) for n, f in FAMILIES.items() if not f.brief]
+    ("name", "plugins"),
+    [(n, ["usp"] if "usp" in f.strategies else ["cfg"]) for n, f in FAMILIES.items() if not f.brief],
 )
 def test_another_scheduler(gloo, folder_of, oracle, name, plugins):
     family = FAMILIES[name]

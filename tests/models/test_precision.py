@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, STEPS, settings
 from tiny import saved
 
-from xdit_core.engine import Engine
+from xdit_core.engine.engine import Engine
 from xdit_core.testing.runs import plan_for
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,6 +1,8 @@
-"""The configurations that were published, built without values: the adapters fit every block, stages are balanced, sizes can be planned.
+"""The configurations that were published, built without values: the adapters fit every block, stages are balanced,
+sizes can be planned.
 
-``published.json`` holds them, with the number of values that a checkpoint stores (tables of positions included) and what its authors say.
+``published.json`` holds them, with the number of values that a checkpoint stores (tables of positions included) and
+what its authors say.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import pytest
 from accelerate import init_empty_weights
 
 from xdit_core import Registry, make_plan
-from xdit_core.attention import AttentionPoint
-from xdit_core.loading import empty
-from xdit_core.rank import Now
-from xdit_core.trunk import replace_blocks
+from xdit_core.engine.loading import empty
+from xdit_core.parallel.rank import Now
+from xdit_core.points.attention import AttentionPoint
+from xdit_core.points.trunk import replace_blocks
 
 CHECKPOINTS = {entry["name"]: entry for entry in json.loads(Path(__file__).with_name("published.json").read_text())}
 BLOCKS = {n: e for n, e in CHECKPOINTS.items() if "unet" not in e["components"]}
@@ -35,7 +37,9 @@ def folder_of(tmp_path_factory):
         (folder / "model_index.json").write_text(json.dumps({"_class_name": entry["pipeline"], **index}))
         for component, part in entry["components"].items():
             (folder / component).mkdir()
-            (folder / component / "config.json").write_text(json.dumps({"_class_name": part["class"], **part["config"]}))
+            (folder / component / "config.json").write_text(
+                json.dumps({"_class_name": part["class"], **part["config"]})
+            )
             header = b"{}      "
             weights = len(header).to_bytes(8, "little") + header
             (folder / component / "diffusion_pytorch_model.safetensors").write_bytes(weights)
@@ -74,7 +78,14 @@ def test_the_adapter_fits_every_block(folder_of, name):
     for pattern in (*plan, *spec.conditioning, *spec.embeddings):
         assert any(fnmatch(n, pattern) for n in modules), f"{pattern} names nothing"
     forward = inspect.signature(denoiser.forward).parameters
-    for argument in (spec.latents, spec.text_input, *spec.fixed, *spec.refused, *spec.unbatched, *filter(None, [spec.skips])):
+    for argument in (
+        spec.latents,
+        spec.text_input,
+        *spec.fixed,
+        *spec.refused,
+        *spec.unbatched,
+        *filter(None, [spec.skips]),
+    ):
         assert argument in forward
     config = CHECKPOINTS[name]["components"][spec.denoiser]["config"]
     for part in spec.blocks:
@@ -97,20 +108,33 @@ def test_the_adapter_fits_every_block(folder_of, name):
 def test_stages_are_balanced(folder_of, name):
     for stages in range(2, 9):
         size = CHECKPOINTS[name]["sizes"][0]
-        values = {"model": CHECKPOINTS[name]["model"], "model.path": str(folder_of(name)), "pipefusion.stages": stages, **size}
+        values = {
+            "model": CHECKPOINTS[name]["model"],
+            "model.path": str(folder_of(name)),
+            "pipefusion.stages": stages,
+            **size,
+        }
         plan = make_plan(["pipefusion"], {**values, "device": "cpu"}, devices=stages)
         assert len(plan.split) == stages and sum(plan.split) == plan.facts.blocks
         assert max(plan.split) - min(plan.split) <= 1
 
 
-@pytest.mark.parametrize("plugins", [[], ["usp"], ["usp", "pipefusion"], ["cfg", "dp", "parallel_vae"], ["tp"]], ids="+".join)
+@pytest.mark.parametrize(
+    "plugins", [[], ["usp"], ["usp", "pipefusion"], ["cfg", "dp", "parallel_vae"], ["tp"]], ids="+".join
+)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_sizes_that_users_ask_for(folder_of, name, plugins):
     entry = CHECKPOINTS[name]
     if "unet" in entry["components"] and {"usp", "tp"} & set(plugins):
         pytest.skip("no list of blocks")
     for size in entry["sizes"]:
-        values = {"model": entry["model"], "model.path": str(folder_of(name)), "device": "cpu", "negative": None, **size}
+        values = {
+            "model": entry["model"],
+            "model.path": str(folder_of(name)),
+            "device": "cpu",
+            "negative": None,
+            **size,
+        }
         if "cfg" in plugins:
             values |= {"guidance": 4.0}
         if "cfg" in plugins and entry["model"] == "flux":

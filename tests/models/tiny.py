@@ -1,4 +1,5 @@
-"""Tiny pipelines with random weights, from the real diffusers classes; one function for each model, by the adapter's name."""
+"""Tiny pipelines with random weights, from the real diffusers classes; one function for each model, by the adapter's
+name."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def saved(name: str, folder: Path, **options: Any) -> str:
         torch.manual_seed(0)
         pipe = make(**options)
     pipe.save_pretrained(folder)
-    if getattr(pipe, "labels", None):  # published checkpoints list the names of their classes, diffusers does not save them
+    if getattr(
+        pipe, "labels", None
+    ):  # published checkpoints list the names of their classes, diffusers does not save them
         index = folder / "model_index.json"
         names = {str(i): name for name, i in pipe.labels.items()}
         index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}))

@@ -127,7 +127,11 @@ def hunyuandit(layers: int = 6) -> HunyuanDiTPipeline:
         tokenizer=BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=77),
         transformer=shaken(transformer),
         scheduler=DDPMScheduler(
-            beta_schedule="scaled_linear", beta_end=0.03, prediction_type="v_prediction", steps_offset=1, clip_sample=False
+            beta_schedule="scaled_linear",
+            beta_end=0.03,
+            prediction_type="v_prediction",
+            steps_offset=1,
+            clip_sample=False,
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -238,5 +242,7 @@ def sdxl(levels: int = 2) -> StableDiffusionXLPipeline:
         tokenizer=clip,
         tokenizer_2=clip,
         unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+        ),
     )

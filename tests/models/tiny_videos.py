@@ -95,7 +95,8 @@ def cogvideox(kind: str = "2b", layers: int = 4) -> CogVideoXPipeline:
 
 
 def wan(kind: str = "2.1", layers: int = 4) -> WanPipeline:
-    """2.1 with one transformer, 2.2 with one for the first steps and one for the last, 5b with a time for each token."""
+    """2.1 with one transformer, 2.2 with one for the first steps and one for the last, 5b with a time for each
+    token."""
     _, tokenizer = tiny_t5(16, WORDS)
     encoder = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     vae = AutoencoderKLWan(

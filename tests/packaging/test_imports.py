@@ -13,7 +13,7 @@ import xdit_core
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for folder in ("xdit_core", "plugins", "models", "launcher") for p in (ROOT / folder).rglob("*.py")]
 EXTENSIONS = [p for p in SOURCES if p.is_relative_to(ROOT / "plugins") or p.is_relative_to(ROOT / "models")]
-PUBLIC_MODULES = {"xdit_core.tokens", "xdit_core.testing.models"}
+PUBLIC_MODULES = {"xdit_core.parallel.tokens", "xdit_core.testing.models"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "plugins").is_dir(), reason="needs the source tree")
 
@@ -62,8 +62,12 @@ def test_no_module_level_mutable_state(path):
 
 def test_every_package_is_an_entry_point():
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    packages = {p.name for folder in ("plugins", "models") for p in (ROOT / folder).iterdir() if (p / "__init__.py").exists()}
-    assert {v.split(":")[0].split(".")[0] for g in ("xdit.plugins", "xdit.models") for v in groups[g].values()} == packages
+    packages = {
+        p.name for folder in ("plugins", "models") for p in (ROOT / folder).iterdir() if (p / "__init__.py").exists()
+    }
+    assert {
+        v.split(":")[0].split(".")[0] for g in ("xdit.plugins", "xdit.models") for v in groups[g].values()
+    } == packages
     assert xdit_core.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 

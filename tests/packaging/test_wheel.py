@@ -17,7 +17,18 @@ def wheel(tmp_path_factory):
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("needs the source tree")
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(out), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(out),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True)
     return next(out.glob("*.whl"))
 
@@ -48,7 +59,9 @@ def test_entry_points_load_from_the_wheel(wheel, tmp_path):
 
 def test_the_trained_weights_are_in_the_wheel(wheel):
     sizes = {
-        i.filename: i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.startswith("xdit_emoji/pipeline/")
+        i.filename: i.file_size
+        for i in zipfile.ZipFile(wheel).infolist()
+        if i.filename.startswith("xdit_emoji/pipeline/")
     }
     assert any(n.endswith("transformer/diffusion_pytorch_model.safetensors") for n in sizes)
     assert sum(sizes.values()) <= 25_000_000

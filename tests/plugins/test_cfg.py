@@ -33,7 +33,8 @@ def test_a_mask_and_cross_attention(gloo, tiny_pixart_folder):
 
 @pytest.mark.parametrize("plugins", [["cfg"], ["cfg", "pipefusion"]])
 def test_a_call_with_one_condition_goes_to_one_rank(gloo, tiny_sd3_folder, plugins):
-    """Skip-layer guidance calls the transformer a second time with the prompt alone: the other rank gets that result lazily."""
+    """Skip-layer guidance calls the transformer a second time with the prompt alone: the other rank gets that result
+    lazily."""
     late = {"pipefusion.patches": 3} if len(plugins) > 1 else {}
     stages = {"pipefusion.stages": 2} if late else {}
     changes = {"call": SKIP}
@@ -47,7 +48,10 @@ def test_a_call_with_one_condition_goes_to_one_rank(gloo, tiny_sd3_folder, plugi
 
 def counted(folder):
     """Calls of the blocks with one condition on this rank, under skip-layer guidance."""
-    engine, calls = Engine(plan_for(["cfg", "pipefusion"], folder, {"pipefusion.stages": 1, "pipefusion.patches": 1})), []
+    engine, calls = (
+        Engine(plan_for(["cfg", "pipefusion"], folder, {"pipefusion.stages": 1, "pipefusion.patches": 1})),
+        [],
+    )
     engine.trunks[0].register_forward_hook(lambda module, args, kwargs, out: calls.append(1), with_kwargs=True)
     engine.generate("a red fox", call=SKIP)
     engine.close()
@@ -72,11 +76,15 @@ def test_with_pipefusion_equals_the_displaced_reference(gloo, tiny_sd3_folder, p
 
 def test_only_the_prediction_is_exchanged(gloo, tiny_sd3_folder):
     results = gloo.run(generate, ["cfg"], str(tiny_sd3_folder), world=2)
-    assert [sent for _, sent in results] == [{"cfg": 4 * 16 * 16 * 4 * 4}] * 2  # channels x rows x columns x bytes x steps
+    assert [sent for _, sent in results] == [
+        {"cfg": 4 * 16 * 16 * 4 * 4}
+    ] * 2  # channels x rows x columns x bytes x steps
 
 
 def test_without_guidance_it_is_refused(tiny_sd3_folder):
-    with pytest.raises(PlanRefused, match=r"guidance=1.0 makes sd3 predict once a step.*raise guidance above 1, or drop cfg"):
+    with pytest.raises(
+        PlanRefused, match=r"guidance=1.0 makes sd3 predict once a step.*raise guidance above 1, or drop cfg"
+    ):
         plan_for(["cfg"], str(tiny_sd3_folder), {"guidance": 1.0})
 
 

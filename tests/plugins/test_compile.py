@@ -18,7 +18,8 @@ def close(mine, other):
 
 
 @pytest.mark.parametrize(
-    "settings", [EAGER, {"compile.backend": "aot_eager"}, {**EAGER, "compile.scope": "transformer", "compile.fullgraph": "no"}]
+    "settings",
+    [EAGER, {"compile.backend": "aot_eager"}, {**EAGER, "compile.scope": "transformer", "compile.fullgraph": "no"}],
 )
 def test_equals_serial(tiny_sd3_folder, settings):
     torch._dynamo.reset()
@@ -97,7 +98,11 @@ def test_with_others(gloo, tiny_sd3_folder, plugins, settings, world):
         (["compile"], {"compile.scope": "all"}, "compile.scope=all is unknown; use one of blocks, transformer"),
         (["compile"], {"compile.mode": "fast"}, "compile.mode=fast is unknown; use one of default"),
         (["compile"], {"compile.mode": "default", "compile.backend": "eager"}, "compile.mode belongs to inductor"),
-        (["compile", "usp"], {"compile.scope": "transformer"}, "usp works between them; use compile.scope=blocks, or drop usp"),
+        (
+            ["compile", "usp"],
+            {"compile.scope": "transformer"},
+            "usp works between them; use compile.scope=blocks, or drop usp",
+        ),
     ],
 )
 def test_what_is_refused(tiny_sd3_folder, plugins, settings, sentence):

@@ -1,4 +1,5 @@
-"""On one CUDA device: the engine is diffusers, the displaced schedule is that of the CPU, and ranks that share the device agree."""
+"""On one CUDA device: the engine is diffusers, the displaced schedule is that of the CPU, and ranks that share the
+device agree."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def test_the_displaced_schedule_is_that_of_the_cpu(tiny_sd3_folder):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(tiny_sd3_folder, dtype):
     engine = Engine(
-        plan_for(["pipefusion"], str(tiny_sd3_folder), {"pipefusion.patches": 2, "nproc": 1, "device": "cuda", "dtype": dtype})
+        plan_for(
+            ["pipefusion"],
+            str(tiny_sd3_folder),
+            {"pipefusion.patches": 2, "nproc": 1, "device": "cuda", "dtype": dtype},
+        )
     )
     latents = engine.generate("a red fox").latents
     assert latents.dtype == getattr(torch, dtype) and latents.isfinite().all()
@@ -45,7 +50,9 @@ SEVERAL = [
 ]
 
 
-@pytest.mark.parametrize(("plugins", "settings", "world"), SEVERAL, ids=lambda x: "+".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    ("plugins", "settings", "world"), SEVERAL, ids=lambda x: "+".join(x) if isinstance(x, list) else ""
+)
 def test_ranks_that_share_the_device(gloo, tiny_sd3_folder, plugins, settings, world):
     """Gloo carries the tensors, since NCCL wants a device for each rank."""
     plan = plan_for(plugins, str(tiny_sd3_folder), {**settings, **CUDA})

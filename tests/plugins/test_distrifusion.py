@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from xdit_core import PlanRefused
+from xdit_core.parallel.tokens import patch_bounds
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
-from xdit_core.tokens import patch_bounds
 
 
 def displaced(folder, patches, **settings):

@@ -39,7 +39,9 @@ def test_prompts_are_divided_and_come_back_in_order(gloo, tiny_sd3_folder, degre
             serial = diffusers_latents(str(tiny_sd3_folder), prompt, num_images_per_prompt=2)
             torch.testing.assert_close(latents, serial, atol=1e-4, rtol=1e-5)
     finished = [pair for _, done in results for pair in done]
-    assert sorted((index, n) for index, numbers in finished for n in numbers) == [(p, n) for p in range(3) for n in range(2)]
+    assert sorted((index, n) for index, numbers in finished for n in numbers) == [
+        (p, n) for p in range(3) for n in range(2)
+    ]
 
 
 def test_pictures_come_to_rank_0(gloo, tiny_sd3_folder):

@@ -1,4 +1,5 @@
-"""Attention kernels: every one equals torch's own choice, with the log-sum-exp that the ring needs, or is refused by name."""
+"""Attention kernels: every one equals torch's own choice, with the log-sum-exp that the ring needs, or is refused by
+name."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def test_log_sum_exp(kernel, rows):
     from xdit_flash.strategy import kernel_named
 
     q, k, v = (
-        torch.randn(2, 3, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((rows[0], rows[1], rows[1]))
+        torch.randn(2, 3, n, 8, generator=torch.Generator().manual_seed(i))
+        for i, n in enumerate((rows[0], rows[1], rows[1]))
     )
     out, lse = kernel_named(kernel)(lambda c: None, call(q, k, v, True))
     scores = q @ k.transpose(-1, -2) / 8**0.5
@@ -69,7 +71,10 @@ def test_a_mask_reaches_the_kernel():
             {"flash.kernel": "cudnn", "device": "cuda", "dtype": "float32"},
             "computes in half precision and this plan in float32",
         ),
-        ({"flash.kernel": "flash_attn_3", "device": "cuda"}, "needs the package flash_attn_interface, which is not installed"),
+        (
+            {"flash.kernel": "flash_attn_3", "device": "cuda"},
+            "needs the package flash_attn_interface, which is not installed",
+        ),
     ],
 )
 def test_what_is_refused(tiny_sd3_folder, settings, sentence):

@@ -1,4 +1,5 @@
-"""Guidance that is there in some steps only, schedulers of second order, inference mode: what ranks evaluate when must not matter."""
+"""Guidance that is there in some steps only, schedulers of second order, inference mode: what ranks evaluate when must
+not matter."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from xdit_core import Engine, Message, UnsupportedCall, materialized
-from xdit_core.channel import Channel
+from xdit_core.parallel.channel import Channel
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 HEUN = {"scheduler": "FlowMatchHeunDiscreteScheduler"}
@@ -45,7 +46,9 @@ def with_schedule(plugins, folder, values, name, inference=False):
     """Latents of a run whose guidance changes on its way."""
     torch.set_num_threads(1)
     engine = Engine(plan_for(plugins, folder, {"steps": 5, **values}))
-    engine.pipe._callback_tensor_inputs = ASKED  # SD3 does not name the pooled embeddings, though it uses what comes back
+    engine.pipe._callback_tensor_inputs = (
+        ASKED  # SD3 does not name the pooled embeddings, though it uses what comes back
+    )
     more = {"callback_on_step_end": SCHEDULES[name], "callback_on_step_end_tensor_inputs": ASKED}
     try:
         with torch.inference_mode(inference):
@@ -87,17 +90,22 @@ def test_inference_mode(gloo, tiny_sd3_folder):
 @pytest.mark.parametrize("plugins", [["pipefusion"], ["distrifusion"]])
 def test_warmup_counts_steps_of_the_pipeline(gloo, tiny_sd3_folder, plugins):
     """A scheduler of second order calls the denoiser twice a step; a run that is all warm-up is a serial run."""
-    degree = {"pipefusion.stages": 2, "pipefusion.patches": 3} if plugins == ["pipefusion"] else {"distrifusion.degree": 2}
+    degree = (
+        {"pipefusion.stages": 2, "pipefusion.patches": 3} if plugins == ["pipefusion"] else {"distrifusion.degree": 2}
+    )
     values = {**HEUN, **degree, "steps": 3}
     serial = generate([], str(tiny_sd3_folder), {**HEUN, "steps": 3})[0]
     for latents, _ in gloo.run(generate, plugins, str(tiny_sd3_folder), {**values, f"{plugins[0]}.warmup": 3}, world=2):
         close(latents, serial)
-    (displaced, _), _ = gloo.run(generate, plugins, str(tiny_sd3_folder), {**values, f"{plugins[0]}.warmup": 1}, world=2)
+    (displaced, _), _ = gloo.run(
+        generate, plugins, str(tiny_sd3_folder), {**values, f"{plugins[0]}.warmup": 1}, world=2
+    )
     assert (displaced - serial).abs().max() > 1e-3
 
 
 def one_call(plugins, folder):
-    """The denoiser of PixArt, whose prediction has twice the channels of the latents, called by hand with one condition."""
+    """The denoiser of PixArt, whose prediction has twice the channels of the latents, called by hand with one
+    condition."""
     torch.set_num_threads(1)
     engine = Engine(plan_for(plugins, folder, {"model": "pixart_sigma", "steps": 2}))
     noise = torch.Generator().manual_seed(3)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from xdit_core import Built, Declaration, Engine, LockstepError, PluginError, Registry, Wrap, hookimpl
-from xdit_core.lockstep import Lockstep
+from xdit_core.observe.lockstep import Lockstep
 from xdit_core.testing.pool import PoolError
 from xdit_core.testing.runs import generate, plan_for
 
@@ -19,7 +19,8 @@ TP = {"tp.degree": 2}
 
 
 class Skips:
-    """Leaves out the blocks on rank 1 in the second step, as a step cache might that looks at its own part of the picture."""
+    """Leaves out the blocks on rank 1 in the second step, as a step cache might that looks at its own part of the
+    picture."""
 
     def __init__(self, agrees):
         self.agrees, self.skip = agrees, False
@@ -68,7 +69,8 @@ def skipping(plugins, folder, settings, agrees):
     ],
 )
 def test_the_first_difference_is_named(gloo, tiny_sd3_folder, plugins, settings, first, second):
-    """Without the check usp blames the wrong rank after the timeout, and tp pairs sums of different steps without a word."""
+    """Without the check usp blames the wrong rank after the timeout, and tp pairs sums of different steps without a
+    word."""
     results = gloo.run(skipping, plugins, str(tiny_sd3_folder), {**settings, "lockstep": "yes"}, False, world=2)
     for error in results:
         assert isinstance(error, str), "the ranks did not part"
@@ -87,7 +89,8 @@ def skipping_fails(*arguments):
 
 
 def test_a_rank_that_comes_to_no_collective_is_named(gloo, tiny_sd3_folder):
-    """A ring has messages only, so the rank that skips waits for one that is in the ring; half of the timeout ends it."""
+    """A ring has messages only, so the rank that skips waits for one that is in the ring; half of the timeout ends
+    it."""
     settings = {**RING, "lockstep": "yes", "timeout": 4}
     parted = (
         r"LockstepError: .* parted: rank 0 is at (send|recv) in step 2, attention/ring of usp, block 0; "
@@ -170,7 +173,9 @@ def test_ranks_that_do_not_ask_alike_are_told(gloo, tiny_sd3_folder):
 def test_one_rank_agrees_with_itself(tiny_sd3_folder):
     rank = Engine(plan_for([], str(tiny_sd3_folder))).rank
     assert rank.agree(3) == 3 and rank.agree(False) is False
-    with pytest.raises(PluginError, match=r"rank\.agree takes a bool or a number, and was given 'yes'; decide on one of these"):
+    with pytest.raises(
+        PluginError, match=r"rank\.agree takes a bool or a number, and was given 'yes'; decide on one of these"
+    ):
         rank.agree("yes")
 
 
@@ -185,7 +190,9 @@ def test_one_rank_agrees_with_itself(tiny_sd3_folder):
 )
 def test_a_right_run_passes(gloo, tiny_sd3_folder, plugins, settings, world):
     """Strategies of ours never part."""
-    assert gloo.run(passes, plugins, str(tiny_sd3_folder), {**settings, "lockstep": "yes"}, world=world) == [True] * world
+    assert (
+        gloo.run(passes, plugins, str(tiny_sd3_folder), {**settings, "lockstep": "yes"}, world=world) == [True] * world
+    )
 
 
 def passes(plugins, folder, settings):

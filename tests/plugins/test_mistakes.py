@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from xdit_core import Built, Declaration, Engine, PlanRefused, PluginError, Registry, Transform, Wrap, hookimpl
-from xdit_core.chain import OwnedWrap, nest
-from xdit_core.failure import failure
-from xdit_core.owners import Owner, owned_spec
+from xdit_core.points.compose import OwnedWrap, nest
 from xdit_core.records import POINTS
+from xdit_core.registry.owners import Owner, owned_spec
 from xdit_core.testing.runs import diffusers_latents, plan_for
+from xdit_core.worker.failure import failure
 
 PIPE = {"pipefusion.stages": 1, "pipefusion.patches": 2}
 LEVELS = [f"{point}/{level}" for point, levels in POINTS.items() for level in levels]
@@ -62,16 +62,20 @@ def test_an_exception_in_a_wrap_names_its_plugin(tiny_sd3_folder, place):
 
     with pytest.raises(
         PluginError,
-        match=rf"^plugin odd failed in its wrap at {place}: ZeroDivisionError: division by zero \(test_mistakes.py, line \d+\)\.$",
+        match=rf"^plugin odd failed in its wrap at {place}: ZeroDivisionError: division by zero \(test_mistakes.py, "
+        rf"line \d+\)\.$",
     ) as caught:
         generate(tiny_sd3_folder, place, broken, output_type="image")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_a_wrap_that_passes_through_is_right(tiny_sd3_folder):
-    """Including prompts that are cut into patches, and sizes that change: the checks refuse nothing that the model's own code returns."""
+    """Including prompts that are cut into patches, and sizes that change: the checks refuse nothing that the model's
+    own code returns."""
     for place in LEVELS:
-        latents = generate(tiny_sd3_folder, place, lambda inner, *args, **kwargs: inner(*args, **kwargs), steps=4).latents
+        latents = generate(
+            tiny_sd3_folder, place, lambda inner, *args, **kwargs: inner(*args, **kwargs), steps=4
+        ).latents
         assert torch.equal(latents, diffusers_latents(str(tiny_sd3_folder)))
 
 
@@ -101,7 +105,11 @@ def narrow(inner, x):
         ),
         ("trunk/gather", lambda inner, rows: inner(rows).tokens, r"a tensor of shape .* where Rows are expected"),
         ("trunk/stage", lambda inner, rows: inner(rows).but(text=()), "Rows whose text is a tuple"),
-        ("attention/exchange", half, r"a tensor of shape .* and torch.float16 where shape .* and torch.float32 are expected"),
+        (
+            "attention/exchange",
+            half,
+            r"a tensor of shape .* and torch.float16 where shape .* and torch.float32 are expected",
+        ),
         ("attention/kernel", narrow, r"a tensor of shape .* where shape"),
         ("attention/cache", lambda inner, call: (inner(call), None), "a tuple where shape"),
         ("forward/reuse", narrow, r"a tensor of shape .* where a prediction of shape \(2, any, 16, 16\) is expected"),
@@ -150,14 +158,20 @@ def test_errors_of_what_lies_inside_pass(tiny_sd3_folder):
 def test_memory_and_lost_ranks_keep_their_type():
     """The report of failures tells by the type who is to blame; the plugin is a note."""
     owner = Owner("plugin", "outer", "some-package", "1.2")
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistNetworkError("gone"), MemoryError()):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.distributed.DistNetworkError("gone"),
+        MemoryError(),
+    ):
 
         def failing(inner, x, error=error):
             raise error
 
         with pytest.raises(type(error)) as caught:
             nest([OwnedWrap(failing, owner, "forward/reuse")], abs)(1)
-        assert caught.value.__notes__ == ["This happened in its wrap at forward/reuse of plugin outer of some-package 1.2."]
+        assert caught.value.__notes__ == [
+            "This happened in its wrap at forward/reuse of plugin outer of some-package 1.2."
+        ]
     assert failure(torch.distributed.DistNetworkError("gone"), 0, "")["victim"]
 
 

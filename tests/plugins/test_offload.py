@@ -16,9 +16,21 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
     ("plugins", "settings", "sentence"),
     [
         (["offload"], {}, "offload needs a GPU to bring the weights to, and this plan runs on the CPU; drop offload"),
-        (["offload"], {"offload.mode": "half", "device": "cuda"}, "offload.mode=half is unknown; use one of model, sequential"),
-        (["offload", "tp"], {"offload.mode": "sequential", "device": "cuda", "tp.degree": 2}, "as tp leaves them do not allow"),
-        (["compile", "offload"], {"offload.mode": "sequential", "device": "cuda"}, "use offload.mode=model, or drop compile"),
+        (
+            ["offload"],
+            {"offload.mode": "half", "device": "cuda"},
+            "offload.mode=half is unknown; use one of model, sequential",
+        ),
+        (
+            ["offload", "tp"],
+            {"offload.mode": "sequential", "device": "cuda", "tp.degree": 2},
+            "as tp leaves them do not allow",
+        ),
+        (
+            ["compile", "offload"],
+            {"offload.mode": "sequential", "device": "cuda"},
+            "use offload.mode=model, or drop compile",
+        ),
     ],
 )
 def test_what_is_refused(tiny_sd3_folder, plugins, settings, sentence):
@@ -29,7 +41,9 @@ def test_what_is_refused(tiny_sd3_folder, plugins, settings, sentence):
 
 @pytest.mark.parametrize("mode", ["model", "sequential"])
 def test_accepted_on_a_gpu(tiny_sd3_folder, mode):
-    plan = plan_for(["offload", "usp"], str(tiny_sd3_folder), {"offload.mode": mode, "device": "cuda", "usp.ulysses": 2})
+    plan = plan_for(
+        ["offload", "usp"], str(tiny_sd3_folder), {"offload.mode": mode, "device": "cuda", "usp.ulysses": 2}
+    )
     assert plan.transforms == (("offload", "offload"),)
 
 

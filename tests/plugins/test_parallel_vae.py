@@ -23,7 +23,11 @@ VAES = {
     "AutoencoderDC": (4, 4, 2),
     "AutoencoderTiny": (4, 4, 2),
 }
-WINDOWS = {"AutoencoderDC": (12, 12, 8, 8), "AutoencoderKLWan": (64, 64, 48, 48), "AutoencoderKLQwenImage": (64, 64, 48, 48)}
+WINDOWS = {
+    "AutoencoderDC": (12, 12, 8, 8),
+    "AutoencoderKLWan": (64, 64, 48, 48),
+    "AutoencoderKLQwenImage": (64, 64, 48, 48),
+}
 ROWS = [kind for kind in VAES if kind not in ("AutoencoderKLCogVideoX", "AutoencoderDC", "AutoencoderTiny")]
 
 
@@ -32,8 +36,18 @@ def tiny(kind, dtype=torch.float32):
     import diffusers
 
     blocks = {"block_out_channels": (8, 16), "layers_per_block": 1, "latent_channels": 4}
-    two_d = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
-    wan = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    two_d = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    }
+    wan = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }
     four = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
     tiles = {"sample_size": 16}
     options = {
@@ -84,7 +98,8 @@ def inputs(kind, height, width, batch, frames=3):
 
 @contextmanager
 def divided(vae, settings=None, kinds=("x",), run=None):
-    """The strategy around a VAE on the ranks of the current group; ``kinds``: names of the mesh axes, ``own`` makes other pictures."""
+    """The strategy around a VAE on the ranks of the current group; ``kinds``: names of the mesh axes, ``own`` makes
+    other pictures."""
     import torch.distributed as dist
 
     from xdit_core import Mesh, Rank
@@ -93,7 +108,12 @@ def divided(vae, settings=None, kinds=("x",), run=None):
     torch.set_num_threads(1)
     world = dist.get_world_size()
     axes = tuple(
-        Axis(k, world // 2 if len(kinds) > 1 and i else 2 if len(kinds) > 1 else world, Traffic(i), own_outputs=k == "own")
+        Axis(
+            k,
+            world // 2 if len(kinds) > 1 and i else 2 if len(kinds) > 1 else world,
+            Traffic(i),
+            own_outputs=k == "own",
+        )
         for i, k in enumerate(kinds)
     )
     run = SimpleNamespace(**{"height": None, "width": None, "output_type": "image", **(run or {})})
@@ -263,7 +283,8 @@ def refused(kind, settings, height, run=None, encode=False):
             8,
             {"height": 48, "width": 40},
             False,
-            "covers 40 x 48 pixels, which leaves nothing to divide in a picture of 40 x 48; draw a larger one, or drop parallel_vae.",
+            "covers 40 x 48 pixels, which leaves nothing to divide in a picture of 40 x 48; draw a larger one, or "
+            "drop parallel_vae.",
         ),
         ("AutoencoderKL", {"tiling": True}, 8, {"height": 16, "width": 16}, False, "or leave out parallel_vae.tiling."),
         (
@@ -285,7 +306,11 @@ def test_refused_by_every_rank(gloo, kind, settings, height, run, encode, senten
     ("plugins", "settings", "sentence"),
     [
         (["parallel_vae"], {}, "parallel_vae has one rank to decode a picture on; add a plugin that brings more"),
-        (["parallel_vae", "usp"], {"usp.ulysses": 1, "usp.ring": 1}, "has one rank to decode a picture on; add a plugin"),
+        (
+            ["parallel_vae", "usp"],
+            {"usp.ulysses": 1, "usp.ring": 1},
+            "has one rank to decode a picture on; add a plugin",
+        ),
         (["parallel_vae", "dp"], {"dp.degree": 2}, "since each of the 2 draws pictures of its own"),
         (
             ["parallel_vae", "usp"],
@@ -297,7 +322,11 @@ def test_refused_by_every_rank(gloo, kind, settings, height, run, encode, senten
             {"usp.ulysses": 2, "dp.degree": 2, "parallel_vae.degree": 4},
             "parallel_vae.degree=4 but 2 ranks make a picture; give 1 to 2",
         ),
-        (["parallel_vae", "usp"], {"usp.ulysses": 4, "height": 12}, "3 rows of tokens are too few to be decoded by 4 ranks"),
+        (
+            ["parallel_vae", "usp"],
+            {"usp.ulysses": 4, "height": 12},
+            "3 rows of tokens are too few to be decoded by 4 ranks",
+        ),
     ],
 )
 def test_what_is_refused(tiny_sd3_folder, plugins, settings, sentence):
@@ -307,7 +336,8 @@ def test_what_is_refused(tiny_sd3_folder, plugins, settings, sentence):
 
 
 def drawn(plugins, folder, settings):
-    """On each rank: the pictures of two requests (None where there are none), bytes sent, groups made after set-up, and waits."""
+    """On each rank: the pictures of two requests (None where there are none), bytes sent, groups made after set-up, and
+    waits."""
     import numpy as np
     import torch.distributed as dist
 

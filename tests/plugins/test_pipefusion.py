@@ -1,4 +1,5 @@
-"""PipeFusion: serial in warm-up, and past it the same result for every number of stages and every split of the tokens."""
+"""PipeFusion: serial in warm-up, and past it the same result for every number of stages and every split of the
+tokens."""
 
 from __future__ import annotations
 
@@ -49,13 +50,14 @@ def test_with_usp_equals_the_displaced_reference(gloo, tiny_sd3_folder, ulysses,
 
 
 def naive_displaced(folder, patches, warmup, steps=4):
-    """The schedule written down again without the engine: plain diffusers, one patched forward, a dictionary of keys and values."""
+    """The schedule written down again without the engine: plain diffusers, one patched forward, a dictionary of keys
+    and values."""
     from unittest import mock
 
     import torch.nn.functional as F
     from diffusers import StableDiffusion3Pipeline
 
-    from xdit_core.tokens import patch_bounds
+    from xdit_core.parallel.tokens import patch_bounds
 
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
@@ -132,7 +134,9 @@ def test_explicit_layers(gloo, tiny_sd3_folder):
     torch.testing.assert_close(results[0][0], reference, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"]
+)
 def test_schedulers_over_stages(gloo, tiny_pixart_folder, scheduler):
     """Multistep history and noise drawn at every step: bit-equal in warm-up, the same for 2 and 4 stages past it."""
     folder, own = str(tiny_pixart_folder), {"use_resolution_binning": False, "clean_caption": False}
@@ -162,7 +166,8 @@ def test_each_rank_holds_its_own_blocks_only(gloo, tiny_sd3_folder):
 
 
 def test_bytes_sent_match_the_table(gloo, tiny_sd3_folder):
-    """The table counts 2 x tokens x hidden for each rank: what it receives and what it sends on; the first stage only sends."""
+    """The table counts 2 x tokens x hidden for each rank: what it receives and what it sends on; the first stage only
+    sends."""
     settings = {"pipefusion.stages": 3, "pipefusion.patches": 4, "max_sequence_length": 4}
     results = gloo.run(generate, ["pipefusion"], str(tiny_sd3_folder), settings, world=3)
     one = 64 * 32 * 4 * 2 * 4  # tokens x hidden x bytes x batch x steps
@@ -243,6 +248,8 @@ def test_reading_latents_on_one_rank_is_an_error_and_no_hang(tiny_sd3_folder):
     from xdit_core.testing.pool import Pool, PoolError
 
     pool = Pool()  # of its own: these ranks lose each other
-    with pytest.raises(PoolError, match=r"LazyError: .*were read on this rank, and the other stages did not join within 1.5 s"):
+    with pytest.raises(
+        PoolError, match=r"LazyError: .*were read on this rank, and the other stages did not join within 1.5 s"
+    ):
         pool.run(read_on_one_rank, str(tiny_sd3_folder), world=2, timeout=100)
     pool.close()

@@ -10,7 +10,7 @@ import torch._dynamo
 from torch._dynamo.callback import callback_handler
 
 from xdit_core import Built, Declaration, Engine, PluginFailed, hookimpl
-from xdit_core.registry import Registry
+from xdit_core.registry.registry import Registry
 from xdit_core.testing.runs import plan_for
 
 PIPE = {"pipefusion.stages": 1, "pipefusion.patches": 3, "pipefusion.warmup": 1}
@@ -66,7 +66,14 @@ def test_a_strategy_hears_of_success_and_of_failure(tiny_sd3_folder):
     assert events == ["one begins", "two begins", "two finishes", "two releases", "one finishes", "one releases"]
     events.clear()
     failing(engine)
-    assert events == ["one begins", "two begins", "two sees KeyError", "two releases", "one sees KeyError", "one releases"]
+    assert events == [
+        "one begins",
+        "two begins",
+        "two sees KeyError",
+        "two releases",
+        "one sees KeyError",
+        "one releases",
+    ]
 
 
 def test_what_began_before_another_failed_to_begin_is_released(tiny_sd3_folder):

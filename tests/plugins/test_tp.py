@@ -32,7 +32,11 @@ def test_dual_attention(gloo, tmp_path):
         (["tp", "usp"], {"usp.ulysses": 2, "usp.ring": 1}, 4),
         (["tp", "usp"], {"usp.ulysses": 1, "usp.ring": 2}, 4),
         (["tp", "pipefusion"], {"pipefusion.stages": 2, "pipefusion.patches": 3}, 4),
-        (["tp", "usp", "pipefusion"], {"usp.ulysses": 2, "usp.ring": 1, "pipefusion.stages": 2, "pipefusion.patches": 3}, 8),
+        (
+            ["tp", "usp", "pipefusion"],
+            {"usp.ulysses": 2, "usp.ring": 1, "pipefusion.stages": 2, "pipefusion.patches": 3},
+            8,
+        ),
     ],
 )
 def test_with_others(gloo, tiny_sd3_folder, plugins, settings, world):
@@ -71,7 +75,7 @@ def read_while_loading(folder):
     """Numbers that loading asked of the file for the blocks."""
     from unittest import mock
 
-    from xdit_core.tensors import FileTensors
+    from xdit_core.engine.tensors import FileTensors
 
     asked = []
     original = FileTensors.read
@@ -102,7 +106,7 @@ def wrong_plan(folder):
     spec = dataclasses.replace(xdit_sd3.xdit_model(), matrices=wrong)
     with (
         mock.patch.object(xdit_sd3, "xdit_model", lambda: spec),
-        mock.patch("xdit_core.engine.Registry.model", lambda *_: (spec, ("", ""))),
+        mock.patch("xdit_core.engine.engine.Registry.model", lambda *_: (spec, ("", ""))),
     ):
         try:
             Engine(plan_for(["tp"], folder, {"tp.degree": 2}))
@@ -117,7 +121,8 @@ def test_a_key_that_matches_nothing_is_an_error(gloo, tiny_sd3_folder):
 
 
 def test_bytes_sent_match_the_table(gloo, tiny_sd3_folder):
-    """4 of tokens x hidden x layers: two sums a block and stream, each sending its (N-1)/N twice; the last block has no text output."""
+    """4 of tokens x hidden x layers: two sums a block and stream, each sending its (N-1)/N twice; the last block has no
+    text output."""
     results = gloo.run(generate, ["tp"], str(tiny_sd3_folder), {"tp.degree": 4}, world=4)
     batch, steps, hidden, layers = 2, 4, 32, 4
     picture, text = 64, 12 + 5

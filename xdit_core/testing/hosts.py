@@ -32,7 +32,9 @@ def missing(*programs: str) -> str:
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install iproute2 openssh-server)"
     allowed = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True).returncode == 0
-    return "" if allowed else "this machine does not let root make network namespaces (a container without CAP_SYS_ADMIN?)"
+    return (
+        "" if allowed else "this machine does not let root make network namespaces (a container without CAP_SYS_ADMIN?)"
+    )
 
 
 def run(*words: str) -> str:

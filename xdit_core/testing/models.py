@@ -20,7 +20,14 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE, Unigram
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 
 def clip_tokenizer(texts: Iterable[str], length: int, vocab_size: int = 4096) -> CLIPTokenizer:
@@ -139,7 +146,12 @@ def tiny_sd3(
 
 def tiny_t5(width: int, words: Iterable[str]) -> tuple[T5EncoderModel, T5TokenizerFast]:
     """A T5 encoder with random weights and a tokenizer that knows ``words``."""
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -float(i)) for i, word in enumerate(words))]
+    vocab = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((f"\u2581{word}", -float(i)) for i, word in enumerate(words)),
+    ]
     tokenizer = Tokenizer(Unigram(vocab, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     fast = T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)

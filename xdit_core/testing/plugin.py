@@ -1,6 +1,7 @@
 """The pytest plugin of ``xdit_core.testing``; active wherever xdit is installed.
 
-Fixtures: ``gloo`` (a session pool of workers), ``tiny_sd3_folder`` (a checkpoint on disk). Torch is imported when one is used.
+Fixtures: ``gloo`` (a session pool of workers), ``tiny_sd3_folder`` (a checkpoint on disk). Torch is imported when one
+is used.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny PixArt-Sigma checkpoint with random weights: 4 blocks, 4 heads, 64 picture tokens, text by cross-attention."""
+    """A tiny PixArt-Sigma checkpoint with random weights: 4 blocks, 4 heads, 64 picture tokens, text by
+    cross-attention."""
     from xdit_core.testing.models import save_tiny_pixart
 
     folder = tmp_path_factory.mktemp("models") / "tiny-pixart"

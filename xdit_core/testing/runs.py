@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from xdit_core.engine import Engine
-from xdit_core.plan import Plan, make_plan
-from xdit_core.registry import Registry
+from xdit_core.engine.engine import Engine
+from xdit_core.plan import Plan
+from xdit_core.planning.planner import make_plan
+from xdit_core.registry.registry import Registry
 
 STEPS, TEXT = 4, 5
 
@@ -47,7 +48,11 @@ def generate(
 
 
 def diffusers_latents(
-    folder: str, prompt: str = "a red fox", scheduler: str | None = None, dtype: torch.dtype | None = None, **changes: Any
+    folder: str,
+    prompt: str = "a red fox",
+    scheduler: str | None = None,
+    dtype: torch.dtype | None = None,
+    **changes: Any,
 ) -> torch.Tensor:
     """The oracle: the unmodified pipeline, called as a user of diffusers would."""
     import diffusers

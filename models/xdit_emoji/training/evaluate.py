@@ -47,7 +47,9 @@ def questions(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[str
     return [(name, 1000 + i) for i, name in enumerate(drawn)]
 
 
-def score(draw: Draw, names: Sequence[str], pictures: torch.Tensor, asked: Sequence[tuple[str, int]]) -> tuple[int, list[str]]:
+def score(
+    draw: Draw, names: Sequence[str], pictures: torch.Tensor, asked: Sequence[tuple[str, int]]
+) -> tuple[int, list[str]]:
     """How many are right, and a line for each that is wrong."""
     known, right, wrong = thumbnails(pictures), 0, []
     for name, seed in asked:
@@ -88,7 +90,9 @@ def main() -> None:
     asked = questions(names, args.count)
     right, wrong = score(draw, names, pictures, asked)
     print("\n".join(wrong))
-    print(f"{right} of {len(asked)} right among {len(names)}; {(time.monotonic() - started) / len(asked):.2f} s a picture")
+    print(
+        f"{right} of {len(asked)} right among {len(names)}; {(time.monotonic() - started) / len(asked):.2f} s a picture"
+    )
     if args.sheet:
         Path(args.sheet).parent.mkdir(parents=True, exist_ok=True)
         sheet(torch.stack(drawn), 10).save(args.sheet)

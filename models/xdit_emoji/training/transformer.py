@@ -77,12 +77,16 @@ def draw_sigma(n: int, device: str) -> torch.Tensor:
     return torch.where(torch.rand(n, device=device) < 0.5, logit_normal, torch.rand(n, device=device))
 
 
-def train(model: Denoiser, latents: torch.Tensor, ids: torch.Tensor, empty: torch.Tensor, args: argparse.Namespace) -> Denoiser:
+def train(
+    model: Denoiser, latents: torch.Tensor, ids: torch.Tensor, empty: torch.Tensor, args: argparse.Namespace
+) -> Denoiser:
     """Train for ``args.minutes`` of wall time; returns the moving average of the weights."""
     device = args.device
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
     forward = torch.compile(model) if args.compile else model
     latents, ids, empty = latents.to(device), ids.to(device), empty.to(device)
     started, step, smooth, order = time.monotonic(), 0, None, torch.empty(0, dtype=torch.long)
@@ -107,11 +111,15 @@ def train(model: Denoiser, latents: torch.Tensor, ids: torch.Tensor, empty: torc
         step += 1
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if step % 100 == 0:
-            print(f"transformer step {step}  loss {smooth:.4f}  {(time.monotonic() - started) / step:.3f} s/step", flush=True)
+            print(
+                f"transformer step {step}  loss {smooth:.4f}  {(time.monotonic() - started) / step:.3f} s/step",
+                flush=True,
+            )
             if step % 1000 == 0:
                 torch.save(averaged.module.state_dict(), Path(args.out).with_suffix(".pt"))
     print(
-        f"transformer: {step} steps of {args.batch} in {(time.monotonic() - started) / 60:.1f} minutes on {device}", flush=True
+        f"transformer: {step} steps of {args.batch} in {(time.monotonic() - started) / 60:.1f} minutes on {device}",
+        flush=True,
     )
     return averaged.module.eval()
 
@@ -159,7 +167,9 @@ def main() -> None:
     tokenizer = clip_tokenizer([emoji.name for emoji in read_names()], length=TEXT_TOKENS)
     ids = tokenizer(names, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
-    model = Denoiser(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, args.layers, args.heads, args.head_dim)
+    model = Denoiser(
+        len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, args.layers, args.heads, args.head_dim
+    )
     print(f"{len(names)} pictures, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", flush=True)
     save(train(model, latents, ids, empty, args).cpu(), vae, tokenizer, args.out)
 

@@ -55,7 +55,9 @@ def encode_all(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 64) -> t
     return torch.cat([vae.encode(p).latent_dist.mode().float().cpu() for p in parts])
 
 
-def train(vae: AutoencoderKL, pictures: torch.Tensor, minutes: float, batch: int, lr: float, kl_weight: float) -> AutoencoderKL:
+def train(
+    vae: AutoencoderKL, pictures: torch.Tensor, minutes: float, batch: int, lr: float, kl_weight: float
+) -> AutoencoderKL:
     """Train for ``minutes`` of wall time under a cosine schedule over time; sets shift and scale in the config."""
     device = vae.device
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -63,7 +65,9 @@ def train(vae: AutoencoderKL, pictures: torch.Tensor, minutes: float, batch: int
     started, step = time.monotonic(), 0
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * max(0.02, torch.cos(torch.tensor(done * torch.pi / 2)).item())
+            group["lr"] = (
+                lr * min(1.0, (step + 1) / 50) * max(0.02, torch.cos(torch.tensor(done * torch.pi / 2)).item())
+            )
         x = pictures[torch.randint(len(pictures), (batch,))].to(device)
         x = to_float(torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x.flip(-1), x))
         loss, l1 = loss_of(vae, x, kl_weight)

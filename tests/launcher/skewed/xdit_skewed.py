@@ -1,4 +1,5 @@
-"""A strategy with an error: one attention call of one step, or every prediction, is one percent too large; for the tests of verify."""
+"""A strategy with an error: one attention call of one step, or every prediction, is one percent too large; for the
+tests of verify."""
 
 from __future__ import annotations
 

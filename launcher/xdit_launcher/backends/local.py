@@ -1,0 +1,262 @@
+"""The backend ``local``: every rank is a process of this machine, or of this and others on which it is started by
+hand."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xdit_core.errors import UsageError
+from xdit_core.filesystem import write_text
+from xdit_core.outputs import results
+from xdit_core.planning import machine
+from xdit_core.records import listed
+from xdit_core.worker.rendezvous import not_started
+from xdit_launcher.cluster import placement
+from xdit_launcher.node import processes, root_cause
+from xdit_launcher.node.processes import Here, Share, Workers
+from xdit_launcher.node.root_cause import Seen
+from xdit_launcher.node.watching import INTERRUPTED, Suspension, say, signals_interrupt, stay_deaf, watch
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+    from xdit_launcher.cluster.fleet import Fleet
+
+HOST = "127.0.0.1"
+EXAMPLE = "--nnodes 2 --node-rank 0 --rdzv 10.0.0.1:29500"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one machine among several on which the same command is started by hand; leave all out for this machine
+    alone."""
+
+    nnodes: int | None = field(default=None, metadata={"help": "machines of the run"})
+    node_rank: int | None = field(default=None, metadata={"help": "which of them this is, from 0"})
+    rdzv: str | None = field(
+        default=None, metadata={"help": "HOST:PORT: an address of machine 0, and a free port there"}
+    )
+
+
+def devices(settings: Settings) -> int | None:
+    """How many processes suit all machines; None: those of this one."""
+    here = machine.cuda_devices() or machine.cores()
+    return settings.nnodes * here if settings.nnodes and settings.nnodes > 1 else None
+
+
+def check(plan: Plan, settings: Settings) -> None:
+    """What can be said before anything is written.
+
+    Raises:
+        UsageError: the machine has too few GPUs, the nodes cannot share the ranks, or the results cannot be written
+            here.
+    """
+    node = Node.of(settings)
+    ranks = node.ranks(plan.world)
+    Share(Path(), ranks, plan.world, node.address, node.port).check(plan.run.device)
+    if any(plan.owns(rank) for rank in ranks):
+        results.check_writable(plan)
+
+
+def start(plan: Plan, folder: Path, settings: Settings) -> int:
+    """Run a plan on this machine; `check` has let it through.
+
+    Args:
+        plan: what to run.
+        folder: an existing folder for the plan, the logs and the beats.
+        settings: if it is one of several machines.
+
+    Returns:
+        0, the exit code of the rank to blame, or 130 after Ctrl-C and SIGTERM.
+
+    Raises:
+        UsageError: the port is taken.
+    """
+    node = Node.of(settings)
+    ranks = node.ranks(plan.world)
+    for line in placement.warnings(plan, [Node(k, node.count).ranks(plan.world) for k in range(node.count)]):
+        say(line)
+    write_text(folder / "plan.json", plan.to_json(), "runs")
+    workers: Workers = {}
+    here = Here(folder, workers, socket.gethostname())
+    suspension = Suspension(lambda: processes.pause(workers), lambda: processes.resume(workers))
+
+    def look() -> Mapping[int, Seen]:
+        suspension.settle()
+        return here.look()
+
+    try:
+        with signals_interrupt(), suspension.installed():
+            with node.server(2 * plan.world) as server:
+                port = server.getsockname()[1] if server else node.port
+                with duplicates(1, 2) as screen:
+                    share = Share(folder, ranks, plan.world, node.address, port, plan.run.threads)
+                    processes.spawn(share, workers, server, screen)
+            found = watch(
+                look,
+                plan.run.timeout,
+                ask_for_stacks=lambda: processes.ask_for_stacks(workers),
+                elsewhere=node.count > 1,
+                absent=(lambda seen: node.absent(seen, plan.world)) if node.count > 1 else None,
+            )
+    except KeyboardInterrupt:
+        stay_deaf()
+        processes.stop(workers)
+        say("\n".join(["interrupted; every process has ended.", *root_cause.progress(here.last(), plan)]))
+        return INTERRUPTED
+    except BaseException:
+        processes.stop(workers)
+        raise
+    if found is None:
+        return 0
+    processes.stop(workers)
+    say("\n".join([*root_cause.lines(found, plan.world), *root_cause.progress(here.last(), plan)]))
+    return found.code
+
+
+def connect(settings: Settings) -> Fleet:
+    """An agent on this machine."""
+    from xdit_launcher.cluster.fleet import Fleet, Host
+    from xdit_launcher.cluster.pipe import Pipe
+
+    name = socket.gethostname()
+    command = [sys.executable, "-P", "-m", "xdit_launcher.node.agent"]
+    return Fleet(
+        [Host(name)],
+        lambda i, deliver: Pipe(
+            command, i, name, deliver, lambda code, said, *_: " ".join(said) or f"exit code {code}"
+        ),
+    )
+
+
+@contextlib.contextmanager
+def duplicates(*fds: int) -> Iterator[tuple[int, ...]]:
+    """Copies of file descriptors, for a child to inherit."""
+    copies = tuple(os.dup(fd) for fd in fds)
+    try:
+        yield copies
+    finally:
+        for fd in copies:
+            os.close(fd)
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine among those of a run.
+
+    Args:
+        index, count: which of how many.
+        address, port: where rank 0 is met; with one node, a free port of this machine.
+    """
+
+    index: int = 0
+    count: int = 1
+    address: str = HOST
+    port: int = 0
+
+    @staticmethod
+    def of(settings: Settings) -> Node:
+        """From the settings, which are the same on all nodes but for ``node_rank``.
+
+        Raises:
+            UsageError: one is missing or out of range.
+        """
+        count, index, place = settings.nnodes, settings.node_rank, settings.rdzv
+        if count is None and index is None and place is None:
+            return Node()
+        if count is None or index is None or place is None:
+            raise UsageError(f"--nnodes, --node-rank and --rdzv go together; write for example {EXAMPLE}.")
+        if not 0 <= index < count:
+            raise UsageError(f"--node-rank counts from 0 to nnodes - 1; write for example {EXAMPLE}.")
+        address, port = address_of(place)
+        return Node(index, count, address, port)
+
+    def ranks(self, world: int) -> range:
+        """The ranks that run here: neighbours, since those talk most.
+
+        Raises:
+            UsageError: the nodes cannot have equally many.
+        """
+        if world % self.count:
+            raise UsageError(
+                f"{world} processes cannot be shared evenly by {self.count} nodes; change the degrees, or set nproc "
+                f"to a multiple of {self.count}."
+            )
+        each = world // self.count
+        return range(self.index * each, (self.index + 1) * each)
+
+    def absent(self, seen: Mapping[int, Seen], world: int) -> str:
+        """A sentence about the nodes that have not come, "" if all have, or if ranks of this one are not ready
+        themselves."""
+        waits = [not_started(s.doing) for s in seen.values()]
+        ranks = {rank for ranks in waits for rank in ranks} - set(seen)
+        nodes = [k for k in range(self.count) if k != self.index and ranks & set(Node(k, self.count).ranks(world))]
+        if not nodes or not all(waits):
+            return ""
+        if 0 in nodes and self.index:  # nobody else is known while rank 0 is not there
+            nodes = [0]
+        which = f"node {nodes[0]} has" if len(nodes) == 1 else f"nodes {listed(nodes)} have"
+        each = "it with: " if len(nodes) == 1 else "each with its own --node-rank, such as: "
+        return f"{which} not come to {self.address}:{self.port}; start {each}{command_for(nodes[0], sys.argv[1:])}"
+
+    @contextlib.contextmanager
+    def server(self, backlog: int) -> Iterator[socket.socket | None]:
+        """Where rank 0 will be met. None on the other nodes.
+
+        Raises:
+            UsageError: somebody has the port.
+        """
+        if self.index:
+            yield None
+            return
+        with listening(HOST if self.count == 1 else "", self.port, backlog) as server:
+            yield server
+
+
+def command_for(index: int, words: Sequence[str]) -> str:
+    """The command of this node as another one needs it."""
+    found, number = list(words), str(index)
+    for i, word in enumerate(words):
+        if word == "--node-rank" and i + 1 < len(words):
+            found[i + 1] = number
+        for start in ("--node-rank=", "local.node_rank="):
+            if word.startswith(start):
+                found[i] = start + number
+    if found == list(words):  # it is in a config file, or this is no command line
+        return f"the same command and --node-rank {index}"
+    return shlex.join(["xdit-launch", *found])
+
+
+def address_of(place: str) -> tuple[str, int]:
+    """``HOST:PORT``.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    address, _, port = place.rpartition(":")
+    if not address or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"--rdzv {place} is not HOST:PORT; write an address of machine 0 and a free port, such as 10.0.0.1:29500."
+        )
+    return address.strip("[]"), int(port)
+
+
+def listening(address: str, port: int, backlog: int) -> socket.socket:
+    """A socket on which rank 0 will be met.
+
+    Raises:
+        UsageError: somebody has the port.
+    """
+    try:
+        return socket.create_server((address, port), backlog=backlog)
+    except OSError as error:
+        raise UsageError(
+            f"port {port} cannot be had here ({os.strerror(error.errno or 0)}); choose another with --rdzv HOST:PORT."
+        ) from error

@@ -1,0 +1,245 @@
+"""The backend ``ray``: a placement group over a Ray cluster, with one actor a device, each with the agent of one
+rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdit_core.errors import UsageError
+from xdit_launcher.arguments import names_in
+from xdit_launcher.cluster import fleet, host_facts
+from xdit_launcher.cluster.fleet import Deliver, Fleet, Host
+from xdit_launcher.node.agent import Agent
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which cluster, and what of it."""
+
+    address: str = field(
+        default="auto", metadata={"help": "of the cluster: HOST:PORT, or auto for the one that runs here"}
+    )
+    strategy: str = field(
+        default="PACK", metadata={"help": "placement of the actors: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD"}
+    )
+    cpus: float = field(default=1.0, metadata={"help": "CPUs that each actor reserves"})
+    rdzv: str = field(default="", metadata={"help": "[HOST:]PORT at which the ranks meet; any free port of the first"})
+    env: str = field(default="NCCL_*,GLOO_*", metadata={"help": "variables to pass on, by name"})
+    wait: float = field(default=30.0, metadata={"help": "seconds to wait for resources that others use now"})
+
+
+class Seat(Agent):
+    """The agent in an actor: what it says is fetched instead of sent."""
+
+    def __init__(self) -> None:
+        self.said: list[Mapping[str, Any]] = []
+        super().__init__(self.said.append)
+
+    def where(self) -> str:
+        """The id of the node of this actor, and its address."""
+        import ray
+
+        util: Any = ray.util
+        return f"{ray.get_runtime_context().get_node_id()} {util.get_node_ip_address()}"
+
+    def news(self) -> list[Mapping[str, Any]]:
+        """What was said since the last time."""
+        self.turn()
+        said, self.said[:] = list(self.said), []
+        return said
+
+
+class Actor:
+    """The link to an actor."""
+
+    def __init__(self, actor: Any, number: int, deliver: Deliver) -> None:
+        self.actor, self.number, self.deliver = actor, number, deliver
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._fetch, daemon=True)
+        self._thread.start()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """A request, in order with the others."""
+        if message["do"] != "ping":  # Ray itself notices when either side is gone
+            self.actor.handle.remote(dict(message))
+
+    def close(self) -> None:
+        """No more news; a question to Ray after its shutdown would start it again."""
+        self._over.set()
+        self._thread.join(5)
+
+    def _fetch(self) -> None:
+        import ray
+
+        while not self._over.wait(0.1):
+            try:
+                for message in ray.get(self.actor.news.remote()):
+                    self.deliver(self.number, message)
+            except Exception as error:  # Ray's errors have no common class but this
+                text = " ".join(str(error).split())
+                self.deliver(
+                    self.number, {"gone": f"its Ray actor is gone ({text[:200]}); see ray status and ray logs"}
+                )
+                return
+
+
+def connected(settings: Settings) -> Any:
+    """The module, connected to the cluster.
+
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError("the backend ray needs the package ray; run pip install 'xdit[ray]'.") from error
+    if settings.strategy not in STRATEGIES:
+        raise UsageError(
+            f"ray.strategy={settings.strategy} is none of Ray's; use {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}."
+        )
+    try:
+        knock(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
+        ray.init(
+            address=settings.address,
+            namespace="xdit",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        first = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(
+            f"no Ray cluster answers at ray.address={settings.address} ({first}); start one with ray start --head, or "
+            f"give HOST:PORT."
+        ) from error
+    return ray
+
+
+def knock(address: str) -> None:
+    """Ray tries for minutes where nobody answers; find out at once.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, sign, port = address.removeprefix("ray://").rpartition(":")
+    if sign and port.isdecimal() and len(port) < 6:
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def bundle(plan: Plan, settings: Settings, total: Mapping[str, float]) -> dict[str, float]:
+    """What an actor reserves."""
+    gpu = (plan.run.device != "cpu" and total.get("GPU", 0) > 0) or plan.run.device == "cuda"
+    return {"CPU": settings.cpus, **({"GPU": 1.0} if gpu else {})}
+
+
+def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
+    """A placement group that is there.
+
+    Raises:
+        UsageError: the cluster does not have what is needed, or not now.
+    """
+    each = bundle(plan, settings, ray.cluster_resources())
+    total, nodes = ray.cluster_resources(), sum(1 for node in ray.nodes() if node["Alive"])
+    for name, amount in each.items():
+        if amount * plan.world > total.get(name, 0):
+            raise UsageError(
+                f"{plan.world} processes need {amount * plan.world:g} {name}s and the Ray cluster has "
+                f"{total.get(name, 0):g} on "
+                f"{nodes} node{'s' if nodes > 1 else ''}; "
+                f"lower the degrees{', lower ray.cpus=' if name == 'CPU' else ''}, or add nodes with ray start "
+                f"--address."
+            )
+    if settings.cpus <= 0:
+        raise UsageError(f"ray.cpus={settings.cpus:g} is too little; give what an actor needs, such as 1.")
+    if problem := host_facts.device_problem(
+        plan, total.get("GPU", 0) > 0, f"the Ray cluster has {total.get('GPU', 0):g}"
+    ):
+        raise UsageError(problem)
+    group = ray.util.placement_group([each] * plan.world, strategy=settings.strategy)
+    try:
+        ray.get(group.ready(), timeout=settings.wait)
+    except ray.exceptions.GetTimeoutError as error:
+        free = ray.available_resources()
+        ray.util.remove_placement_group(group)
+        have = ", ".join(f"{free.get(name, 0):g} {name}s free" for name in each)
+        raise UsageError(
+            f"Ray found no place for {plan.world} actors with {settings.strategy} within {settings.wait:g} s ({have}); "
+            "wait for other work to end, choose another ray.strategy=, or give a larger ray.wait=."
+        ) from error
+    return group
+
+
+def start(plan: Plan, folder: Path, settings: Settings) -> int:
+    """Run a plan on the cluster; see `fleet.run`."""
+    ray = connected(settings)
+    group = None
+    try:
+        group = reserve(ray, plan, settings)
+        actors, names = place(ray, group, plan.world, settings.wait)
+        count = Counter(names)
+        hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
+        with Fleet(hosts, lambda i, deliver: Actor(actors[i], i, deliver)) as found:
+            return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+    finally:
+        if group is not None:
+            with contextlib.suppress(Exception):
+                ray.util.remove_placement_group(group)
+        ray.shutdown()
+
+
+def place(ray: Any, group: Any, world: int, seconds: float) -> tuple[list[Any], list[str]]:
+    """Actors in the bundles of a group, and the addresses of their nodes: those of one node are neighbours.
+
+    Raises:
+        UsageError: one does not start.
+    """
+    cls = ray.remote(max_restarts=0)(Seat)
+    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+    bundles = group.bundle_specs
+    actors = [
+        cls.options(
+            num_cpus=bundles[i]["CPU"],
+            num_gpus=bundles[i].get("GPU", 0),
+            scheduling_strategy=strategy(group, placement_group_bundle_index=i),
+        ).remote()
+        for i in range(world)
+    ]
+    try:
+        found = ray.get([actor.where.remote() for actor in actors], timeout=seconds + 30)
+    except ray.exceptions.RayError as error:
+        text = " ".join(str(error).split())
+        raise UsageError(
+            f"an actor did not start ({text[:300]}); install xdit on every node of the cluster, and see ray logs."
+        ) from error
+    order = sorted(range(world), key=lambda i: (found.index(found[i]), i))
+    return [actors[i] for i in order], [found[i].split()[1] for i in order]
+
+
+def devices(settings: Settings) -> int | None:
+    """GPUs of the cluster, or its CPUs."""
+    ray = connected(settings)
+    total = ray.cluster_resources()
+    return int(total.get("GPU", 0) or total.get("CPU", 0) // max(settings.cpus, 1)) or None
+
+
+def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
+    """Lines for a dry run."""
+    each = bundle(plan, settings, connected(settings).cluster_resources())
+    return [
+        f"{plan.world} actors with {', '.join(f'{n:g} {name}' for name, n in each.items())} each, placed with "
+        f"{settings.strategy}"
+    ]

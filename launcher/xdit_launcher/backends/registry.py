@@ -1,0 +1,202 @@
+"""What starts the processes: a launch backend, found by its entry point in the group ``xdit.launchers``.
+
+A backend is a module or another object with
+
+- ``start(plan, folder, settings) -> int``: run a plan, with the existing folder for logs; the exit code of the run;
+- ``Settings`` (optional): a dataclass as plugins have; its fields are set with ``NAME.field=value``, or with the option
+``--field`` if
+  `OPTIONS` has it; every field has a default. Without it ``settings`` is None;
+- ``check(plan, settings)`` (optional): raises a `UsageError` for what can be said before anything is written or
+started;
+- ``devices(settings) -> int | None`` (optional): how many processes suit the machines; None: those of this one;
+- ``show(plan, settings, words) -> list[str]`` (optional): what a dry run shows of it; ``words`` are those of the
+command line;
+- ``connect(settings) -> Fleet`` (optional): agents on the machines, for ``doctor``, see `xdit_launcher.cluster.fleet`;
+- ``document(plan, settings, words) -> str`` (optional): what a dry run prints instead of everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xdit_core.errors import PluginError, UsageError
+from xdit_core.planning.settings import build, check_class, check_keys, did_you_mean, fields_of
+from xdit_core.registry import discovery
+from xdit_core.registry.discovery import Found
+from xdit_core.registry.registry import STRATEGIES
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+    from xdit_launcher.cluster.fleet import Fleet
+
+LAUNCHERS = "xdit.launchers"
+USUAL = "local"
+
+# Options that stand for a setting of the backend: --hosts a,b --on ssh is ssh.hosts=a,b.
+OPTIONS = (
+    click.option(
+        "--on",
+        "backend",
+        metavar="NAME",
+        help="What starts the processes; default: local, or who takes the options below.",
+    ),
+    click.option("--hosts", metavar="A:8,B:8", help="Machines, with the number of processes on each."),
+    click.option("--hostfile", metavar="FILE", help="The same as lines: host slots=8."),
+    click.option("--include", metavar="A@B:0,1", help="Only these of the hosts, and of their devices."),
+    click.option("--exclude", metavar="A@B:0,1", help="All but these."),
+    click.option("--nnodes", metavar="N", help="Number of machines."),
+    click.option("--node-rank", metavar="K", help="By hand on each machine: which of them this is, from 0."),
+    click.option(
+        "--rdzv", metavar="HOST:PORT", help="Where the ranks meet: an address of the first machine, a free port."
+    ),
+)
+
+
+def options(command: Any) -> Any:
+    """Give a command the options of the backends."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend with its settings."""
+
+    name: str
+    module: Any
+    settings: Any
+
+    def devices(self) -> int | None:
+        """How many processes suit the machines, None: those of this one."""
+        found = getattr(self.module, "devices", None)
+        return found(self.settings) if found else None
+
+    def check(self, plan: Plan) -> None:
+        """What can be said before anything is written.
+
+        Raises:
+            UsageError: the plan cannot run there.
+        """
+        found = getattr(self.module, "check", None)
+        if found:
+            found(plan, self.settings)
+
+    def start(self, plan: Plan, folder: Path) -> int:
+        """Run a plan; the exit code."""
+        code: int = self.module.start(plan, folder, self.settings)
+        return code
+
+    def connect(self) -> Fleet:
+        """Agents on the machines.
+
+        Raises:
+            UsageError: the backend has none.
+        """
+        found = getattr(self.module, "connect", None)
+        if found is None:
+            raise UsageError(f"the backend {self.name} has no agents that could look at the machines; use --on ssh.")
+        fleet: Fleet = found(self.settings)
+        return fleet
+
+    def show(self, plan: Plan, words: Sequence[str]) -> list[str]:
+        """What a dry run shows."""
+        found = getattr(self.module, "show", None)
+        return list(found(plan, self.settings, words)) if found else []
+
+    def document(self, plan: Plan, words: Sequence[str]) -> str:
+        """What a dry run prints instead of the plan, "" if nothing."""
+        found = getattr(self.module, "document", None)
+        return found(plan, self.settings, words) if found else ""
+
+
+def installed() -> dict[str, list[Found]]:
+    """Backends by name, ours first."""
+    found = discovery.installed(LAUNCHERS).found
+    return dict(sorted(found.items(), key=lambda pair: (pair[1][0].distribution != discovery.OWN, pair[0])))
+
+
+def load(name: str) -> Any:
+    """The module of a backend.
+
+    Raises:
+        UsageError: there is none of that name.
+        PluginError: it cannot be used.
+    """
+    found = installed()
+    if name not in found:
+        raise UsageError(f"unknown backend {name!r} in --on; {did_you_mean(name, found)}")
+    if len(found[name]) > 1:
+        both = " and ".join(f"{item.distribution} {item.version}" for item in found[name])
+        raise PluginError(f"{both} all have a backend {name}; uninstall all but one of them.")
+    try:
+        with discovery.contained():
+            module = found[name][0].entry.load()
+            module.start  # noqa: B018
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(f"backend {name} cannot be loaded: {reason}; repair or uninstall it.") from error
+    if settings := getattr(module, "Settings", None):
+        check_class(settings, name)
+    return module
+
+
+def choose(
+    name: str | None, given: Mapping[str, str | None], values: Mapping[str, Any]
+) -> tuple[Backend, dict[str, Any]]:
+    """The backend that is asked for, or that takes the options that are given.
+
+    Args:
+        name: of ``--on``.
+        given: options by name, None for those that are not given.
+        values: flat settings.
+
+    Returns:
+        The backend, and the settings that are not its own.
+
+    Raises:
+        UsageError: it does not take an option or setting.
+    """
+    flags = {k: v for k, v in given.items() if v is not None}
+    name = name or taker(flags)
+    module = load(name)
+    cls = getattr(module, "Settings", None)
+    own = {k: v for k, v in values.items() if k.startswith(f"{name}.")}
+    for option in flags:
+        if option not in fields_of(cls):
+            who = [other for other in installed() if takes(other, (option,))]
+            fix = f"add --on {' or '.join(who)}, or leave it out" if who else "leave it out"
+            raise UsageError(f"--{option.replace('_', '-')} is nothing for the backend {name}; {fix}.")
+        if f"{name}.{option}" in own:
+            raise UsageError(f"--{option.replace('_', '-')} and {name}.{option}= say the same; keep one.")
+        own[f"{name}.{option}"] = flags[option]
+    if errors := check_keys(own, {f"{name}.": cls}):
+        raise errors[0]
+    rest = {k: v for k, v in values.items() if k not in own}
+    strategies = discovery.installed(STRATEGIES).found
+    for key in rest:
+        other = key.split(".")[0]
+        if "." in key and other in installed() and other not in (*strategies, "model", "call"):
+            raise UsageError(f"{key} belongs to the backend {other}; add --on {other}, or leave it out.")
+    return Backend(name, module, build(cls, f"{name}.", own)), rest
+
+
+def taker(flags: Mapping[str, str]) -> str:
+    """The usual backend if it takes the options, else the first that does."""
+    names = (USUAL, *(name for name in installed() if name != USUAL))
+    return next((name for name in names if takes(name, flags)), USUAL) if flags else USUAL
+
+
+def takes(name: str, flags: Mapping[str, str] | Sequence[str]) -> bool:
+    """A backend has settings of these names; one that is broken has none."""
+    try:
+        return set(flags) <= set(fields_of(getattr(load(name), "Settings", None)))
+    except (UsageError, PluginError):
+        return False

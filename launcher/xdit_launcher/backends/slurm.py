@@ -1,0 +1,259 @@
+"""The backend ``slurm``: inside an allocation (``salloc``, ``sbatch``) one agent a node through ``srun``; outside, a
+batch job that does it.
+
+A batch job runs ``python -m xdit_launcher.backends.slurm FOLDER`` with the plan that was made when it was submitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xdit_core.errors import UsageError, XditError
+from xdit_core.filesystem import atomically
+from xdit_core.planning.settings import build
+from xdit_core.printable import printable
+from xdit_launcher.arguments import names_in
+from xdit_launcher.cluster import fleet, host_facts
+from xdit_launcher.cluster.fleet import Fleet, Host
+from xdit_launcher.cluster.pipe import Pipe
+from xdit_launcher.node.watching import INTERRUPTED, say, signals_interrupt, stay_deaf
+from xdit_launcher.run_folders import QUEUED, note_end, queued
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+SETTINGS = "slurm.json"  # in the run folder of a batch job
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to ask Slurm for; inside an allocation all of its nodes are used unless ``nnodes`` is less."""
+
+    nnodes: int | None = field(default=None, metadata={"help": "nodes of the run"})
+    options: str = field(
+        default="", metadata={"help": "further options of sbatch, such as --partition=gpu --gpus-per-node=8"}
+    )
+    rdzv: str = field(
+        default="", metadata={"help": "[HOST:]PORT at which the ranks meet; any free port of the first node"}
+    )
+    env: str = field(
+        default="", metadata={"help": "variables to pass on, by name; Slurm itself passes the environment"}
+    )
+    wait: bool = field(
+        default=False, metadata={"help": "outside an allocation: return when the job is done, with its exit code"}
+    )
+
+
+def devices(settings: Settings) -> int | None:
+    """How many processes suit the nodes; outside an allocation, as many on each as suit this machine."""
+    nodes = node_count(settings)
+    known = [os.environ.get(name, "") for name in ("SLURM_GPUS_ON_NODE", "SLURM_CPUS_ON_NODE")]
+    each = next((int(text) for text in known if text.isdecimal()), 0)
+    return nodes * each if each else fleet.devices([Host("")] * nodes)
+
+
+def node_count(settings: Settings) -> int:
+    """Nodes of the run.
+
+    Raises:
+        UsageError: more than the allocation has.
+    """
+    there = int(os.environ.get("SLURM_JOB_NUM_NODES", "0"))
+    if settings.nnodes is not None and (settings.nnodes < 1 or (there and settings.nnodes > there)):
+        raise UsageError(
+            f"--nnodes {settings.nnodes} but the allocation has {there or 'no'} nodes; give 1 to "
+            f"{there or 'as many as you need'}."
+        )
+    return settings.nnodes or there or 1
+
+
+def node_names(environ: Mapping[str, str], count: int) -> list[str]:
+    """The first nodes of the allocation.
+
+    Raises:
+        UsageError: Slurm does not tell.
+    """
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, KeyError, subprocess.SubprocessError) as error:
+        raise UsageError(
+            f"the nodes of job {environ.get('SLURM_JOB_ID')} are not to be had from scontrol ({error})."
+        ) from error
+    return shown.stdout.split()[:count]
+
+
+def srun(node: str) -> list[str]:
+    """The command that starts an agent on a node. One for each: the outputs of several tasks of one step get mixed
+    within lines."""
+    step = [
+        "srun",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--nodelist={node}",
+        "--overlap",
+        "--kill-on-bad-exit=1",
+        "--cpu-bind=none",
+        "--unbuffered",
+    ]
+    return [*step, sys.executable, "-P", "-m", "xdit_launcher.node.agent"]
+
+
+def script(folder: str, settings: Settings) -> list[str]:
+    """The batch job, as lines."""
+    log = f"{folder}/slurm.out"
+    asked = [
+        f"--nodes={settings.nnodes or 1}",
+        "--ntasks-per-node=1",
+        "--job-name=xdit",
+        f"--output={log}",
+        *options_of(settings),
+    ]
+    command = [sys.executable, "-P", "-m", "xdit_launcher.backends.slurm", folder]
+    return ["#!/bin/bash", *(f"#SBATCH {shlex.quote(word)}" for word in asked), f"exec {shlex.join(command)}"]
+
+
+def options_of(settings: Settings) -> list[str]:
+    """The user's options of sbatch.
+
+    Raises:
+        UsageError: they cannot stand in the lines of a script.
+    """
+    if printable(settings.options) != settings.options:
+        raise UsageError(
+            f"slurm.options={settings.options} holds control characters; write the options in one line, such as "
+            f"--partition=gpu."
+        )
+    try:
+        return shlex.split(settings.options)
+    except ValueError as error:
+        raise UsageError(
+            f"slurm.options={settings.options} cannot be read ({error}); write for example --partition=gpu."
+        ) from error
+
+
+def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
+    """Lines for a dry run."""
+    if "SLURM_JOB_ID" in os.environ:
+        return [shlex.join(srun(node)) for node in node_names(os.environ, node_count(settings))]
+    return ["sbatch with this script:", *script(f"{Path(plan.run.runs).absolute()}/FOLDER", settings)]
+
+
+def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
+    """A sentence about a step that ended."""
+    last = next((line for line in said if "error" in line), said[-1] if said else f"exit code {code}").rstrip(".")
+    return (
+        f"its agent ended ({last}); see whether the node is up: sinfo -N"
+        if met
+        else f"{last}; see the state of the nodes with sinfo -N"
+    )
+
+
+def check(plan: Plan, settings: Settings) -> None:
+    """What can be said before anything is written.
+
+    Raises:
+        UsageError: options that cannot be read, or a plan for CPUs that nobody asked for, made where there is no GPU.
+    """
+    options_of(settings)
+    if "SLURM_JOB_ID" not in os.environ and (
+        problem := host_facts.device_problem(plan, True, "the nodes may have some")
+    ):
+        raise UsageError(problem)
+
+
+def start(plan: Plan, folder: Path, settings: Settings) -> int:
+    """Run a plan on the nodes of this allocation, or submit it as a batch job."""
+    if "SLURM_JOB_ID" not in os.environ:
+        with queued(folder, ends=settings.wait):
+            return submit(plan, folder, settings)
+    with connect(settings) as found:
+        return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+
+
+def connect(settings: Settings) -> Fleet:
+    """Agents on the nodes of this allocation.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UsageError("this is no Slurm allocation; get one first: salloc --nodes=2.")
+    names = node_names(os.environ, node_count(settings))
+    return Fleet([Host(name) for name in names], lambda i, deliver: Pipe(srun(names[i]), i, names[i], deliver, why))
+
+
+def submit(plan: Plan, folder: Path, settings: Settings) -> int:
+    """As a batch job; says where its output goes.
+
+    Raises:
+        UsageError: there is no Slurm here, or it refuses the job.
+    """
+    for name, text in (("plan.json", plan.to_json()), (SETTINGS, json.dumps(dataclasses.asdict(settings)))):
+        with atomically(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    try:
+        sbatch = subprocess.Popen(
+            ["sbatch", "--parsable", *(["--wait"] if settings.wait else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C comes to the launcher alone
+        )
+    except OSError as error:
+        raise UsageError(
+            f"sbatch cannot be started ({error.strerror}); run this on a machine of the cluster."
+        ) from error
+    assert sbatch.stdin and sbatch.stdout and sbatch.stderr
+    sbatch.stdin.write("\n".join(script(str(folder), settings)) + "\n")
+    sbatch.stdin.close()
+    number = sbatch.stdout.readline().strip().split(";")[0]
+    if not number:
+        said = " ".join(sbatch.stderr.read().split()).removeprefix("sbatch: error: ")
+        raise UsageError(
+            f"Slurm refuses the job: {said}; see what it has with sinfo, and change slurm.options= or --nnodes."
+        )
+    try:
+        with signals_interrupt():  # before its number is told: whoever reads it may interrupt at once
+            say(f"batch job {number}; its output: {folder / 'slurm.out'}; to end it: scancel {number}")
+            return sbatch.wait()
+    except KeyboardInterrupt:
+        stay_deaf()
+        subprocess.run(["scancel", number], capture_output=True)
+        (folder / QUEUED).unlink(missing_ok=True)
+        say(f"interrupted; batch job {number} is cancelled.")
+        return INTERRUPTED
+
+
+def main(folder: Path) -> int:
+    """What a batch job does."""
+    from xdit_core.plan import Plan
+
+    plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    try:
+        return start(plan, folder, build(Settings, "", settings))
+    except XditError as error:
+        say(str(error))
+        return error.exit_code
+    finally:
+        note_end(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

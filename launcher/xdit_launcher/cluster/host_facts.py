@@ -1,0 +1,244 @@
+"""What a machine has and runs, and how it differs from another: quick, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil  # type: ignore[import-untyped]
+
+from xdit_core.planning import machine
+from xdit_core.registry.discovery import installed
+from xdit_core.registry.registry import MODELS, STRATEGIES
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+PACKAGES = ("xdit", "torch", "diffusers", "transformers")
+CODE = ("xdit_core", "xdit_launcher")
+KINDS = (".json", ".txt", ".model", ".safetensors", ".py")  # files of a checkpoint that are read
+VARIANTS = frozenset(("fp16", "bf16", "non_ema"))  # parts of the names of those that are not
+
+
+def origins(plan: Plan | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Distributions and top-level packages of what a plan uses, or of all that is installed."""
+    entries = [f for group in (STRATEGIES, MODELS) for items in installed(group).found.values() for f in items]
+    if plan is not None:
+        entries = [f for f in entries if (f.name in plan.plugins if f.group == STRATEGIES else f.name == plan.model)]
+    modules = [f.entry.module for f in entries]
+    distributions = {f.distribution for f in entries}
+    return tuple(sorted({*PACKAGES, *distributions})), tuple(sorted({*CODE, *(m.split(".")[0] for m in modules)}))
+
+
+def about(distributions: Iterable[str], modules: Iterable[str], model: str) -> dict[str, Any]:
+    """Facts about this machine, as JSON.
+
+    Args:
+        distributions: whose versions matter.
+        modules: whose code must be the same everywhere.
+        model: a checkpoint folder, "" if there is none yet.
+    """
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in distributions},
+        "code": {name: code_digest(name) for name in modules},
+        "gpus": gpus(),
+        "cores": machine.cores(),
+        "free memory": psutil.virtual_memory().available,
+        "model": checkpoint(Path(model)) if model else None,
+        "folder": os.getcwd(),
+        "free disk": shutil.disk_usage(os.getcwd()).free,
+        "addresses": addresses(),
+    }
+
+
+def alike(theirs: Any, ours: Any) -> bool:
+    """An answer has the shape of ours: the same names, and values of the same types."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        without = {"model"}  # which one machine may lack
+        return set(ours) <= set(theirs) and all(
+            alike(theirs[name], value) or (name in without and theirs[name] is None) for name, value in ours.items()
+        )
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return all(alike(value, ours[0]) for value in theirs) if ours else True
+    return ours is None or isinstance(theirs, (int, float) if isinstance(ours, float) else type(ours))
+
+
+def version(distribution: str) -> str:
+    """Its version, "" if it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def code_digest(package: str) -> str:
+    """Of the Python files of a package, "" if there is none: two working copies can have the same version."""
+    try:
+        spec = util.find_spec(package)
+    except (ImportError, ValueError):
+        return ""
+    if spec is None or not spec.submodule_search_locations:
+        return "" if spec is None or not spec.origin else digest([Path(spec.origin)])
+    root = Path(next(iter(spec.submodule_search_locations)))
+    return digest(sorted(root.rglob("*.py")), root)
+
+
+def digest(files: Iterable[Path], root: Path | None = None) -> str:
+    """Of names and contents."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(str(path.relative_to(root) if root else path.name).encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def checkpoint(folder: Path) -> str | None:
+    """A fingerprint of names and sizes of the files of a checkpoint, None if the folder is not there."""
+    if not folder.is_dir():
+        return None
+    files = (
+        p for p in folder.rglob("*") if p.suffix in KINDS and p.is_file() and not set(p.name.split(".")) & VARIANTS
+    )
+    sizes = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in files)
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, free and total memory in bytes of each GPU; without ``nvidia-smi`` only how many there are."""
+    count = machine.cuda_devices()
+    if not count or not shutil.which("nvidia-smi"):
+        return [{}] * count
+    query = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return [{}] * count
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()]
+    if len(rows) != count:  # it shows GPUs that are hidden from processes here
+        return [{}] * count
+    try:
+        return [{"name": name, "free": int(free) << 20, "total": int(total) << 20} for name, free, total in rows]
+    except ValueError:  # "[N/A]" where memory is shared with the CPU
+        return [{}] * count
+
+
+def addresses() -> list[str]:
+    """IPv4 addresses by which others may reach this machine; its own loopback comes last."""
+    up = {name for name, s in psutil.net_if_stats().items() if s.isup}
+    found = [
+        a.address
+        for name, all_ in psutil.net_if_addrs().items()
+        if name in up
+        for a in all_
+        if a.family == socket.AF_INET
+    ]
+    return sorted(found, key=lambda a: a.startswith("127."))
+
+
+def resolved(names: Iterable[str]) -> dict[str, str]:
+    """The address of each host name, "" if it has none here."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = socket.gethostbyname(name)
+        except OSError:
+            found[name] = ""
+    return found
+
+
+PROBE = """
+import json, torch, diffusers
+cuda = torch.cuda.is_available()
+print(json.dumps({"cuda": torch.version.cuda, "devices": torch.cuda.device_count() if cuda else 0}))
+"""
+
+
+def imported(seconds: float) -> dict[str, Any]:
+    """Whether torch and diffusers can be imported: ``devices`` that torch sees, or ``error``."""
+    try:
+        done = subprocess.run([sys.executable, "-P", "-c", PROBE], capture_output=True, text=True, timeout=seconds)
+        found: dict[str, Any] = (
+            json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": last_line(done.stderr)}
+        )
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        found = {"error": str(error)}
+    return found
+
+
+def last_line(text: str) -> str:
+    """Of a traceback: what is wrong."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it ended without a word")
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -> Iterator[str]:
+    """Sentences about what must be the same on all machines and is not.
+
+    Args:
+        theirs, ours: as `about` tells; ``ours`` is of the machine where the launcher runs.
+        host: their name.
+    """
+    for name in ours["versions"]:
+        here, there = (
+            about["versions"].get(name, "").split("+")[0] for about in (ours, theirs)
+        )  # +cpu and +cu130 are the same code
+        if there != here:
+            what = f"{host} has {f'{name} {there}' if there else f'no {name}'}, and this machine {here or 'none'}"
+            yield (
+                f"{what}; run pip install {name}=={here} there."
+                if here
+                else f"{what}; install {name}=={there} here too."
+            )
+    if theirs["python"].split(".")[:2] != ours["python"].split(".")[:2]:
+        yield (
+            f"{host} runs Python {theirs['python']}, and this machine {ours['python']}; use the same minor version "
+            f"on both."
+        )
+    unlike = [n for n, v in ours["versions"].items() if v.split("+")[0] != theirs["versions"].get(n, "").split("+")[0]]
+    for name, here in ours["code"].items():
+        there = theirs["code"].get(name)
+        if there != here and not unlike:
+            yield (
+                f"the code of {name} on {host} is not that of this machine though the versions are equal; install "
+                f"the same copy there."
+            )
+
+
+def same_machine(about: Mapping[int, Any], names: Mapping[int, str]) -> Iterator[str]:
+    """Two names of one machine."""
+    seen: dict[Any, int] = {}
+    for i, found in sorted(about.items()):
+        key = (found["host"], tuple(sorted(a for a in found["addresses"] if not a.startswith("127."))))
+        if names[i] != names[seen.setdefault(key, i)]:
+            yield f"{names[seen[key]]} and {names[i]} are one machine; name it once, with more slots."
+
+
+def device_problem(plan: Plan, gpus: bool, where: str) -> str:
+    """A sentence about a plan for CPUs that nobody asked for: it was made where there is no GPU, "" if all is well.
+
+    Args:
+        gpus: there are some where it is to run.
+    """
+    if plan.run.device != "cpu" or "device" in plan.values or not gpus:
+        return ""
+    return f"this machine has no GPU and {where}; say which are meant with device=cuda or device=cpu."
+
+
+def model_problem(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str, folder: str) -> str:
+    """A sentence about a checkpoint that is missing or another, "" if it is the same."""
+    if not ours["model"] or theirs["model"] == ours["model"]:
+        return ""
+    if theirs["model"] is None:
+        return f"{host} has no folder {folder}; copy the model there, or keep it on a disk that all hosts share."
+    return f"{folder} on {host} holds other files than on this machine; copy the model there again."

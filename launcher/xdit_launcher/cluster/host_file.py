@@ -1,0 +1,146 @@
+"""Hosts as users write them: ``a:8,b:8``, hostfiles with ``host slots=N`` lines, and DeepSpeed's filters
+``a@b:0,2``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from xdit_core.errors import UsageError
+from xdit_core.filesystem import read_text
+from xdit_core.planning.settings import did_you_mean
+from xdit_launcher.cluster.fleet import Host
+
+NAME = re.compile(r"([A-Za-z0-9_.-]+@)?[A-Za-z0-9_.:-]+")
+LINE = "host slots=8"
+
+
+def parse_hosts(text: str) -> list[Host]:
+    """``a:8,b`` with or without slots.
+
+    Raises:
+        UsageError: a name or number that is none, a host given twice.
+    """
+    found = []
+    for item in text.split(","):
+        name, sign, number = item.strip().rpartition(":")
+        if (
+            not sign or not number.isdecimal() or (":" in name and not name.endswith("]"))
+        ):  # an IPv6 address has brackets before slots
+            name, number = item.strip(), ""
+        found.append(
+            Host(checked(name.strip("[]"), f"--hosts {text}"), count(number, f"--hosts {text}") if number else None)
+        )
+    return unique(found, f"--hosts {text}")
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """Lines of ``host slots=N``, with ``python=PATH`` if it has another interpreter; ``#`` begins a comment.
+
+    Raises:
+        UsageError: the file is missing, empty, or a line is something else.
+    """
+    lines = read_text(path, f"the hostfile {path}", f"write one with lines such as {LINE}").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        name, *words = line.split("#")[0].split() or [""]
+        if not name:
+            continue
+        where = f"{path} line {number}"
+        pairs = dict(word.partition("=")[::2] for word in words)
+        if len(pairs) < len(words):
+            raise UsageError(f"{where} gives a word twice; a line is {LINE}, and python=PATH if need be.")
+        if unknown := sorted(set(pairs) - {"slots", "python"}):
+            raise UsageError(f"{where} has {', '.join(unknown)}; a line is {LINE}, and python=PATH if need be.")
+        found.append(
+            Host(
+                checked(name, where),
+                count(pairs["slots"], where) if "slots" in pairs else None,
+                python=pairs.get("python", ""),
+            )
+        )
+    if not found:
+        raise UsageError(f"the hostfile {path} names no host; write lines such as {LINE}.")
+    return unique(found, str(path))
+
+
+def checked(name: str, where: str) -> str:
+    """A host name that no program takes for an option."""
+    if not NAME.fullmatch(name) or name.startswith("-"):
+        raise UsageError(f"{where}: {name or 'an empty word'} is no host name; write for example a:8,b:8.")
+    return name
+
+
+def count(text: str, where: str) -> int:
+    """A number of slots."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 9) or not 0 < int(text) <= 4096:
+        raise UsageError(f"{where}: {text or 'nothing'} is no number of slots; write 1 or more.")
+    return int(text)
+
+
+def unique(hosts: Sequence[Host], where: str) -> list[Host]:
+    """No host twice."""
+    names = [h.name for h in hosts]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UsageError(f"{where} names {', '.join(twice)} twice; give it once, with more slots.")
+    return list(hosts)
+
+
+def filtered(hosts: Sequence[Host], include: str, exclude: str) -> list[Host]:
+    """Those that remain: ``a@b:0,2`` is all of ``a`` and the devices 0 and 2 of ``b``.
+
+    Raises:
+        UsageError: a host that is not among them, both filters, or nothing left.
+    """
+    if include and exclude:
+        raise UsageError("--include and --exclude cannot go together; keep one.")
+    if not include and not exclude:
+        return list(hosts)
+    option = "--include" if include else "--exclude"
+    named = parse_filter(include or exclude, option, hosts)
+    kept = []
+    for host in hosts:
+        some = named.get(host.name)
+        if include and some is not None:
+            kept.append(replace(host, devices=some, slots=len(some)) if some else host)
+        elif exclude and some is None:
+            kept.append(host)
+        elif exclude and some:
+            if host.slots is None:
+                raise UsageError(
+                    f"--exclude of devices needs the slots of {host.name}; write for example --hosts {host.name}:8."
+                )
+            rest = tuple(d for d in range(host.slots) if d not in some)
+            kept += [replace(host, devices=rest, slots=len(rest))] if rest else []
+    if not kept:
+        raise UsageError(f"{option} {include or exclude} leaves no host; name fewer.")
+    return kept
+
+
+def parse_filter(text: str, option: str, hosts: Sequence[Host]) -> dict[str, tuple[int, ...]]:
+    """Names with their devices, none for all; the user before a name may be left out."""
+    known = {h.name.rpartition("@")[2]: h for h in hosts}
+    found: dict[str, tuple[int, ...]] = {}
+    plain = text
+    for name, host in known.items():
+        plain = plain.replace(host.name, name)  # whose @ is not the one between two hosts
+    for item in plain.split("@"):
+        name, _, numbers = item.partition(":")
+        if name not in known:
+            raise UsageError(
+                f"{option} {text}: {name or 'an empty word'} is not among the hosts; {did_you_mean(name, known)}"
+            )
+        host, parts = known[name], [n for n in numbers.split(",") if n]
+        if not all(n.isdecimal() and len(n) < 6 for n in parts):
+            raise UsageError(f"{option} {text}: devices are numbers from 0; write for example {name}:0,1.")
+        devices = tuple(sorted({int(n) for n in parts}))
+        if host.slots is not None and devices and devices[-1] >= host.slots:
+            raise UsageError(
+                f"{option} {text}: {name} has {host.slots} slots, counted from 0; leave out {devices[-1]}."
+            )
+        if host.name in found:
+            raise UsageError(f"{option} {text}: {name} is named twice; write for example {name}:0,1.")
+        found[host.name] = devices
+    return found

@@ -1,0 +1,89 @@
+"""Which rank on which machine, and what to say of axes that then talk too much over the network. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from xdit_core.errors import UsageError
+from xdit_core.planning.degrees import product
+from xdit_core.records import Axis, Traffic
+from xdit_core.registry.registry import STRATEGIES, Registry
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+
+
+def together(plan: Plan) -> int:
+    """How many neighbouring ranks talk at every layer and should share a machine."""
+    return product(a.degree or 1 for a in plan.axes if a.traffic >= Traffic.PER_LAYER)
+
+
+def spread(world: int, slots: Sequence[int], unit: int = 1) -> list[range]:
+    """Neighbouring ranks for each machine: as even as the slots allow.
+
+    Args:
+        slots: most ranks of each machine.
+        unit: so many neighbours stay on one machine if that is possible and leaves no machine without work.
+
+    Raises:
+        UsageError: there are fewer slots than ranks.
+    """
+    if sum(slots) < world:
+        raise UsageError(
+            f"{world} processes but {sum(slots)} slots on all hosts together; lower the degrees, or name more hosts."
+        )
+    if world % unit or world // unit < len(slots) or sum(n // unit for n in slots) * unit < world:
+        unit = 1
+    counts = [0] * len(slots)
+    for _ in range(world // unit):
+        free = [i for i, n in enumerate(counts) if n + unit <= slots[i]]
+        counts[min(free, key=lambda i: counts[i])] += unit
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    return [range(s, s + n) for s, n in zip(starts, counts, strict=True)]
+
+
+def spans(plan: Plan, axis: Axis, places: Sequence[Sequence[int]]) -> bool:
+    """Some ranks that differ along the axis only are on different machines."""
+    inside = product(a.degree or 1 for a in plan.axes[plan.axes.index(axis) + 1 :])
+    degree = axis.degree or 1
+    host = {rank: i for i, ranks in enumerate(places) for rank in ranks}
+    lines = ([base + k * inside for k in range(degree)] for base in range(plan.world) if base // inside % degree == 0)
+    return any(len({host[rank] for rank in line}) > 1 for line in lines)
+
+
+def warnings(plan: Plan, places: Sequence[Sequence[int]]) -> Iterator[str]:
+    """A sentence for each axis whose ranks talk at every layer and sit on several machines, with a better layout.
+
+    Args:
+        places: the ranks of each machine.
+    """
+    used = [ranks for ranks in places if len(ranks)]
+    for axis in plan.axes:
+        if axis.traffic >= Traffic.PER_LAYER and (axis.degree or 1) > 1 and spans(plan, axis, used):
+            name = f"{axis.setting or axis.name}={axis.degree}"
+            yield (
+                f"warning: {name} spans {len(used)} machines, and its ranks talk at every layer; "
+                f"{better(plan, axis, len(used))}."
+            )
+
+
+def better(plan: Plan, axis: Axis, machines: int) -> str:
+    """What to change so that an axis stays inside each machine and one that talks less spans them."""
+    degree = axis.degree or 1
+    if degree % machines:
+        return "keep its ranks on one machine"
+    fewer = f"better is {axis.setting or axis.name}={degree // machines}"
+    for quiet in plan.axes:
+        wider = (quiet.degree or 1) * machines
+        if quiet.traffic < Traffic.PER_LAYER and quiet.setting and (quiet.choices is None or wider in quiet.choices):
+            return f"{fewer} {quiet.setting}={wider}"
+    return f"{fewer} with one of {', '.join(seldom())} across the machines"
+
+
+def seldom() -> list[str]:
+    """Installed plugins whose ranks talk less often than at every layer."""
+    from xdit_launcher.commands.show import look
+
+    found = ((f.name, look(f).declaration) for items in Registry().found(STRATEGIES).values() for f in items)
+    return [name for name, d in found if d and d.axes and all(a.traffic < Traffic.PER_RING_HOP for a in d.axes)]

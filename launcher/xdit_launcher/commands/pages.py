@@ -1,0 +1,153 @@
+"""What is installed, as data for ``--json``, and the page of a model. Without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xdit_core.errors import XditError
+from xdit_core.registry.discovery import installed
+from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
+from xdit_launcher.commands import matrix
+from xdit_launcher.commands.show import Look, default_of, look, row, settings_fields, source, type_name
+
+SETTINGS = (
+    "negative",
+    "steps",
+    "guidance",
+    "height",
+    "width",
+    "frames",
+    "fps",
+    "max_sequence_length",
+)  # that a model may not take
+
+
+def as_json(data: object) -> list[str]:
+    """Indented lines, as in files."""
+    return json.dumps(data, indent=1).split("\n")
+
+
+def strategies() -> list[dict[str, Any]]:
+    """All installed strategies."""
+    everyone = installed(STRATEGIES)
+    listed = [strategy(look(found)) for items in everyone.found.values() for found in items]
+    return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
+
+
+def strategy(seen: Look) -> dict[str, Any]:
+    """What is known of one."""
+    found, declared = seen.found, seen.declaration
+    about: dict[str, Any] = {
+        "name": found.name,
+        "distribution": found.distribution,
+        "version": found.version,
+        "error": seen.error,
+    }
+    if seen.error:
+        return about
+    about |= {"summary": seen.summary, "settings": settings(seen.settings, f"{found.name}.")}
+    if declared:
+        about["axes"] = [
+            {"name": a.name, "traffic": a.traffic.name.lower(), "setting": a.setting} for a in declared.axes
+        ]
+        about["owns"] = {claim.slot: claim.why for claim in declared.owns}
+        about["fidelity"] = declared.fidelity.kind
+        about["wraps"] = [f"{wrap.point}/{wrap.level}" for wrap in declared.wraps]
+    return about
+
+
+def settings(cls: type[Any] | None, prefix: str) -> list[dict[str, Any]]:
+    """Name, type, default and help of each setting."""
+    return [
+        {
+            "name": prefix + name,
+            "type": type_name(kind),
+            "default": default_of(field),
+            "help": field.metadata.get("help", ""),
+        }
+        for name, kind, field in settings_fields(cls)
+    ]
+
+
+def model_list() -> list[dict[str, Any]]:
+    """All installed models."""
+    everyone, listed = installed(MODELS), []
+    for items in everyone.found.values():
+        for found in items:
+            about: dict[str, Any] = {"name": found.name, "distribution": found.distribution, "version": found.version}
+            try:
+                spec, _ = Registry().model(found.name)
+            except XditError as error:
+                listed.append({**about, "error": str(error)})
+                continue
+            listed.append({**about, "error": "", "pipelines": list(spec.pipelines), "source": source(spec)})
+    return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
+
+
+def model(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """All about one model.
+
+    Args:
+        values: settings such as ``model.path``; with a checkpoint it is known which strategies fit.
+
+    Raises:
+        XditError: it is not installed or broken.
+    """
+    spec, origin = Registry().model(name)
+    defaults = {key: list(v) if isinstance(v, tuple) else v for key, v in spec.defaults.items()}
+    taken = [key for key in SETTINGS if spec.call.get(key, key) and (spec.frame_step or key not in ("frames", "fps"))]
+    return {
+        "name": name,
+        "from": " ".join(origin),
+        "pipelines": list(spec.pipelines),
+        "source": source(spec),
+        "draws": spec.subject,
+        "defaults": defaults,
+        "settings": taken,
+        "strategies": fitting({"model": name, "device": "cuda", **values})
+        if spec.path or "model.path" in values
+        else {},
+    }
+
+
+def fitting(values: Mapping[str, Any]) -> dict[str, str]:
+    """For each strategy "", or why it does not fit; tried on plans, alone and then beside one other, which some
+    need."""
+    names, found = Registry().names(STRATEGIES), {}
+    for name in names:
+        alone = matrix.verdict([name], values)[1]
+        fits = not alone or any(not matrix.verdict(sorted({name, other}), values)[1] for other in names)
+        found[name] = "" if fits else alone
+    return found
+
+
+def model_page(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """The same for a person."""
+    about = model(name, values)
+    yield row("model", name)
+    yield row("from", about["from"])
+    yield row("pipelines", ", ".join(about["pipelines"]))
+    yield row("weights", about["source"])
+    yield row("draws", f"a {about['draws']}")
+    for i, (key, value) in enumerate(about["defaults"].items()):
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        yield row("defaults" if i == 0 else "", f"{key}={shown}")
+    yield row("takes", ", ".join(f"{key}=" for key in about["settings"]))
+    fit = [plugin for plugin, why in about["strategies"].items() if not why]
+    yield row("strategies", ", ".join(fit) or f"to see which fit: xdit-launch models show {name} model.path=DIR")
+    for plugin, why in about["strategies"].items():
+        if why:
+            yield row("", f"not {plugin}: {why}")
+
+
+def pairs(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The matrix: for each pair of strategies what becomes of it, and why it is refused."""
+    names = Registry().names(STRATEGIES)
+    found = []
+    for a in names:
+        for b in (name for name in names if name >= a):
+            kind, why = matrix.verdict(sorted({a, b}), values)
+            found.append({"plugins": sorted({a, b}), "result": kind, "why": why})
+    return found

@@ -1,0 +1,229 @@
+"""The ranks of one machine as processes: start them, look at them, end them.
+
+Plain supervision rather than ``elastic_launch``, which costs 2 s before the first worker starts, blocks where hangs
+must be noticed, and leaves the workers running when it is killed itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xdit_core.errors import UsageError
+from xdit_core.planning import machine
+from xdit_core.records import listed
+from xdit_core.worker.failure import HOST_VARIABLE
+from xdit_core.worker.heartbeat import beat_path, read_beat
+from xdit_launcher.node.root_cause import Seen, read_error
+from xdit_launcher.node.watching import undisturbed
+
+GRACE = 1.0  # seconds that a worker has to end by itself
+LOOK = 0.25  # seconds between two looks at the beats
+
+Workers = dict[int, "subprocess.Popen[bytes]"]  # by rank
+
+
+@dataclass(frozen=True)
+class Share:
+    """One machine's part of a run.
+
+    Args:
+        folder: the run folder, which holds plan.json.
+        ranks: of all ``world`` ranks those that run here.
+        threads: CPU threads of each, None for its share of the cores.
+        address, port: where rank 0 is met.
+        host: the name of this machine in reports.
+        env: further variables of the environment.
+        devices: numbers of the GPUs to use; none: all that there are.
+        sharing: how many of equal size are on this machine.
+    """
+
+    folder: Path
+    ranks: range
+    world: int
+    address: str
+    port: int
+    threads: int | None = None
+    host: str = field(default_factory=socket.gethostname)
+    env: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[int, ...] = ()
+    sharing: int = 1
+
+    def check(self, device: str | None) -> None:
+        """There is a GPU for each rank.
+
+        Raises:
+            UsageError: there are fewer.
+        """
+        gpus = machine.cuda_devices()
+        if device == "cpu" or not (gpus or device == "cuda"):
+            return
+        if absent := [d for d in self.devices if d >= gpus]:
+            raise UsageError(
+                f"there is no GPU {listed(absent)} on {self.host}, which has {gpus}, counted from 0; leave it out."
+            )
+        if len(self.ranks) > (len(self.devices) or gpus):
+            raise UsageError(
+                f"{len(self.ranks)} processes but {gpus} GPUs on {self.host}; lower the degrees, or use device=cpu."
+            )
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """What ``xdit_core.worker.entry`` reads."""
+        together = len(self.ranks) * self.sharing
+        threads = self.threads or machine.threads(together)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")} | dict(self.env)
+        name = interface_to(self.address, self.port) if sys.platform == "linux" else ""
+        if name == "lo" and self.address == "localhost":  # as a Kubernetes operator may call the first pod to itself
+            name = ""
+        if (
+            name and env.get("GLOO_SOCKET_IFNAME", "lo") == "lo"
+        ):  # which leads to no other machine; nor may the host's own name
+            env["GLOO_SOCKET_IFNAME"] = name
+        env.setdefault("PYTHONSAFEPATH", "1")  # a random.py in this folder is not the standard library's
+        if self.devices:
+            visible = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[d] if visible else str(d) for d in self.devices)
+        return {
+            **env,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank - self.ranks.start),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_WORLD_SIZE": str(together),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+            "OMP_NUM_THREADS": str(threads),
+            "XDIT_PARENT": str(os.getpid()),
+            HOST_VARIABLE: self.host,
+        }
+
+
+def spawn(share: Share, workers: Workers, server: socket.socket | None, screen: Sequence[int]) -> None:
+    """Start one process a rank; each is added to ``workers`` at once, so that none is forgotten if this is interrupted.
+
+    Args:
+        server: where rank 0 is met, on the machine that has it: rank 0 inherits it, so that nobody can take the port.
+        screen: file descriptors for what rank 0 shows.
+    """
+    for rank in share.ranks:
+        env = share.environment(rank)
+        kept: tuple[int, ...] = ()
+        if rank == 0 and server is not None:
+            kept = (server.fileno(), *screen)
+            env |= {"XDIT_LISTEN": str(server.fileno()), "XDIT_SCREEN": ",".join(map(str, screen))}
+        with log_path(share.folder, rank).open("wb") as log:
+            workers[rank] = subprocess.Popen(
+                [sys.executable, "-m", "xdit_core.worker", str(share.folder / "plan.json")],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=kept,
+                start_new_session=True,  # Ctrl-C comes to the launcher alone, and children end with their rank
+            )
+
+
+def log_path(folder: Path, rank: int) -> Path:
+    """What a rank prints."""
+    return folder / f"rank{rank}.log"
+
+
+def interface_to(address: str, port: int) -> str:
+    """The network interface that leads to an address, "" if none is known."""
+    import psutil  # type: ignore[import-untyped]
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port or 9))  # sends nothing
+        mine = probe.getsockname()[0]
+        if mine.startswith("127."):
+            return "lo"
+        return next(
+            (name for name, found in psutil.net_if_addrs().items() if any(a.address == mine for a in found)), ""
+        )
+    return ""
+
+
+class Here:
+    """The ranks of this machine, seen by their processes and files.
+
+    Args:
+        host: its name in reports.
+    """
+
+    def __init__(self, folder: Path, workers: Workers, host: str) -> None:
+        self.folder, self.workers, self.host = folder, workers, host
+        self._looked, self._seen = 0.0, dict[int, Seen]()
+
+    def look(self) -> Mapping[int, Seen]:
+        """What is known now; takes some milliseconds."""
+        time.sleep(0.03)
+        codes = {rank: w.poll() for rank, w in self.workers.items()}
+        changed = codes != {rank: seen.code for rank, seen in self._seen.items()}
+        if changed or any(codes.values()) or time.monotonic() - self._looked > LOOK:
+            self._looked = time.monotonic()
+            self._seen = {rank: self._read(rank, code) for rank, code in codes.items()}
+        return self._seen
+
+    def last(self) -> Mapping[int, Seen]:
+        """What the files say, now that the processes have ended."""
+        return {rank: self._read(rank, w.poll()) for rank, w in self.workers.items()}
+
+    def _read(self, rank: int, code: int | None) -> Seen:
+        return Seen(
+            self.host,
+            code,
+            read_beat(beat_path(self.folder, rank)),
+            read_error(self.folder, rank) if code != 0 else None,
+            log=str(log_path(self.folder, rank)),
+        )
+
+
+def ask_for_stacks(workers: Workers) -> None:
+    """Every rank writes the stack of its threads into its log."""
+    for w in workers.values():
+        if w.poll() is None:
+            w.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+
+
+def stop(workers: Workers) -> None:
+    """End every worker and what it started; returns when none is left. Not to be interrupted: it takes a second at
+    most."""
+    with undisturbed():
+        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10.0)):
+            signal_all(workers, number)
+            resume(workers)  # one that is stopped takes no other signal
+            end = time.monotonic() + patience
+            for w in workers.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    w.wait(max(0.0, end - time.monotonic()))
+
+
+def pause(workers: Workers) -> None:
+    """Stop every worker and what it started, until `resume`. SIGTSTP would not do: nobody could continue a session
+    without a terminal."""
+    signal_all(workers, signal.SIGSTOP)
+
+
+def resume(workers: Workers) -> None:
+    """Let them go on."""
+    signal_all(workers, signal.SIGCONT)
+
+
+def signal_all(workers: Workers, number: int) -> None:
+    """A signal to every worker and what it started."""
+    for pid in pids(workers.values()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)
+
+
+def pids(workers: Iterable[subprocess.Popen[bytes]]) -> list[int]:
+    """Process ids, each the leader of a group of its own."""
+    return [w.pid for w in workers]

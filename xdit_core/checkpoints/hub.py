@@ -1,0 +1,77 @@
+"""Where a checkpoint lies: a folder, the local hub cache, or the hub itself. Without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from xdit_core.errors import ModelError
+from xdit_core.filesystem import user_path
+from xdit_core.planning.settings import ModelSettings
+from xdit_core.records import ModelSpec
+
+# Stands for whatever adapter fits the checkpoint that model.path names.
+AUTO = ModelSpec(name="auto", pipelines=(), blocks=(), attention=lambda block: ())
+
+
+def looks_like_folder(path: str) -> bool:
+    """``org/name`` is a hub id; anything else that is no existing folder was meant as one."""
+    return path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or os.path.isdir(path)
+
+
+def on_hub(spec: ModelSpec, settings: ModelSettings) -> bool:
+    """The checkpoint is named by a hub id, and not by a folder or as part of a package."""
+    source = settings.path or ("" if spec.path else spec.hub)
+    return bool(source) and not looks_like_folder(source)
+
+
+def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True, weights: bool = True) -> Path:
+    """The local folder of the checkpoint, fetched from the hub when it is not there.
+
+    Args:
+        fetch: ask the hub; otherwise only its local cache.
+        weights: fetch everything that a run needs; otherwise what a plan needs, which are JSON files.
+
+    Raises:
+        ModelError: the folder does not exist, or the hub is out of reach; says what was tried.
+    """
+    if settings.path is None and spec.path:
+        if not Path(spec.path).is_dir():
+            raise ModelError(
+                f"the bundled checkpoint of model={spec.name} is missing; install the package again, or give "
+                f"model.path=DIR."
+            )
+        return Path(spec.path)
+    source = settings.path or spec.hub
+    if not source:
+        raise ModelError(f"model={spec.name} needs a checkpoint; give its folder or hub id as model.path=.")
+    if looks_like_folder(source):
+        return user_path(source, "model.path=").resolve()
+    from huggingface_hub import snapshot_download  # slow to import, and most runs do not need it
+
+    try:
+        where = {"revision": settings.revision, "cache_dir": settings.download_dir, "local_files_only": not fetch}
+        folder = Path(snapshot_download(source, allow_patterns=["model_index.json"], **where))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        wanted = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]
+        ends = (
+            ["json", "txt", "model", "safetensors", *(["py"] if settings.trust_remote_code else [])]
+            if weights
+            else ["json"]
+        )
+        snapshot_download(
+            source,
+            allow_patterns=[f"{name}/*.{end}" for name in wanted for end in ends],
+            ignore_patterns=["*.fp16*", "*.bf16*", "*.non_ema*"],
+            **where,
+        )
+        return folder
+    except Exception as error:  # the hub client raises many unrelated classes; all mean "not to be had"
+        raise ModelError(
+            f"model={spec.name} was looked for as {source} in the local hub cache and on the hub, without success, "
+            f"and there is no such folder here "
+            f"({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no answer'}); "
+            "give a local folder with model.path=DIR, or try the bundled model=emoji."
+        ) from error

@@ -1,0 +1,233 @@
+"""Read what a plan needs from a checkpoint folder, without torch: JSON files and safetensors headers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from xdit_core.checkpoints.weights import check_weights, read_json, weight_files
+from xdit_core.errors import ModelError, PluginFailed
+from xdit_core.records import Facts, ModelSpec
+
+INDEX = "model_index.json"
+MOST_PIXELS = 65_536  # a side of a picture
+
+
+def pipeline_class(folder: Path) -> str:
+    """Name of the class of pipelines that a folder holds.
+
+    Raises:
+        ModelError: no such folder, or no pipeline.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model.path={folder} does not exist; give the folder that holds {INDEX}.")
+    if not (folder / INDEX).is_file():
+        raise ModelError(
+            f"model.path={folder} is no diffusers pipeline: it has no {INDEX}; give the folder that has one."
+        )
+    return str(read_json(folder / INDEX).get("_class_name", "?"))
+
+
+def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict[str, Any]:
+    """Check that a folder holds a diffusers pipeline that fits the adapter.
+
+    Args:
+        weights: the weights must be there; without it they may be missing, as where only the JSON files were fetched.
+
+    Returns:
+        Component name to config, ``_index`` to ``model_index.json``.
+
+    Raises:
+        ModelError: no such folder, no pipeline, a pipeline of another class, damaged weights.
+    """
+    found, index = pipeline_class(folder), read_json(folder / INDEX)
+    if found not in spec.pipelines:
+        wanted = " or ".join(spec.pipelines)
+        raise ModelError(
+            f"{folder} holds a {found} but model={spec.name} needs a {wanted}; choose the model that fits."
+        )
+    configs: dict[str, Any] = {"_index": index}
+    for name, library in components(folder, index).items():
+        component = folder / name
+        if not component.is_dir():
+            raise ModelError(f"{component} is missing though {INDEX} lists it; fetch the model again.")
+        config, scheduler = component / "config.json", component / "scheduler_config.json"
+        if config.is_file() or scheduler.is_file():
+            configs[name] = read_json(config if config.is_file() else scheduler)
+        there = weights or bool(weight_files(component, library))
+        model = configs[name] if config.is_file() else {}
+        check_layers(config, model, check_weights(component, library, model) if there else 0)
+    if spec.denoiser not in configs:
+        raise ModelError(f"{folder} has no {spec.denoiser}/config.json; model={spec.name} cannot run without it.")
+    return configs
+
+
+def check_layers(file: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Numbers of layers that no weights can be for: libraries take one below 0 for none, and build a huge one until
+    memory ends.
+
+    Args:
+        file: of the config.
+        tensors: how many the weights beside it have, 0 if they are not there.
+
+    Raises:
+        ModelError: names the number.
+    """
+    for key, value in config.items():
+        counts = key == "layers_per_block" or (key.startswith(("num_", "n_")) and key.endswith("layers"))
+        if not counts or not isinstance(value, int):
+            continue
+        if key in ("num_layers", "num_hidden_layers"):
+            natural(value, str(file), key)
+        if tensors and value > tensors:
+            raise ModelError(
+                f"{file} says {key}={value}, but the weights beside it are {tensors} tensors, too few for so many "
+                f"layers; "
+                "fetch the model again."
+            )
+
+
+def components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The components that ``model_index.json`` lists and that are not null, each with the library of its class.
+
+    Raises:
+        ModelError: an entry is no pair of names.
+    """
+    listed = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[:1] == [None]:
+            continue
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise ModelError(
+                f"{folder / INDEX} has {name}={entry}, which is no library and class such as ['diffusers', "
+                f"'AutoencoderKL']; "
+                "fetch it again."
+            )
+        listed[name] = entry[0]
+    return listed
+
+
+def whole_number(configs: Mapping[str, Any], component: str, key: str) -> int:
+    """A number above 0 from a component's config.
+
+    Raises:
+        ModelError: it is not there, or something else.
+    """
+    config = configs[component]
+    if key not in config:
+        raise ModelError(
+            f"{component}/config.json has no {key}; the adapter cannot describe it, choose the model that fits."
+        )
+    return natural(config[key], f"{component}/config.json", key)
+
+
+def natural(value: Any, file: str, key: str) -> int:
+    """A whole number above 0.
+
+    Raises:
+        ModelError: it is something else; names the file and the key.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        shown = str(value)[:40]
+        raise ModelError(
+            f"{file} has {key}={shown} where a whole number above 0 belongs; fetch the model's JSON files again."
+        )
+    return value
+
+
+@contextmanager
+def describing(spec: ModelSpec) -> Iterator[None]:
+    """Around what an adapter computes from the configs of a checkpoint: they may hold anything."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            f"model={spec.name} cannot read the config files of this checkpoint ({type(error).__name__}: "
+            f"{str(error)[:200]}); "
+            "fetch its JSON files again, or choose the model that fits."
+        ) from error
+    except PluginFailed as error:
+        text = str(error).removesuffix(".")
+        raise PluginFailed(
+            f"{text}; unless it is a mistake there, the config files of this checkpoint are damaged: fetch them again."
+        ) from error
+
+
+def fingerprints(paths: Iterable[str]) -> tuple[str, ...]:
+    """What tells the contents of files, or of the weights in folders, from those of others."""
+    found = []
+    for path in map(Path, paths):
+        digest = hashlib.sha256()
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        found.append(digest.hexdigest()[:16])
+    return tuple(found)
+
+
+def latent_factor(configs: Mapping[str, Any]) -> int:
+    """Pixels a side of one latent element, as the diffusers image pipelines compute it.
+
+    Raises:
+        ModelError: the VAE's config lists no channels.
+    """
+    channels = configs.get("vae", {}).get("block_out_channels", (0,) * 4)
+    if not isinstance(channels, (list, tuple)) or not 0 < len(channels) <= 16:
+        raise ModelError(
+            f"vae/config.json has block_out_channels={str(channels)[:40]} where a list of numbers belongs; fetch the "
+            f"model's JSON files again."
+        )
+    return int(2 ** (len(channels) - 1))
+
+
+def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int:
+    """Pixels a side that the pipeline itself would take, from the denoiser's config and all configs."""
+    size = denoiser.get("sample_size", 128)
+    side = (natural(size, "config.json", "sample_size") if isinstance(size, int) else 128) * latent_factor(configs)
+    if side > MOST_PIXELS:
+        raise ModelError(
+            f"config.json has sample_size={size}, which would be pictures of {side} pixels a side; fetch the JSON "
+            f"files again."
+        )
+    return side
+
+
+def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Facts:
+    """What the plan needs to know.
+
+    Args:
+        asked: the shared settings, and the pipeline's own ``call.*``.
+
+    Raises:
+        ModelError: the configs lack a value, or hold one that means nothing.
+    """
+    config, numbers = configs[spec.denoiser], {}
+    for key in filter(None, (spec.heads, *(b.count for b in spec.blocks))):
+        numbers[key] = whole_number(configs, spec.denoiser, key)
+    if spec.patch and spec.patch not in config:
+        whole_number(configs, spec.denoiser, spec.patch)
+    sizes = config[spec.patch] if spec.patch else 1
+    for size in sizes if isinstance(sizes, (list, tuple)) and sizes else (sizes,):
+        natural(size, f"{spec.denoiser}/config.json", spec.patch)
+    with describing(spec):
+        patch_frames, patch = spec.patch_sizes(config)
+        pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * patch
+        step = spec.frame_step(configs) if spec.frame_step else 0
+        latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.stream.frames else 1
+        return Facts(
+            model=spec.name,
+            heads=numbers[spec.heads] if spec.heads else 0,
+            blocks=sum(numbers[b.count] for b in spec.blocks),
+            rows=(asked.get("height") or 0) // pixels,
+            columns=(asked.get("width") or 0) // pixels,
+            frames=-(-latent_frames // patch_frames),
+            text_tokens=spec.text_tokens(configs, asked) if spec.text_tokens else 0,
+            pixels_per_token=pixels,
+            matrices=spec.matrices is not None,
+            guided=spec.guided(asked) if spec.guided else (asked.get("guidance") or 0.0) > 1.0,
+            frame_step=step,
+            row_unit=spec.row_unit(config) if spec.row_unit else 1,
+        )

@@ -1,0 +1,1 @@
+"""The engine: loads a pipeline for one rank, puts the strategies in, answers requests."""

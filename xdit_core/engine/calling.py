@@ -1,0 +1,74 @@
+"""The call of the pipeline: its arguments, and the scheduler that it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from xdit_core.checkpoints.schedulers import check_scheduler
+from xdit_core.errors import PlanRefused, UsageError
+from xdit_core.planning.settings import RunSettings
+from xdit_core.planning.signatures import argument_names
+from xdit_core.records import ModelSpec
+
+
+def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[str, Any]:
+    """The shared settings as arguments of the pipeline's ``__call__``, for some of the pictures of a prompt."""
+    named = {
+        key: word
+        for key, word in argument_names(spec).items()
+        if key not in ("images", "seed", "output_type", spec.subject)
+    }
+    images = spec.call.get("images", "num_images_per_prompt")
+    pictures = {images: len(numbers)} if images else {}
+    found = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
+    generators = [torch.Generator("cpu").manual_seed(run.seed_of(i) % 2**64) for i in numbers]
+    latent = run.output_type == "latent" and spec.latent_output
+    return {**found, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}
+
+
+def call_values(more: Mapping[str, Any], numbers: range, images: int) -> dict[str, Any]:
+    """Further arguments for some of the pictures of a prompt: of latents for all of them, those of these pictures.
+
+    Args:
+        more: values by name.
+        numbers: the pictures that are drawn now.
+        images: how many pictures the prompt has.
+
+    Raises:
+        UsageError: the latents are not for that many pictures.
+    """
+    latents = more.get("latents")
+    if latents is None:
+        return dict(more)
+    if not isinstance(latents, torch.Tensor) or latents.dim() == 0 or latents.shape[0] != images:
+        has = f"{latents.shape[0]}" if isinstance(latents, torch.Tensor) and latents.dim() else "none"
+        raise UsageError(
+            f"call.latents must be a tensor of the noise of {images} pictures, one behind the other, and is for "
+            f"{has}; set images= too."
+        )
+    return {**more, "latents": latents[numbers.start : numbers.stop]}
+
+
+def without_texts(arguments: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those texts whose embeddings are given: ``prompt_embeds`` stands for ``prompt``."""
+    given = {
+        name.removesuffix("_embeds") for name, value in more.items() if name.endswith("_embeds") and value is not None
+    }
+    return {name: value for name, value in arguments.items() if name not in given}
+
+
+def scheduler_named(name: str, current: Any) -> Any:
+    """A scheduler of another class with the configuration of the current one.
+
+    Raises:
+        PlanRefused: diffusers has no such class, or it does not fit what the model predicts.
+    """
+    import diffusers
+
+    problems = check_scheduler(name, {**current.config, "_class_name": type(current).__name__})
+    if problems:
+        raise PlanRefused(problems)
+    return getattr(diffusers, name).from_config(current.config)

@@ -1,0 +1,126 @@
+"""The components of a pipeline beside its denoisers, loaded by their own libraries; each must be complete.
+
+A library fills tensors that a checkpoint lacks with random numbers and a warning, and a picture of noise is all that is
+seen of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_core.checkpoints.weights import read_header, weight_files
+from xdit_core.errors import ModelError
+from xdit_core.parallel.rank import ignore
+
+
+def load_components(
+    folder: Path,
+    index: Mapping[str, Any],
+    dtype: torch.dtype,
+    but: Mapping[str, Any],
+    doing: Callable[[str], None] = ignore,
+) -> dict[str, nn.Module]:
+    """The models that ``model_index.json`` lists, by component name; what has no weights is left to the pipeline.
+
+    Args:
+        but: components that are not to be loaded.
+        doing: told which one is being loaded.
+
+    Raises:
+        ModelError: one cannot be read, or is not complete.
+    """
+    import diffusers
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    found = {}
+    for name, entry in index.items():
+        if name in but or not isinstance(entry, list) or entry[0] not in libraries:
+            continue
+        cls = getattr(libraries[entry[0]], entry[1], None)
+        if isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel)):
+            doing(f"loading the model: {name}")
+            found[name] = load_model(cls, folder / name, entry[0], dtype)
+    return found
+
+
+def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.Module:
+    """A model by its library's ``from_pretrained``, as a pipeline would load it.
+
+    Raises:
+        ModelError: it cannot be read; tensors are missing or have another shape.
+    """
+    words: dict[str, Any] = (
+        {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "ignore_mismatched_sizes": True}
+    )
+    words |= {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
+    try:
+        model, report = cls.from_pretrained(folder, **words)
+    except Exception as error:  # whatever a config or a file can make a constructor raise
+        other = re.search(r"because (\S+) expected shape (.+?), but got (.+?)\. ", str(error))
+        if other:
+            raise wrong_shape(folder, library, other[1], numbers(other[3]), numbers(other[2])) from error
+        raise ModelError(
+            f"{folder} cannot be loaded as the {cls.__name__} of its config.json: {first_line(error)}; fetch the "
+            f"model again."
+        ) from error
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise wrong_shape(folder, library, name, tuple(stored), tuple(wanted))
+    if report["missing_keys"]:
+        raise lacking(folder, set(report["missing_keys"]))
+    loaded: nn.Module = model
+    return loaded
+
+
+def check_filled(folder: Path, model: nn.Module) -> None:
+    """Every tensor must have values.
+
+    Raises:
+        ModelError: some are on the meta device still.
+    """
+    missing = {name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta}
+    if missing:
+        raise lacking(folder, missing)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in a line."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300].rstrip(".") if text else type(error).__name__
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The numbers in a shape that was written out."""
+    return tuple(int(n) for n in re.findall(r"\d+", text))
+
+
+def lacking(folder: Path | str, names: set[str]) -> ModelError:
+    """The error for tensors that are not there."""
+    first = sorted(names)
+    more = f" and {len(first) - 5} more" if len(first) > 5 else ""
+    return ModelError(
+        f"{folder} lacks {len(first)} tensor{'s' if len(first) > 1 else ''} that its config.json asks for: "
+        f"{', '.join(first[:5])}{more}; "
+        "fetch the model again."
+    )
+
+
+def wrong_shape(folder: Path, library: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> ModelError:
+    """The error for a tensor of another shape than its model has."""
+    files = weight_files(folder, library)
+    file = next((file for file in files if name in read_header(file)), folder)
+    return another_shape(str(file), name, stored, wanted)
+
+
+def another_shape(origin: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> ModelError:
+    """The error for a tensor of another shape than its model has."""
+    return ModelError(
+        f"{name} in {origin} has the shape {list(stored)}, and the config.json beside it asks for {list(wanted)}; "
+        "the files belong to different models, fetch the model again."
+    )

@@ -1,0 +1,483 @@
+"""One rank of one run: load the pipeline, weave the strategies in, answer requests.
+
+The pipeline and its scheduler run as diffusers ships them; what changes is what ``transformer(...)`` and
+``vae.decode(...)`` do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+
+from xdit_core.checkpoints.model_facts import INDEX
+from xdit_core.checkpoints.weights import read_json
+from xdit_core.engine.calling import call_arguments, call_values, scheduler_named, without_texts
+from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
+from xdit_core.engine.loading import load_pipeline
+from xdit_core.engine.noise import PictureStreams
+from xdit_core.engine.pretrained import bar_for, plan_from
+from xdit_core.errors import UsageError, XditError
+from xdit_core.observe.lockstep import Lockstep
+from xdit_core.observe.trace import Trace
+from xdit_core.parallel.mesh import Mesh
+from xdit_core.parallel.patch_tensor import materialized
+from xdit_core.parallel.rank import Rank, ignore
+from xdit_core.plan import Plan
+from xdit_core.planning.requests import plan_of_request
+from xdit_core.planning.settings import ModelSettings, build, parse_loras
+from xdit_core.points.attention import AttentionPoint
+from xdit_core.points.branches import Branches, watched
+from xdit_core.points.compose import OwnedWrap, nest
+from xdit_core.points.contracts import contract, given_contract
+from xdit_core.points.forward import ForwardPoint
+from xdit_core.points.request import Done, Job, Output, Request, Started, jobs_for, joined
+from xdit_core.points.request import Run as RequestRun
+from xdit_core.points.trunk import Trunk, replace_blocks
+from xdit_core.records import PHASES, Built, ModelSpec
+from xdit_core.registry.owners import OwnedRequest, Owner
+from xdit_core.registry.registry import Registry
+from xdit_core.registry.validation import check_built
+
+BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
+AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of the strategies
+
+
+class _Elsewhere(Exception):
+    """Leaves the pipeline on a rank whose output another rank makes."""
+
+
+class _Latents(Exception):
+    """Leaves the pipeline with its latents in hand."""
+
+
+Progress = Callable[[int, int], None]
+
+
+class Engine:
+    """The frozen strategies around one pipeline.
+
+    Args:
+        plan: what to run. With more than one rank the default process group must be initialized and have that many
+            ranks.
+        registry: where the plugins come from, by default the installed ones.
+        pipe: a loaded diffusers pipeline to use instead of loading the plan's. It is left as it was; parameters that
+            need no change share memory with it. One that was changed after loading (adapters, hooks, other processors)
+            is refused.
+        progress: told ``(step, steps)`` after each step; True for a progress bar, None for one in a notebook only.
+        doing: told what the rank is about to wait for.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        registry: Registry | None = None,
+        pipe: Any = None,
+        progress: Progress | bool | None = None,
+        doing: Callable[[str], None] = ignore,
+    ) -> None:
+        self._registry = registry = registry or Registry()
+        registry.select(plan.plugins)
+        spec, _ = registry.model(plan.model)
+        self.plan = plan
+        started = time.perf_counter()
+        device = torch.device(plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = getattr(torch, plan.run.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+        if pipe is not None:
+            asked = {**dataclasses.asdict(plan.run), **plan.call}
+            check_given(pipe, spec, plan.facts, asked, plan.values.get("dtype"))
+            dtype = precision(pipe, spec)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        mesh = Mesh(plan.axes, device.type)
+        self.progress = bar_for(progress, mesh.rank)
+        trace = Trace() if plan.run.trace or plan.run.profile else None
+        self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing, trace=trace)
+        if trace:
+            trace.look_at(self.rank)
+        self.rank.now.shard = shard_index(plan, mesh)
+        self.owner = all(mesh.index(a.name) == 0 for a in plan.axes if not a.own_outputs)
+        self._built = self._build(registry)
+        doing("loading the model")
+        early, late = self._transforms(BEFORE_VALUES), self._transforms(AFTER_WEAVING)
+        where, loras = torch.device("cpu") if late else device, parse_loras(plan.run.lora)
+        if pipe is None:
+            trust = build(ModelSettings, "model.", plan.values).trust_remote_code
+            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras, doing)
+        else:
+            pipe = adopt_pipeline(spec, pipe, self.rank.blocks, where, early, loras)
+        self.pipe = self.rank.pipe = pipe
+        if plan.run.scheduler:
+            self.pipe.scheduler = scheduler_named(plan.run.scheduler, self.pipe.scheduler)
+        for change in self._transforms(set(PHASES) - BEFORE_VALUES - AFTER_WEAVING):
+            change(self.pipe)
+        self._weave(spec)
+        for change in late:
+            change(self.pipe)
+        self._wants_latents = False
+        self._configs = configs_of(self.pipe, read_json(Path(plan.folder) / INDEX))
+        self.load_seconds = time.perf_counter() - started
+        self._marks: dict[str, float] = {}
+        self._broken = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | PathLike[str],
+        plugins: str | Iterable[str] = (),
+        *,
+        registry: Registry | None = None,
+        pipe: Any = None,
+        progress: Progress | bool | None = None,
+        **settings: Any,
+    ) -> Engine:
+        """An engine from the name of a model, a folder or a hub id.
+
+        Example::
+
+            with Engine.from_pretrained("emoji", plugins=["pipefusion"], pipefusion={"patches": 4}) as engine:
+                engine.generate("rocket", seed=3).images[0].save("rocket.png")
+
+        Args:
+            model, plugins, settings: as of ``xdit_core.engine.pretrained.plan_from``.
+            registry, pipe, progress: as of the class.
+        """
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return cls(plan_from(model, plugins, registry, world, **settings), registry, pipe, progress)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        plan, rank = self.plan, self.rank
+        methods = "+".join(plan.plugins) or "serial"
+        return f"Engine({plan.model}, {methods}, rank {rank.mesh.rank} of {plan.world}, {rank.device}, {rank.dtype})"
+
+    def _build(self, registry: Registry) -> dict[str, Built]:
+        """The callables of every strategy."""
+        plan = self.plan
+        classes = registry.call("xdit_settings", {name: {} for name in plan.plugins})
+        own = {name: build(classes.get(name), name + ".", plan.values) for name in plan.plugins}
+        built = registry.call("xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins})
+        for name in plan.plugins:
+            wraps = [
+                f"{point}/{level}" for point, pairs in plan.wraps.items() for level, other in pairs if other == name
+            ]
+            phases = [phase for phase, other in plan.transforms if other == name]
+            check_built(built.get(name), wraps, phases, self._owner_of(name))
+        return built
+
+    def _owner_of(self, plugin: str) -> Owner:
+        """A plugin, for messages."""
+        return Owner("plugin", plugin, *self.plan.plugins[plugin])
+
+    def _transforms(self, phases: Collection[str]) -> list[Callable[[Any], None]]:
+        """The changes of the modules in some phases, in the plan's order."""
+        found: list[Callable[[Any], None]] = []
+        for phase, name in self.plan.transforms:
+            change = self._built[name].transforms[phase]
+            if phase in phases:
+                found.append(partial(self._owner_of(name).call, f"its transform in the phase {phase}", change))
+        return found
+
+    def _weave(self, spec: ModelSpec) -> None:
+        """Nest the wraps of the strategies in the plan's order, and put them where the pipeline will call them."""
+        plan, built = self.plan, self._built
+        self.trunks: list[Trunk]
+        self.forwards: list[ForwardPoint]
+        chains: dict[str, list[Any]] = {}
+        for point, pairs in plan.wraps.items():
+            for level, name in pairs:
+                wrap = built[name].wraps[f"{point}/{level}"]
+                check = contract(self.rank, point, level, self.owner)
+                owned = OwnedWrap(wrap, self._owner_of(name), f"{point}/{level}", check, given_contract(point))
+                chains.setdefault("kernel" if level == "kernel" else point, []).append(owned)
+        woven = bool(spec.blocks) and bool(
+            plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys()
+        )
+        trace = self.rank.trace
+        self._decoders = len(chains.get("decode", []))
+        if trace:
+            chains = trace.chains(plan, chains, woven)
+        now, branches = self.rank.now, Branches()
+        self.trunks, self.forwards, self.branches = [], [], branches
+        for name, denoiser in denoisers_of(self.pipe, spec).items():
+            if woven:
+                attention = AttentionPoint(now, chains.get("attention", []), chains.get("kernel", []))
+                self.trunks += replace_blocks(denoiser, spec, now, attention, chains.get("trunk", []))
+            self.forwards.append(ForwardPoint(self.rank, name, denoiser, chains.get("forward", []), branches, woven))
+        if trace:
+            for trunk in self.trunks:
+                trunk.traced(trace)
+        self.decode: Callable[..., Any] | None = None
+        if getattr(self.pipe, "vae", None) is not None:
+            self.decode = nest(chains.get("decode", []), self.pipe.vae.decode)
+            self.pipe.vae.decode = self._decode
+        self.pipe.progress_bar = self._progress_bar
+        self._run: RequestRun = nest(chains.get("request", []), self._one_by_one)
+
+    @overload
+    def generate(self, prompt: str | None = None, **changes: Any) -> Output: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], **changes: Any) -> list[Output]: ...
+
+    def generate(self, prompt: str | Sequence[str] | None = None, **changes: Any) -> Output | list[Output]:
+        """One prompt, ``images`` pictures of it, or a list of prompts and an output for each; as ``generate_all``.
+
+        Args:
+            prompt: None if ``call={"prompt_embeds": ...}`` says what to draw.
+        """
+        if prompt is None or isinstance(prompt, str):
+            return self.generate_all([prompt], **changes)[0]
+        return self.generate_all(prompt, **changes)
+
+    @torch.no_grad()
+    def generate_all(
+        self,
+        prompts: Sequence[str | None],
+        done: Done | None = None,
+        started: Started | None = None,
+        skip: Collection[tuple[int, int]] = (),
+        **changes: Any,
+    ) -> list[Output]:
+        """Some prompts, ``images`` pictures of each; every rank of the plan must call it with the same arguments.
+
+        Args:
+            prompts: what to draw; ``[None]`` if embeddings in ``call`` say so.
+            done: called with each output, or part of one, when it is there; on the ranks that own it.
+            started: called with each job that this rank begins.
+            skip: pictures that are not drawn, as (prompt, picture); what is left of a prompt may come in several
+                outputs.
+            changes: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
+                the pipeline's ``__call__``.
+
+        Returns:
+            An output for each prompt. Pictures are on rank 0, latents on all ranks.
+
+        Raises:
+            UsageError: an argument that is unknown or decided by the plan.
+            PlanRefused: a value that no run can have.
+            XditError: an earlier request failed on several ranks, which then no longer agree on what was sent.
+        """
+        if self._broken:
+            raise XditError(
+                "an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine."
+            )
+        asked = plan_of_request(self.plan, self.rank.spec, self._registry, type(self.pipe).__name__, prompts, changes)
+        run, more = asked.run, asked.call
+        jobs = jobs_for([prompt or "" for prompt in prompts], run.images, skip)
+        self.rank.slow.clear()
+        self._broken = self.plan.world > 1
+        with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
+            outputs = self._run(Request(jobs, run, more, started, done))
+        self._broken = False
+        return outputs
+
+    def _one_by_one(self, request: Request) -> list[Output]:
+        """The jobs of this rank."""
+        outputs, spec = [], self.rank.spec
+        # one picture a call is all that some pipelines can do, and all that every pipeline can do with embeddings
+        single = (spec.call.get("images") == "" and spec.drawn is None) or request.more.get("prompt_embeds") is not None
+        jobs = [part for job in request.jobs for part in (alone(job) if single else (job,))]
+        for job in jobs:
+            if request.started:
+                request.started(job)
+            outputs.append(self._draw(job, request))
+            if self.owner and request.done:
+                request.done(outputs[-1])
+        return joined(outputs, in_turn=True) if single else outputs
+
+    def _draw(self, job: Job, request: Request) -> Output:
+        """One call of the pipeline."""
+        self._marks = {"start": time.perf_counter()}
+        run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
+        subject = spec.drawn(self._configs, job.prompt, len(job.numbers)) if spec.drawn else job.prompt
+        texts = {**call_arguments(run, spec, job.numbers), spec.call.get(spec.subject, spec.subject): subject}
+        arguments = {**without_texts(texts, request.more), **call_values(request.more, job.numbers, run.images)}
+        side = self.plan.facts.pixels_per_token
+        self.rank.now.grid = ((run.height or 0) // side, (run.width or 0) // side)
+        self.rank.now.pictures = len(job.numbers)
+        self.rank.seconds.clear()
+        self.rank.now.step = 0
+        self.rank.doing("encoding the prompt")
+        self._wants_latents = run.output_type == "latent"
+        seeds = [run.seed_of(i) % 2**63 for i in job.numbers]
+        streams = PictureStreams(seeds, self.rank.device) if len(seeds) > 1 else None
+        with (
+            self._request(),
+            torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
+            watched(self.pipe.scheduler, self.branches.stepped, streams),
+        ):
+            torch.manual_seed(seeds[0])  # stochastic schedulers draw from the default generator
+            try:
+                result = self.pipe(**arguments)[0]
+                if self._wants_latents:
+                    output.latents = self._finite(materialized(result), "the latents")
+                elif self.owner:
+                    output.images = list(result)
+            except _Elsewhere:
+                self.pipe.maybe_free_model_hooks()
+            except _Latents as found:
+                self.pipe.maybe_free_model_hooks()
+                (output.latents,) = found.args
+        if self.rank.trace:
+            self.rank.trace.phases(self._marks)
+        output.seconds = self._seconds()
+        return output
+
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """Around a call of the pipeline: strategies release behind it what they acquired before it, and nothing of it
+        is kept."""
+        with ExitStack() as stack:
+            stack.callback(self._forget_request)
+            self._forget_request()
+            for name, built in self._built.items():
+                if built.request:
+                    stack.enter_context(OwnedRequest(built.request, self._owner_of(name)))
+            yield
+
+    def _forget_request(self) -> None:
+        """Drop the tensors of a request."""
+        self.branches.clear()
+        for point in self.forwards:
+            point.clear()
+
+    def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies
+        for it."""
+        self.rank.doing("gathering the latents")
+        latents = self._finite(materialized(latents), "the latents")
+        if "decoding" not in self._marks:  # else the pipeline decodes in parts
+            self._mark("denoised")
+            self._marks["decoding"] = self._marks["denoised"]
+        if self._wants_latents:
+            raise _Latents(latents)
+        if self.decode is None:
+            raise UsageError("the pipeline has no VAE to decode with; use output_type=latent.")
+        if not self.owner and not self._decoders:
+            raise _Elsewhere
+        self.rank.doing("decoding")
+        result = self.decode(latents, *args, **kwargs)
+        if result is None:
+            raise _Elsewhere
+        self._finite(result[0] if isinstance(result, tuple) else result.sample, "the decoded picture")
+        return result  # on all that took part: the pipeline may decode in parts, one call after the other
+
+    def _finite(self, x: torch.Tensor, what: str) -> torch.Tensor:
+        """``x``, if it holds numbers; otherwise the picture would be black.
+
+        Raises:
+            XditError: it holds something else.
+        """
+        if not torch.isfinite(x).all():
+            dtype = str(self.rank.dtype).removeprefix("torch.")
+            other = "bfloat16 or float32" if self.rank.dtype == torch.float16 else "float32"
+            mend = "" if self.rank.dtype == torch.float32 else f"use dtype={other}, or "
+            raise XditError(
+                f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take "
+                f"a lower guidance, more "
+                "steps or another scheduler."
+            )
+        return x
+
+    def _progress_bar(self, iterable: Any = None, total: int | None = None) -> _Bar:
+        """Stands for the pipeline's progress bar."""
+        self._mark("encoded")
+        return _Bar(iterable, total or 0, self._step, self.rank.doing, partial(self._mark, "denoised"))
+
+    def _step(self, done: int, steps: int) -> None:
+        """A step of the pipeline is done."""
+        self.rank.now.step = done
+        if self.rank.trace:
+            self.rank.trace.step(done)
+        if self.progress:
+            self.progress(done, steps)
+
+    def _mark(self, name: str) -> None:
+        if self.rank.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._marks[name] = time.perf_counter()
+
+    def _seconds(self) -> dict[str, float]:
+        """Seconds of the phases of a request; their sum is its wall time."""
+        m, end = self._marks, time.perf_counter()
+        encoded = m.get("encoded", m["start"])
+        denoised = m.get("denoised", end)
+        apart = dict(self.rank.seconds)
+        denoise = denoised - encoded - sum(apart.values())
+        return {"encode": encoded - m["start"], **apart, "denoise": denoise, "decode": end - denoised}
+
+    def close(self) -> None:
+        """Release process groups and buffers; the pipeline stays woven and must not be used again."""
+        for name, built in self._built.items():
+            if built.close:
+                self._owner_of(name).call("its close", built.close)
+        self.rank.mesh.close()
+
+
+class _Bar:
+    """What the pipeline's loop calls after each step, or goes through."""
+
+    def __init__(
+        self, steps: Any, total: int, progress: Progress, doing: Callable[[str], None], done: Callable[[], None]
+    ) -> None:
+        self._steps, self.total, self.n = steps, total if steps is None else len(steps), 0
+        self._progress, self._doing, self._done = progress, doing, done
+        doing(f"step 1 of {self.total}")
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, kind: Any, *details: Any) -> None:
+        if kind is None:
+            self._done()
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for step in self._steps:
+                yield step
+                self.update()
+
+    def update(self, n: int = 1) -> None:
+        """One step is done."""
+        self.n += n
+        self._doing(f"step {min(self.n + 1, self.total)} of {self.total}")
+        self._progress(self.n, self.total)
+
+    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+        """Accepted for pipelines that show more."""
+
+
+def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
+    """The denoisers that the pipeline has, by name."""
+    return {name: part for name in spec.denoisers if (part := getattr(pipe, name, None)) is not None}
+
+
+def alone(job: Job) -> tuple[Job, ...]:
+    """A job for each picture of a job."""
+    return tuple(dataclasses.replace(job, numbers=job.numbers[i : i + 1]) for i in range(len(job.numbers)))
+
+
+def shard_index(plan: Plan, mesh: Mesh) -> int:
+    """This rank's coordinate over all axes that divide the tokens, outermost first."""
+    index = 0
+    for axis in plan.axes:
+        if axis.shards_tokens:
+            index = index * (axis.degree or 1) + mesh.index(axis.name)
+    return index
+
+
+__all__ = ["Engine", "Output"]

@@ -1,0 +1,260 @@
+"""How a pipeline gets onto a rank: of the denoiser only the blocks that this rank holds are read and allocated.
+
+There is one way, whether the tensors come from a folder or from a pipeline that the user has loaded: a denoiser without
+values (`Part.make`), placeholders for absent blocks, changes by strategies while parameters have shapes only, then the
+tensors (`Part.tensors`), with the LoRAs added, each divided as its parameter says. The denoiser is never read by
+diffusers' own loader, which fills tensors that a checkpoint lacks with random numbers and a warning.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_core.checkpoints.model_facts import INDEX, components
+from xdit_core.checkpoints.weights import read_json
+from xdit_core.engine.components import another_shape, check_filled, first_line, lacking, load_components
+from xdit_core.engine.lora import Delta, Deltas, load_loras
+from xdit_core.engine.quiet import quiet
+from xdit_core.engine.tensors import FileTensors, Tensors
+from xdit_core.errors import ModelError
+from xdit_core.parallel.rank import ignore
+from xdit_core.points.trunk import Absent
+from xdit_core.records import ModelSpec
+
+Change = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A denoiser that is to be loaded.
+
+    Args:
+        make: gives it with parameters on the meta device and computed buffers real.
+        tensors: opens where its tensors are.
+        origin: where that is, for messages.
+    """
+
+    make: Callable[[], nn.Module]
+    tensors: Callable[[], AbstractContextManager[Tensors]]
+    origin: str
+
+
+@quiet()
+def load_pipeline(
+    spec: ModelSpec,
+    folder: Path,
+    blocks: range,
+    device: torch.device,
+    dtype: torch.dtype,
+    changes: Sequence[Change] = (),
+    trust_remote_code: bool = False,
+    loras: Mapping[str, float] = MappingProxyType({}),
+    doing: Callable[[str], None] = ignore,
+) -> Any:
+    """The pipeline of a local checkpoint folder.
+
+    Args:
+        spec: the model adapter's record.
+        folder: has ``model_index.json``.
+        blocks: indices of the blocks to hold.
+        changes: what strategies do to the denoiser while its parameters are on the meta device.
+        trust_remote_code: Python code that lies in the folder may run.
+        loras: path to scale, to be added to the weights.
+        doing: told which component is being loaded.
+
+    Raises:
+        ModelError: a component cannot be read.
+    """
+    import diffusers
+
+    index = read_json(folder / INDEX)
+    cls = getattr(diffusers, index["_class_name"], None)
+    if cls is None:
+        raise ModelError(
+            f"the installed diffusers has no {index['_class_name']}, which {folder} needs; install a newer one."
+        )
+    absent: dict[str, Any] = absent_components(cls, index)
+    listed = components(folder, index)
+    parts = {name: folder_part(folder, name, index[name][1], dtype) for name in spec.denoisers if name in listed}
+    # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
+    shapes = {name: part.make() for name, part in parts.items()}
+    models = load_components(folder, index, dtype, {**absent, **shapes}, doing)
+    more = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
+    except (
+        Exception
+    ) as error:  # whatever the files of tokenizers, schedulers and the like can make their libraries raise
+        raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {first_line(error)}.") from error
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and name not in parts:
+            check_filled(folder / name, component)
+    doing(f"loading the model: {', '.join(parts)}")
+    return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
+
+
+def folder_part(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Part:
+    """A denoiser whose tensors are in the files of a folder.
+
+    Raises:
+        ModelError: its class is no model of diffusers.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ModelError(
+            f"{folder / INDEX} says that {name} is a {class_name}, which is no model of diffusers; fetch it again."
+        )
+    fp32 = getattr(cls, "_keep_in_fp32_modules", None) or ()
+    fp32 = (fp32,) if isinstance(fp32, str) else tuple(fp32)
+    where = folder / name
+    return Part(partial(empty, class_name, where, dtype), partial(FileTensors, where, dtype, fp32), str(where))
+
+
+def fill(
+    pipe: Any,
+    spec: ModelSpec,
+    parts: Mapping[str, Part],
+    shapes: Mapping[str, nn.Module],
+    blocks: range,
+    changes: Sequence[Change],
+    loras: Mapping[str, float],
+) -> Any:
+    """Put the denoisers, with their values, in place of their shapes.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape; a LoRA does not fit.
+    """
+    deltas: dict[str, Deltas] = load_loras(pipe, shapes, loras) if loras else {}
+    for name, part in parts.items():
+        pipe.register_modules(**{name: load_part(spec, part, blocks, changes, deltas.get(name, {}))})
+    return pipe
+
+
+def empty(class_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A denoiser with parameters on the meta device and computed buffers real, as diffusers makes it before it reads a
+    checkpoint.
+
+    Args:
+        dtype: what buffers and tables get that do not choose for themselves.
+
+    Raises:
+        ModelError: its config does not describe it.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    cls = getattr(diffusers, class_name)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():
+            model: nn.Module = cls.from_config(cls.load_config(folder))
+    except Exception as error:  # whatever a config can make a constructor raise
+        raise ModelError(
+            f"{folder}/config.json does not describe a {class_name} ({type(error).__name__}: {first_line(error)}); "
+            f"fetch it again."
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, None]:
+    """Constructor arguments that the folder lacks or lists as null, so that diffusers does not ask for them."""
+    absent: dict[str, None] = {}
+    for p in inspect.signature(cls.__init__).parameters.values():
+        component = p.default is inspect.Parameter.empty or p.default is None
+        entry = index.get(p.name)
+        if p.name != "self" and (entry[0] is None if isinstance(entry, list) else component and p.name not in index):
+            absent[p.name] = None
+    return absent
+
+
+def load_part(spec: ModelSpec, part: Part, blocks: range, changes: Sequence[Change], deltas: Deltas) -> nn.Module:
+    """The denoiser with ``Absent`` in place of the blocks that other stages hold; of a sharded parameter only the shard
+    is read.
+
+    Raises:
+        ModelError: the source lacks a tensor that this rank needs, or has one of another shape.
+    """
+    model = part.make()
+    start = 0
+    for listed in spec.blocks:
+        length = 0
+        for name in (listed.attribute, *listed.beside):
+            modules = getattr(model, name, None)
+            if not isinstance(modules, nn.ModuleList):
+                raise ModelError(
+                    f"{part.origin} is a {type(model).__name__} without {name}; model={spec.name} does not fit it."
+                )
+            length = len(modules)
+            for i in range(length):
+                if start + i not in blocks:
+                    modules[i] = Absent(modules[i], spec.kept if start + i == 0 else ())
+        start += length
+    for change in changes:
+        change(model)
+    needed = {**model.state_dict(), **dict(model.named_parameters())}  # parameters know how they are divided
+    state: dict[str, torch.Tensor] = {}
+    with part.tensors() as tensors:
+        names = set(tensors.names())
+        missing = needed.keys() - names
+        if missing:
+            raise lacking(part.origin, missing)
+        for name, like in needed.items():
+            if tensors.shape(name) != tuple(like.shape):
+                raise another_shape(tensors.origin(name), name, tensors.shape(name), tuple(like.shape))
+            state[name] = read(tensors, name, like, deltas.get(name))
+        model.load_state_dict(state, strict=True, assign=True)
+        replace_buffers(model, tensors)
+    return model.eval()
+
+
+def replace_buffers(model: nn.Module, tensors: Tensors) -> None:
+    """Buffers that no checkpoint holds but a module has, which may have cast them."""
+    for name in dict(model.named_buffers()).keys() & set(tensors.computed()):
+        holder, _, last = name.rpartition(".")
+        model.get_submodule(holder)._buffers[last] = tensors.read(name)
+
+
+def read(tensors: Tensors, name: str, like: torch.Tensor, delta: Delta | None = None) -> torch.Tensor:
+    """A tensor, or the part of it that a ``DTensor`` holds here; with ``delta()`` added, in float32."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
+
+    change = delta() if delta else None
+    if not isinstance(like, DTensor):
+        whole = tensors.read(name)
+        return (whole if change is None else whole.float() + change.view_as(whole)).to(tensors.dtype(name, whole.dtype))
+    sizes, starts = local_part(like.shape, like.device_mesh, like.placements)
+    where = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+    dim, packed = getattr(like, "packed", (0, (like.shape[0],)))
+    pieces, start = [], 0
+    for size in packed:  # parts that lie one behind the other are divided each for itself
+        if len(packed) > 1:
+            one = size // like.device_mesh.size()
+            first = start + like.device_mesh.get_local_rank() * one
+            where[dim] = slice(first, first + one)
+        piece = tensors.read(name, tuple(where))
+        dtype = tensors.dtype(name, piece.dtype)
+        pieces.append(piece if change is None else piece.float() + change[tuple(where)])
+        start += size
+    part = torch.cat(pieces, dim=dim)
+    # a slice would hold the whole
+    own = part.to(like.device_mesh.device_type, dtype).clone(memory_format=torch.contiguous_format)
+    made: torch.Tensor = DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return made

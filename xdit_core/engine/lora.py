@@ -1,0 +1,112 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): read by diffusers, added to the weights as these are read, so before they
+are divided.
+
+The denoiser stands by on the meta device while diffusers reads the file in whatever format it has; what its adapters
+then hold is added to the tensors, or to the parts of them, that a rank reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_core.errors import ModelError
+
+Delta = Callable[[], torch.Tensor]
+Deltas = Mapping[str, Delta]
+
+
+def load_loras(pipe: Any, denoisers: Mapping[str, nn.Module], loras: Mapping[str, float]) -> dict[str, Deltas]:
+    """What is to be added to the weights of the denoisers; the text encoders of the pipeline are changed here.
+
+    Args:
+        pipe: a pipeline whose denoisers are on the meta device.
+        denoisers: by name; they take adapters and must not be used for anything else afterwards.
+        loras: path of a file or folder to scale.
+
+    Returns:
+        For each denoiser, name of a parameter to a function that gives the change of its value, in float32.
+
+    Raises:
+        ModelError: the pipeline takes none, or this one is of a kind that is more than a change of weights.
+    """
+    kind = type(pipe).__name__
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ModelError(f"diffusers has no LoRA loader for {kind}; leave out lora=.")
+    shapes = {name: {k: p.shape for k, p in part.named_parameters()} for name, part in denoisers.items()}
+    for part in denoisers.values():
+        stand_in(part)
+    for i, path in enumerate(loras):
+        try:
+            pipe.load_lora_weights(path, adapter_name=f"lora{i}")
+        except Exception as error:  # diffusers and peft raise many unrelated classes
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise ModelError(f"lora={path} cannot be read as a LoRA for {kind}: {reason}") from error
+    scales = {f"lora{i}": scale for i, scale in enumerate(loras.values())}
+    for name, part in pipe.components.items():
+        if name not in denoisers and isinstance(part, nn.Module):
+            for adapter in tuple(scales):
+                merge(part, adapter, scales[adapter])
+    found = {name: deltas(part, scales, shapes[name]) for name, part in denoisers.items()}
+    if not any(found.values()) and not any(getattr(p, "peft_config", None) for p in pipe.components.values()):
+        raise ModelError(
+            f"lora={', '.join(loras)} holds nothing for a part of {kind}; give a LoRA that was made for this model."
+        )
+    return found
+
+
+def stand_in(denoiser: nn.Module) -> None:
+    """Give parameters on the meta device a device, since adapters go where these are; none of them takes any memory."""
+    for module in denoiser.modules():
+        for name, p in module.named_parameters(recurse=False):
+            module.register_parameter(
+                name, nn.Parameter(p.new_empty((), device="cpu").expand(p.shape), requires_grad=False)
+            )
+
+
+def adapted(module: nn.Module) -> dict[str, Any]:
+    """The layers with adapters, by name of the layer that they stand for."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def merge(module: nn.Module, adapter: str, scale: float) -> None:
+    """Add an adapter to the weights."""
+    for layer in adapted(module).values():
+        if adapter in layer.lora_A:
+            layer.scaling[adapter] *= scale
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.clone()  # the memory may belong to a pipeline of the user's
+            layer.merge(adapter_names=[adapter])
+
+
+def deltas(denoiser: nn.Module, scales: Mapping[str, float], shapes: Mapping[str, torch.Size]) -> Deltas:
+    """Name of a weight to the sum of what the adapters add to it.
+
+    Raises:
+        ModelError: an adapter is no sum of low-rank products, or changes more than weights.
+    """
+    fix = "it cannot be added to weights that are divided; merge it into the checkpoint first"
+    found: dict[str, Delta] = {}
+    layers = adapted(denoiser)
+    for name, part in denoiser.named_parameters():
+        if ".lora_" not in name and name.replace(".base_layer", "") not in shapes:
+            raise ModelError(f"the LoRA adds {name} to the model; {fix}.")
+        if ".lora_" not in name and part.shape != shapes[name.replace(".base_layer", "")]:
+            raise ModelError(f"the LoRA changes the shape of {name}; {fix}.")
+    for name, layer in layers.items():
+        if any(len(getattr(layer, more, ())) for more in ("lora_magnitude_vector", "lora_variant")) or any(
+            layer.lora_bias.values()
+        ):
+            raise ModelError(f"the LoRA is a DoRA or has a bias (at {name}); {fix}.")
+
+        def delta(layer: Any = layer) -> torch.Tensor:
+            parts = [layer.get_delta_weight(a).float() * scale for a, scale in scales.items() if a in layer.lora_A]
+            return torch.stack(parts).sum(0)
+
+        found[f"{name}.weight"] = delta
+    return found

@@ -1,0 +1,86 @@
+"""The short way from names to an engine: a plan from keyword arguments, and a bar where a notebook would show one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from xdit_core.checkpoints.hub import AUTO
+from xdit_core.plan import Plan
+from xdit_core.planning.planner import make_plan
+from xdit_core.registry.registry import MODELS, Registry
+
+
+def plan_from(
+    model: str | os.PathLike[str],
+    plugins: str | Iterable[str] = (),
+    registry: Registry | None = None,
+    world: int = 1,
+    **settings: Any,
+) -> Plan:
+    """The plan of an engine.
+
+    Args:
+        model: the name of an installed model (``emoji``), or a folder or hub id of a diffusers pipeline, whose adapter
+            is then found.
+        plugins: names of strategies, as a list or as ``"usp,pipefusion"``.
+        registry: where plugins come from; by default the installed ones.
+        world: number of processes.
+        settings: as on the command line; those of a plugin as a mapping: ``usp={"ulysses": 2}``; further arguments of
+            the pipeline as ``call={...}``.
+
+    Raises:
+        UsageError, ModelError, PlanRefused: as of ``make_plan``.
+    """
+    registry = registry or Registry()
+    text = os.fspath(model)
+    values: dict[str, Any] = {"model": text}
+    if text not in registry.names(MODELS) and (os.sep in text or os.path.isdir(text)):
+        values = {"model": AUTO.name, "model.path": text}
+    for key, value in settings.items():
+        nested = (
+            {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, Mapping) else {key: value}
+        )
+        values |= {name: inner for name, inner in nested.items() if inner is not None}
+    values.setdefault("nproc", world)
+    return make_plan(names_of(plugins), values, registry)
+
+
+def names_of(plugins: str | Iterable[str]) -> list[str]:
+    """Names of plugins, from a list or from one text."""
+    return [name.strip() for name in plugins.split(",") if name.strip()] if isinstance(plugins, str) else list(plugins)
+
+
+class Bar:
+    """A progress bar of ``tqdm``, which draws itself as a notebook or a terminal wants it."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, step: int, steps: int) -> None:
+        """A step is done; the first of a picture begins a new bar."""
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+        if self._bar is None or step <= self._bar.n:
+            self.close()
+            self._bar = tqdm(total=steps, disable=False)
+        self._bar.update(step - self._bar.n)
+        if step >= steps:
+            self.close()
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def bar_for(progress: Callable[[int, int], None] | bool | None, rank: int) -> Callable[[int, int], None] | None:
+    """What is told of steps: what was given; True asks for a bar, None for one in a notebook; only the first rank has
+    one."""
+    if callable(progress):
+        return progress
+    wanted = "ipykernel" in sys.modules if progress is None else progress
+    return Bar() if wanted and rank == 0 else None

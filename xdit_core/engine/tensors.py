@@ -1,0 +1,128 @@
+"""Where the tensors of a denoiser come from: the weight files of a folder, or a module that is in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from xdit_core.checkpoints.weights import weight_files
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one by one, whole or in part."""
+
+    def names(self) -> Iterable[str]:
+        """All that there are."""
+
+    def computed(self) -> Iterable[str]:
+        """Buffers that are in no checkpoint and are to be taken over nevertheless."""
+
+    def origin(self, name: str) -> str:
+        """The file or module that holds it, for messages."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+
+    def read(self, name: str, where: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """It, or the slice of it; the storage may be that of its owner, so it must not be written to."""
+
+    def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """What it is to become here."""
+
+
+class FileTensors:
+    """The tensors of safetensors files, in the precision that diffusers' ``from_pretrained(dtype=...)`` gives them.
+
+    Args:
+        folder: of a diffusers component.
+        dtype: of those that are floating point numbers.
+        float32: names of modules that stay in float32.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, float32: Iterable[str] = ()) -> None:
+        from safetensors import safe_open
+
+        self._dtype, self._float32 = dtype, frozenset(float32)
+        self._files, self._holders = ExitStack(), dict[str, tuple[Path, Any]]()
+        for file in weight_files(folder, "diffusers"):
+            opened = self._files.enter_context(safe_open(file, framework="pt"))
+            self._holders |= dict.fromkeys(opened.keys(), (file, opened))
+
+    def __enter__(self) -> FileTensors:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def names(self) -> Iterable[str]:
+        """All that there are."""
+        return self._holders.keys()
+
+    def computed(self) -> Iterable[str]:
+        """None: the constructor has made them."""
+        return ()
+
+    def origin(self, name: str) -> str:
+        """The file."""
+        return str(self._holders[name][0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the file's header."""
+        return tuple(self._holders[name][1].get_slice(name).get_shape())
+
+    def read(self, name: str, where: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """Only what is asked for is read from the disk."""
+        file = self._holders[name][1]
+        tensor: torch.Tensor = file.get_tensor(name) if where is None else file.get_slice(name)[where]
+        return tensor
+
+    def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """Numbers that are no floating point stay what they are."""
+        if not stored.is_floating_point:
+            return stored
+        return torch.float32 if self._float32.intersection(name.split(".")) else self._dtype
+
+
+class ModuleTensors:
+    """Parameters and buffers of a module, as they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._name = type(module).__name__
+        self._computed = dict(module.named_buffers()).keys() - module.state_dict().keys()
+        self._tensors = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
+
+    def __enter__(self) -> ModuleTensors:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is open."""
+
+    def names(self) -> Iterable[str]:
+        """All that there are."""
+        return self._tensors.keys()
+
+    def computed(self) -> Iterable[str]:
+        """Those that the module keeps out of checkpoints."""
+        return self._computed
+
+    def origin(self, name: str) -> str:
+        """The class of the module."""
+        return f"the given {self._name}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, where: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """It, or a view of it."""
+        tensor = self._tensors[name].detach()
+        return tensor if where is None else tensor[where]
+
+    def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """Whoever made the module chose it."""
+        return stored

@@ -1,0 +1,1 @@
+"""Results as files: names, pictures, videos, contact sheets, and the settings inside them."""

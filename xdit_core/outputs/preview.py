@@ -1,0 +1,39 @@
+"""Look at the latents while a run is under way, without stalling it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xdit_core.parallel.patch_tensor import PatchTensor
+
+
+class Preview:
+    """A ``callback_on_step_end`` that shows the latents of the step before, on the ranks that have them.
+
+    Under PipeFusion the latents of a step arrive while the next one is computed; those of the step before are there. A
+    callback that reads ``latents`` itself brings them together on all ranks: correct, but everybody waits.
+
+    Args:
+        show: called with the index of a step and its latents ``[B, C, h, w]``, a plain tensor.
+
+    Example::
+
+        engine.generate("rocket", call={"callback_on_step_end": Preview(lambda step, latents: print(step,
+        latents.std()))})
+    """
+
+    def __init__(self, show: Callable[[int, torch.Tensor], None]) -> None:
+        self.show, self._last = show, None
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        """Called by the pipeline after each step."""
+        last: Any = self._last
+        if isinstance(last, PatchTensor):
+            last = last.rows(0, last.bounds[-1]) if last.world.evaluates else None
+        if last is not None and step > 0:
+            self.show(step - 1, last)
+        self._last = values["latents"]
+        return values

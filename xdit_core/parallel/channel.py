@@ -1,0 +1,146 @@
+"""Point-to-point messages between ranks: sends never block, receives are posted ahead, every handle is waited for.
+
+What a message is names it: the call of the denoiser, the patch, and which part of the patch. So it does not matter in
+which order two ranks come to evaluate what they send and receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xdit_core.parallel.rank import Rank
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a message is.
+
+    Args:
+        call: ``Now.call`` of the call of the denoiser that it belongs to, which stands for request, step and branch.
+        patch: of the picture, None for the whole.
+        part: tells apart several messages of one patch: at most the number of blocks plus one.
+    """
+
+    call: int
+    patch: int | None = None
+    part: int = 0
+
+
+class Channel:
+    """Point-to-point messages in one direction; sends never block, every handle is waited for.
+
+    Args:
+        rank: this rank.
+        group: a communicator in which nothing goes the other way.
+        name: for the count of bytes.
+        axis: to which its waits belong, by default that of its name.
+    """
+
+    def __init__(self, rank: Rank, group: dist.ProcessGroup | None, name: str, axis: str = "") -> None:
+        self.rank, self.group, self.name, self.axis = rank, group, name, axis or name
+        self._sends: list[tuple[Any, torch.Tensor]] = []
+        self._older: list[tuple[Any, torch.Tensor]] = []
+        self._receives: set[Receive] = set()
+        # patches and parts that a call may have; a plan is asked for once
+        self._patches, self._parts = rank.plan.patches + 1, rank.plan.facts.blocks + 2
+        self._host = (
+            group is not None and dist.get_backend(group) == "gloo"
+        )  # which sends from the memory of the host only
+        if rank.trace is not None:
+            self.send = self._traced  # type: ignore[method-assign]
+
+    def tag(self, message: Message) -> int:
+        """The number that stands for a message; it is used again only after so many calls that none of the same is
+        under way."""
+        patch = 0 if message.patch is None else message.patch + 1
+        return ((message.call * self._patches + patch) * self._parts + message.part) % 2**31
+
+    def send(self, x: torch.Tensor, to: int, message: Message, what: str = "") -> None:
+        """Send ``x`` to a global rank; it must not be written to any more."""
+        x = x.contiguous().cpu() if self._host else x.contiguous()
+        work = dist.isend(x, to, group=self.group, tag=self.tag(message))
+        self.rank.sent[self.name + what] += x.nbytes
+        self._sends.append((work, x))
+
+    def _traced(self, x: torch.Tensor, to: int, message: Message, what: str = "") -> None:
+        """`send`, seen."""
+        assert self.rank.trace is not None
+        with self.rank.trace.span(
+            f"send {self.name}{what}",
+            "send",
+            self.axis,
+            channel=self.name,
+            peer=to,
+            number=self.tag(message),
+            bytes=x.nbytes,
+        ):
+            type(self).send(self, x, to, message, what)
+
+    def receive(self, like: torch.Tensor, rows: int, dim: int, source: int, message: Message) -> Receive:
+        """Post a receive of a tensor shaped as ``like`` but with ``rows`` along ``dim``."""
+        shape = list(like.shape)
+        shape[dim] = rows
+        tag = self.tag(message)
+        buffer = torch.empty(shape, dtype=like.dtype, device="cpu" if self._host else like.device)
+        work = dist.irecv(buffer, source, group=self.group, tag=tag)
+        receive = Receive(self, work, buffer, like.device, (self.name, source, tag))
+        self._receives.add(receive)
+        return receive
+
+    def done(self, receive: Receive) -> None:
+        """A receive was waited for."""
+        self._receives.discard(receive)
+
+    def turn(self) -> None:
+        """Another call of the denoiser begins: what was sent in the call before the last has arrived, so let go of
+        it."""
+        for work, _ in self._older:
+            work.wait()
+        self._older, self._sends = self._sends, []
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a call of the pipeline: behind one that went through wait for every handle.
+
+        Behind one that failed nothing is waited for, as the other rank may be gone; the handles are kept until the next
+        request, because a send whose handle is dropped before the other rank receives is never delivered.
+        """
+        self.forget()
+        yield
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for whatever is still under way."""
+        self.turn()
+        self.turn()
+        for receive in tuple(self._receives):
+            receive.wait()
+
+    def forget(self) -> None:
+        """Drop all handles."""
+        self._sends, self._older = [], []
+        self._receives.clear()
+
+
+class Receive:
+    """A posted receive; ``message``: channel, source and number."""
+
+    def __init__(
+        self, channel: Channel, work: Any, buffer: torch.Tensor, device: torch.device, message: tuple[str, int, int]
+    ) -> None:
+        self._channel, self._work, self._buffer, self._device, self._message = channel, work, buffer, device, message
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, once it is here."""
+        if self._work is not None:
+            with self._channel.rank.waiting(self._channel.name, self._channel.axis, message=self._message):
+                self._work.wait()
+            self._work, self._buffer = None, self._buffer.to(self._device)
+            self._channel.done(self)
+        return self._buffer

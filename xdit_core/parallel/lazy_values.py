@@ -1,0 +1,71 @@
+"""Cells, the futures that patch tensors are made of, and worlds, which say where their values live."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from xdit_core.parallel.patch_tensor import PatchTensor
+
+
+class Cell:
+    """One future: computed once, when first asked for; then it drops whatever it needed.
+
+    Args:
+        run: called with ``inputs``, cells among them replaced by their values; must not write to them.
+    """
+
+    __slots__ = ("_inputs", "_run", "_value")
+
+    def __init__(self, run: Callable[..., torch.Tensor], *inputs: Any) -> None:
+        self._run: Callable[..., torch.Tensor] | None = run
+        self._inputs = inputs
+        self._value: torch.Tensor | None = None
+
+    def value(self) -> torch.Tensor:
+        """The value, not to be written to. Chains may be of any length: there is no recursion."""
+        if self._run is not None:
+            # Autocast, if it was on, acted when the operation was recorded; that it may be on now has no say.
+            with torch.no_grad(), torch._C._DisableAutocast():
+                stack = [self]
+                while stack:
+                    cell = stack[-1]
+                    waiting = [c for c in cell._inputs if isinstance(c, Cell) and c._run is not None]
+                    if waiting:
+                        stack.extend(reversed(waiting))
+                        continue
+                    if cell._run is not None:
+                        cell._value = cell._run(*[c._value if isinstance(c, Cell) else c for c in cell._inputs])
+                        cell._run, cell._inputs = None, ()
+                    stack.pop()
+        return cast(torch.Tensor, self._value)
+
+
+class PatchWorld:
+    """Where the values of patches live. This one is local: every cell can be computed here.
+
+    Attributes:
+        evaluates: False on ranks that never have values; their patch tensors hold shapes and no cells.
+        materialized: how often each operation forced a patch tensor to materialize.
+    """
+
+    evaluates: bool = True
+
+    def __init__(self) -> None:
+        self.materialized: Counter[str] = Counter()
+
+    def materialize(self, tensor: PatchTensor) -> torch.Tensor:
+        """The whole value of a patch tensor, in memory that nothing else refers to."""
+        return torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patched_dim)
+
+    def report(self, op: str) -> None:
+        """An operation, say ``aten.mean.default``, is about to materialize a patch tensor."""
+        self.materialized[op] += 1
+
+
+class LocalWorld(PatchWorld):
+    """One process, no collectives."""

@@ -1,0 +1,214 @@
+"""What a strategy sees of its rank: the mesh, the work of this moment, the counters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from xdit_core.errors import LockstepError, PluginError
+from xdit_core.parallel.mesh import Mesh
+from xdit_core.parallel.tokens import TokenLayout
+from xdit_core.points.branches import Branch
+from xdit_core.records import ModelSpec
+
+if TYPE_CHECKING:
+    from xdit_core.observe.trace import Trace
+    from xdit_core.plan import Plan
+
+
+Decision = TypeVar("Decision", bool, int, float)
+
+
+def first(values: Sequence[Decision]) -> Decision:
+    """That of the first rank."""
+    return values[0]
+
+
+def ignore(doing: str) -> None:
+    """Tell nobody what the rank is doing."""
+
+
+@dataclass
+class Now:
+    """What this rank is working on at this moment; strategies read it, the owner of a field writes it.
+
+    Args:
+        layout: tokens of the current call of the denoiser (written by the core).
+        row_dim: dim of the latents along which patches are cut (written by the core).
+        cuts: where, ``patches + 1`` rows of the latents (written by the core).
+        patch: the patch in hand, None for the whole picture (written by whoever owns the slot ``patches``).
+        shard: this rank's part of every patch.
+        grid: rows and columns of tokens at the size asked for (written by the core).
+        pictures: how many pictures this call of the pipeline makes (written by the core).
+        call: counts the calls of the denoiser by the pipeline; the patches of one call share it. The same on all ranks
+            that work on one picture, so it names what they send each other.
+        step: steps of the pipeline that are done in this request (written by the core).
+        branch: the condition of this call (written by the core).
+        block: index of the block that runs.
+        segment: indices of all blocks of the list, or lists, that run.
+        frames: latent frames of this call of the denoiser (written by the core).
+        known: the shape of the denoiser's result is known, so that its head need not run for it.
+        skip: blocks that the pipeline asked to leave out in this call.
+        placeholder: the latents given to the denoiser have no values, as the rows come from another rank (written by
+            whoever gives them).
+        shape_only: only the shape of the denoiser's result is wanted; its blocks are left out (written by the core).
+        row_local: layouts and patches for which embedding and head were seen to work on each row alone (written by the
+            core).
+        proving_head: the head is being given rows without values beside those of the patch (written by the core).
+    """
+
+    layout: TokenLayout = field(default_factory=lambda: TokenLayout(1, 1))
+    row_dim: int = -2
+    cuts: tuple[int, ...] = (0, 1)
+    patch: int | None = None
+    shard: int = 0
+    grid: tuple[int, int] = (1, 1)
+    pictures: int = 1
+    call: int = 0
+    step: int = 0
+    branch: Branch = field(default_factory=Branch)
+    block: int = -1
+    segment: range = range(0)
+    frames: int = 1
+    known: bool = False
+    skip: frozenset[int] = frozenset()
+    placeholder: bool = False
+    shape_only: bool = False
+    row_local: set[tuple[TokenLayout, int]] = field(default_factory=set)
+    proving_head: bool = False
+
+
+@dataclass
+class Rank:
+    """One rank of one engine.
+
+    Args:
+        plan: the frozen plan.
+        spec: the model adapter's record.
+        mesh: process groups by axis.
+        device, dtype: where and in what the denoiser runs.
+        now: the work in hand.
+        sent: bytes that this rank sent, by axis name.
+        slow: operations that made every rank wait although a strategy could have gone on, with their number.
+        seconds: wall time of a request that is to be shown apart from encoding, denoising and decoding, by name.
+        doing: told in a few words what the rank is at.
+        pipe: the diffusers pipeline, once it is loaded.
+        trace: what remembers when things happened, if that is wanted.
+    """
+
+    plan: Plan
+    spec: ModelSpec
+    mesh: Mesh
+    device: torch.device
+    dtype: torch.dtype
+    now: Now = field(default_factory=Now)
+    sent: Counter[str] = field(default_factory=Counter)
+    slow: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    doing: Callable[[str], None] = ignore
+    pipe: Any = None
+    trace: Trace | None = None
+    _deciders: tuple[dist.ProcessGroup | None] | None = field(default=None, init=False, repr=False)
+
+    def began(self) -> int:
+        """The moment at which something is begun that will be waited for later, if a trace wants to know."""
+        return 0
+
+    @contextmanager
+    def waiting(
+        self, what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None, began: int = 0
+    ) -> Iterator[None]:
+        """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait.
+
+        Args:
+            what: in words.
+            axis, group: of a collective; for traces, as are the next.
+            message: channel, source and number of a message.
+            began: of what was begun ahead, see `began`.
+        """
+        self.doing(f"waiting for {what}")
+        yield
+        self.doing("")  # back to what it was at
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """Process group along an axis, None where this rank is alone."""
+        return self.mesh.group(axis)
+
+    def index(self, axis: str) -> int:
+        """Coordinate along an axis."""
+        return self.mesh.index(axis)
+
+    def degree(self, axis: str) -> int:
+        """Size of an axis, 1 if there is no such axis."""
+        return self.mesh.degrees.get(axis, 1)
+
+    def agree(self, value: Decision, choose: Callable[[Sequence[Decision]], Decision] = first) -> Decision:
+        """One decision for all ranks that share a picture, where each may have come to another.
+
+        All of them must do the same at the same time, or they wait for each other in vain. So what a strategy decides
+        from the numbers that it sees (a step cache that leaves out the blocks, say) it lets the ranks agree on. Call it
+        on every rank equally often: in a wrap of ``forward``, before the blocks run. Inside the trunk a stage would
+            wait for the one behind it, which waits for its rows.
+        It costs one small exchange, for which the host waits.
+
+        Args:
+            value: of this rank: a bool or a number that a float64 holds exactly.
+            choose: makes one of the values of all ranks, in their order: by default the first, or ``max``, ``min``,
+                ``any``, ``all``.
+
+        Returns:
+            The same on all ranks that share a picture, of the type that ``choose`` makes of values of this type.
+
+        Raises:
+            PluginError: ``value`` is no number, or the ranks asked in different steps.
+            LockstepError: not all of them asked within half of the run's ``timeout``.
+        """
+        if not isinstance(value, (bool, int, float)):
+            raise PluginError(
+                f"rank.agree takes a bool or a number, and was given {value!r:.60}; decide on one of these."
+            )
+        if self._deciders is None:
+            axes = [a.name for a in self.plan.axes if not a.own_outputs]
+            self._deciders = (self.mesh.decision_group(axes),)
+        (group,) = self._deciders
+        if group is None:
+            return choose([value])
+        mine = torch.tensor([value, self.now.step], dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        patience = timedelta(seconds=self.plan.run.patience / 2)
+        with self.waiting("all ranks of a picture to agree", "agree", group):
+            work = dist.all_gather(everyone, mine, group=group, async_op=True)
+            try:
+                work.wait(patience)
+            except RuntimeError as error:
+                if "time" not in str(error).lower():
+                    raise  # a rank has gone
+                raise LockstepError(
+                    f"rank {self.mesh.rank} asked in step {self.now.step + 1} for an agreement that others did not "
+                    f"ask for within "
+                    f"{patience.total_seconds():g} s; call rank.agree on every rank equally often, in a wrap of the "
+                    f"forward."
+                ) from error
+        ranks = dist.get_process_group_ranks(group)
+        steps = {r: int(x[1]) for r, x in zip(ranks, everyone, strict=True)}
+        if len(set(steps.values())) > 1:
+            asked = ", ".join(f"rank {r} in step {s + 1}" for r, s in steps.items())
+            raise PluginError(
+                f"the ranks of a picture asked for an agreement in different steps ({asked}); call rank.agree equally "
+                f"often."
+            )
+        return choose([type(value)(x[0].item()) for x in everyone])
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the blocks that this rank holds."""
+        stage = self.index(self.plan.stages) if self.plan.stages else 0
+        start = sum(self.plan.split[:stage])
+        return range(start, start + self.plan.split[stage])

@@ -1,0 +1,197 @@
+"""What a plan and each request must pass: values, sizes, and settings that the model takes. Without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any
+
+from xdit_core.checkpoints import model_facts
+from xdit_core.errors import UsageError
+from xdit_core.filesystem import read_text, user_path
+from xdit_core.planning.degrees import MOST_RANKS
+from xdit_core.planning.settings import RunSettings, parse_loras
+from xdit_core.records import Declaration, Facts, ModelSpec, Problem, listed
+
+SUBJECTS: Mapping[str, str] = MappingProxyType(
+    {"prompt": "prompt", "class": "class_"}
+)  # what to draw, and its field of RunSettings
+BOUNDS: Mapping[str, tuple[int, int]] = (
+    MappingProxyType(  # far above what makes sense, and below what hangs or breaks something
+        {
+            "steps": (1, 100_000),
+            "images": (1, 100_000),
+            "height": (1, model_facts.MOST_PIXELS),
+            "width": (1, model_facts.MOST_PIXELS),
+            "frames": (1, 100_000),
+            "fps": (1, 1000),
+            "threads": (1, 4096),
+            "nproc": (1, MOST_RANKS),
+            "keep_runs": (0, 1_000_000),
+            "max_sequence_length": (0, 1_000_000),
+        }
+    )
+)
+LONGEST_WAIT = 31_536_000  # seconds
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def prompts_in(text: str) -> tuple[str, ...]:
+    """The prompts of a text, one a line; lines that begin with ``#`` are comments."""
+    return tuple(line for part in text.split("\n") if (line := part.strip()) and not line.startswith("#"))
+
+
+def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> RunSettings:
+    """The model's defaults where nothing was given; the size defaults to the pipeline's own."""
+    side = model_facts.default_size(configs[spec.denoiser], configs)
+    defaults: dict[str, Any] = {"steps": 28, "height": side, "width": side, **spec.defaults}
+    filled = {k: v for k, v in defaults.items() if k != "prompt" and getattr(run, k) is None}
+    prompt = run.prompt
+    if run.prompts is not None:
+        path = user_path(run.prompts, "prompts=")
+        text = read_text(path, f"prompts={run.prompts}", "give a text file")
+        prompt += prompts_in(text)
+        if not prompt:
+            raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")
+    subjects = tuple(getattr(run, SUBJECTS[spec.subject])) if spec.subject != "prompt" else prompt
+    if len(run.seed) > 1 and run.images == 1:
+        filled["images"] = len(run.seed)
+    return dataclasses.replace(run, prompt=subjects or tuple(spec.defaults.get("prompt", ())), **filled)
+
+
+def check_taken(given: RunSettings, spec: ModelSpec) -> list[Problem]:
+    """Settings that were given and that this model's pipeline does not take."""
+    found = []
+    for setting, argument in spec.call.items():
+        if not argument and setting not in ("images", "height", "width") and getattr(given, setting) is not None:
+            found.append(
+                Problem(
+                    f"{setting}={getattr(given, setting)} is nothing that {spec.name} takes", f"leave out {setting}="
+                )
+            )
+    for setting, field in SUBJECTS.items():
+        if setting != spec.subject and (getattr(given, field) or (setting == "prompt" and given.prompts is not None)):
+            example = f"{spec.subject}={spec.defaults.get('prompt', ('...',))[0]}"
+            found.append(Problem(f"{spec.name} draws a {spec.subject}, not a {setting}", f"give for example {example}"))
+    for setting in ("frames", "fps"):
+        if spec.frame_step is None and getattr(given, setting) is not None:
+            found.append(
+                Problem(f"{setting}={getattr(given, setting)}: {spec.name} makes pictures", f"leave out {setting}=")
+            )
+    return found
+
+
+def check_subject(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> list[Problem]:
+    """What is to be drawn must be something that the model knows, if it does not take any text."""
+    found = []
+    for subject in run.prompt if spec.drawn else ():
+        try:
+            spec.drawn(configs, subject, 1)  # type: ignore[misc]
+        except ValueError as error:
+            what, _, fix = str(error).partition("; ")
+            found.append(Problem(what, fix))
+    return found
+
+
+def check_loras(run: RunSettings) -> list[Problem]:
+    """LoRAs must be there, and what reads them."""
+    try:
+        found = parse_loras(run.lora)
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        return [Problem(what, fix)]
+    if found and find_spec("peft") is None:
+        return [Problem("lora= needs the package peft", "pip install peft")]
+    return []
+
+
+def needs_blocks(name: str, declared: Declaration, facts: Facts) -> list[Problem]:
+    """A strategy that works on transformer blocks, where the denoiser has no list of them."""
+    if declared.stages or any(w.point in ("trunk", "attention") for w in declared.wraps):
+        return [
+            Problem(
+                f"{name} divides transformer blocks, and the U-Net of {facts.model} is no list of blocks",
+                f"drop {name}",
+            )
+        ]
+    return []
+
+
+def check_run(run: RunSettings) -> list[Problem]:
+    """Values that no run can have."""
+    found = []
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(run, name)
+        if value is not None and value < least:
+            found.append(Problem(f"{name}={value} is too small", f"give {least} or more"))
+        if value is not None and value > most:
+            found.append(Problem(f"{name}={value} is too large", f"give {most} or less"))
+    if run.output_type not in ("image", "latent"):
+        found.append(Problem(f"output_type={run.output_type} is unknown", "use image or latent"))
+    if run.dtype is not None and run.dtype not in DTYPES:
+        found.append(Problem(f"dtype={run.dtype} is unknown", f"use one of {', '.join(DTYPES)}"))
+    if run.device is not None and run.device not in ("cpu", "cuda"):
+        found.append(Problem(f"device={run.device} is unknown", "use cpu or cuda"))
+    if run.patience > LONGEST_WAIT:
+        found.append(
+            Problem(f"timeout={run.timeout:g} is too large", f"give at most {LONGEST_WAIT} seconds, which is a year")
+        )
+    if run.patience <= 0:
+        found.append(Problem(f"timeout={run.timeout} is too small", "give the seconds to wait, such as 600"))
+    found += check_seeds(run)
+    return found
+
+
+def check_seeds(run: RunSettings) -> list[Problem]:
+    """Seeds are numbers of 64 bits; several are one for each picture."""
+    found = []
+    wrong = [seed for seed in run.seed if not -(2**63) <= seed < 2**64]
+    if wrong:
+        found.append(Problem(f"seed={wrong[0]} does not fit into 64 bits", "give a number from 0 to 2**64 - 1"))
+    if not run.seed:
+        found.append(Problem("seed= names no number", "give one, such as seed=5"))
+    if len(run.seed) > 1 and run.images != len(run.seed):
+        found.append(
+            Problem(f"seed= names {len(run.seed)} seeds for images={run.images}", "leave out images=, or give one seed")
+        )
+    return found
+
+
+def check_size(run: RunSettings, facts: Facts) -> list[Problem]:
+    """Sizes that do not divide into latent patches."""
+    step, found = facts.pixels_per_token, []
+    for name in ("height", "width"):
+        value = getattr(run, name) or 0
+        if value > 0 and value % step:
+            low = value // step * step
+            near = listed([v for v in (low, low + step) if v])
+            found.append(
+                Problem(f"{name}={value} is no multiple of {step}, as {facts.model} needs", f"nearest are {near}")
+            )
+    if facts.video and ((run.frames or 1) - 1) % facts.frame_step:
+        low = ((run.frames or 1) - 1) // facts.frame_step * facts.frame_step + 1
+        near = listed([low, low + facts.frame_step])
+        what = f"frames={run.frames} is no multiple of {facts.frame_step} plus 1, as {facts.model} needs"
+        found.append(Problem(what, f"nearest are {near}"))
+    return found
+
+
+def check_lora_scale(run: RunSettings, call: Mapping[str, Any]) -> list[Problem]:
+    """LoRAs are added to the weights once, so that a call cannot scale them any more.
+
+    Args:
+        call: further arguments of the pipeline's ``__call__``.
+    """
+    found = []
+    for name, value in call.items():
+        scale = value.get("scale") if name.endswith("attention_kwargs") and isinstance(value, Mapping) else None
+        if run.lora and scale is not None and scale != 1:
+            fix = f"write the scale behind the path, lora={run.lora[0].partition(':')[0]}:{scale}"
+            found.append(
+                Problem(
+                    f"call.{name} scales a LoRA by {scale}, and lora= adds it to the weights before the first call", fix
+                )
+            )
+    return found

@@ -1,0 +1,99 @@
+"""What this machine has, found without torch: the launcher must answer before torch could be imported."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def cuda_devices() -> int:
+    """Number of NVIDIA GPUs that a process started here would see; 0 without the driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the first GPU, such as ``(9, 0)``; None without one."""
+    if not cuda_devices():
+        return None
+    driver, major, minor = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.c_int(0)
+    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) != 0:
+            return None
+    return major.value, minor.value
+
+
+def cores(root: Path = Path("/")) -> int:
+    """CPU cores that this process may use: those it is bound to, and no more than its container's limit of CPU time.
+
+    Args:
+        root: of the file system in which the limits are looked for.
+    """
+    try:
+        bound = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        bound = os.cpu_count() or 1
+    limit = cpu_limit(root)
+    return bound if limit is None else max(1, min(bound, math.ceil(limit)))
+
+
+def cpu_limit(root: Path) -> float | None:
+    """Cores' worth of time that the control groups of this process leave it, None without a limit."""
+    groups = root / "sys/fs/cgroup"
+    limits = []
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = groups if not controllers else groups / "cpu"
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):  # the smallest of all groups around it counts
+            if folder.is_relative_to(top):
+                limits.append(limit_of(folder))
+    return min((x for x in limits if x is not None), default=None)
+
+
+def limit_of(folder: Path) -> float | None:
+    """The limit of one control group, of version 2 or 1."""
+    words = read_text(folder / "cpu.max").split() or [
+        read_text(folder / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    ]
+    try:
+        quota, period = (float(word) for word in words[:2])
+    except ValueError:  # "max", or no such files
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def read_text(path: Path) -> str:
+    """A small file's text, "" where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def threads(together: int, environment: Mapping[str, str] | None = None) -> int:
+    """CPU threads of each of several processes: ``OMP_NUM_THREADS`` where the user set it, else an even share of the
+    cores.
+
+    Args:
+        together: processes that share this machine.
+        environment: by default this process's.
+    """
+    given = os.environ if environment is None else environment
+    text = given.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested levels
+    by_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in given  # which sets it where the user did not
+    if text.isdecimal() and int(text) > 0 and not by_torchrun:
+        return int(text)
+    return max(1, cores() // together)

@@ -1,0 +1,91 @@
+"""What a request asks of an engine: the engine's plan with some settings changed, which passes the same checks as any
+plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xdit_core.errors import PlanRefused, UsageError
+from xdit_core.plan import Plan
+from xdit_core.planning.checks import check_lora_scale
+from xdit_core.planning.planner import make_plan
+from xdit_core.records import ModelSpec, Problem, listed
+from xdit_core.registry.registry import Registry
+
+# What may differ from request to request; everything else is decided by the plan.
+PER_REQUEST = frozenset(
+    (
+        "negative",
+        "steps",
+        "guidance",
+        "height",
+        "width",
+        "frames",
+        "images",
+        "seed",
+        "output_type",
+        "max_sequence_length",
+    )
+)
+# What cannot change and is slow to check: the weights are loaded.
+LOADED = ("lora", "scheduler")
+STRUCTURE = ("split", "patches", "stages", "claims", "wraps", "transforms")
+
+
+def plan_of_request(
+    plan: Plan,
+    spec: ModelSpec,
+    registry: Registry,
+    pipeline: str,
+    prompts: Sequence[str | None],
+    changes: Mapping[str, Any],
+) -> Plan:
+    """The plan of a request; with its ``run`` and ``call`` the pipeline is called.
+
+    Args:
+        plan: of the engine.
+        spec: of the model.
+        pipeline: class that is called.
+        prompts: what to draw; ``[None]`` if embeddings say so.
+        changes: any of ``PER_REQUEST``, and ``call``: further arguments of the pipeline's ``__call__`` by name.
+
+    Raises:
+        UsageError: an argument that is unknown or decided by the plan, or of a wrong type.
+        PlanRefused: what this model or these strategies cannot do, or what needs an engine of its own.
+    """
+    unknown = sorted(set(changes) - PER_REQUEST - {"call"})
+    if unknown:
+        raise UsageError(
+            f"generate takes no {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other arguments "
+            f"of the "
+            "pipeline in call={...}; the rest is decided by the plan."
+        )
+    if changes.get("seed") == "random" and plan.world > 1:
+        raise UsageError("seed=random would be another number on every rank; give all of them the same number.")
+    call = changes.get("call") or {}
+    if not isinstance(call, Mapping):
+        raise UsageError(f"call={call} is no mapping; write call={{'name': value}} with arguments of the pipeline.")
+    by_embeddings = call.get("prompt_embeds") is not None
+    if (by_embeddings and any(prompts)) or not (by_embeddings or all(isinstance(prompt, str) for prompt in prompts)):
+        raise UsageError("give either a prompt, or None and call={'prompt_embeds': ...}.")
+    left_out = ("prompt", "prompts", "class", *LOADED)
+    values = {key: value for key, value in plan.values.items() if key not in left_out}
+    values |= {a.setting: a.degree for a in plan.axes if a.setting}
+    values |= {"model.path": plan.folder, "nproc": plan.world, "device": plan.run.device}
+    values |= {spec.subject: [prompt for prompt in prompts if prompt]} if any(prompts) else {}
+    values |= {name: value for name, value in changes.items() if name != "call"}
+    values |= {f"call.{name}": value for name, value in call.items()}
+    asked = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
+    problems = check_lora_scale(plan.run, asked.call)
+    other = [part for part in STRUCTURE if getattr(asked, part) != getattr(plan, part)]
+    if [(a.name, a.degree) for a in asked.axes] != [
+        (a.name, a.degree) for a in plan.axes
+    ]:  # what else is possible may change with the size
+        other.insert(0, "axes")
+    if other:
+        what = f"with these settings the plan would have other {listed(other)} than this engine's"
+        problems.append(Problem(what, "make an Engine of such a plan"))
+    if problems:
+        raise PlanRefused(problems)
+    return asked

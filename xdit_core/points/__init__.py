@@ -1,0 +1,1 @@
+"""The five extension points that strategies wrap: request, forward, trunk, attention, decode."""

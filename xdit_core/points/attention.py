@@ -1,0 +1,294 @@
+"""The attention point: every self- or joint attention of a block goes through the resolved chain, or the run stops.
+
+A torch-function mode, active while the blocks run, catches ``F.scaled_dot_product_attention``: after QK-norm and
+rotary embedding, whatever the model's processor does before. No processor is replaced.
+
+Shapes: ``[B, H, S, D]`` - batch, heads, rows of the sequence, head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from xdit_core.errors import GuardError, UnsupportedCall
+from xdit_core.parallel.rank import Now
+from xdit_core.points.compose import nest
+
+Kernel = Callable[["Attend"], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """One attention call on its way through the chain.
+
+    Args:
+        q, k, v: ``[B, H, S, D]``.
+        kind: ``joint`` (picture and text rows) or ``self`` (picture rows only).
+        block, ordinal: which call this is.
+        options: further arguments of ``scaled_dot_product_attention``.
+        shards: whose rows q has, in order.
+        patches: which patches k and v hold; None stands for the rows of the work in hand.
+        with_lse: the caller needs ``(out, lse [B, H, S])`` instead of ``out``.
+        mask: which keys may be attended to, ``[B or 1, 1, 1, rows of the whole call]`` in the call's own numbering;
+            None for all.
+        key_shards: whose rows k and v have, if not those of q.
+        rows: given shards, the numbers of the rows of k and v in their order; None for those of the work in hand.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kind: str
+    block: int
+    ordinal: int
+    options: dict[str, Any]
+    shards: tuple[int, ...]
+    patches: tuple[int, ...] | None = None
+    with_lse: bool = False
+    mask: torch.Tensor | None = None
+    key_shards: tuple[int, ...] | None = None
+    rows: Callable[[tuple[int, ...]], torch.Tensor] | None = None
+
+    def but(self, **changes: Any) -> Attend:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+def spans_of(now: Now, kind: str, patch: int | None, shard: int | None) -> tuple[tuple[int, int], ...]:
+    """Rows of an attention call of that kind, in its own numbering."""
+    return now.layout.joint(patch, shard) if kind == "joint" else now.layout.picture(patch, shard)
+
+
+def positions(now: Now, kind: str, patch: int | None, shards: Sequence[int]) -> torch.Tensor:
+    """Numbers of the rows of a patch (None: of all) of some shards, in the order in which an exchange brings them:
+    shard after shard."""
+    parts = [torch.arange(a, b) for s in shards for a, b in spans_of(now, kind, patch, s)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def refuse_mask(call: Attend, who: str) -> None:
+    """Masks that are not about keys alone cannot be divided without knowing what they mean.
+
+    Raises:
+        UnsupportedCall: the call has such a mask or is causal.
+    """
+    if call.options.get("attn_mask") is not None or call.options.get("is_causal"):
+        raise UnsupportedCall(
+            f"{who} cannot divide a masked self-attention (block {call.block}); run this model without {who}."
+        )
+
+
+def sdpa(call: Attend) -> Any:
+    """The innermost kernel: torch's own choice, with the log-sum-exp where it is asked for."""
+    if not call.with_lse:
+        return F.scaled_dot_product_attention(call.q, call.k, call.v, **call.options)
+    scale, mask = call.options.get("scale"), call.options.get("attn_mask")
+    if call.q.device.type == "cpu":
+        cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = cpu_flash(call.q, call.k, call.v, 0.0, False, attn_mask=mask, scale=scale)
+    elif mask is None and call.q.dtype in (torch.float16, torch.bfloat16):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(call.q, call.k, call.v, 0.0, False, scale=scale)[
+            :2
+        ]
+    else:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        bias = None if mask is None else mask.expand(-1, call.q.shape[1], -1, -1)
+        out, lse = efficient(call.q, call.k, call.v, bias, True, scale=scale)[:2]
+    return out, lse[:, :, : call.q.shape[2]]  # some kernels pad it
+
+
+class AttentionPoint:
+    """Counts and redirects the attention calls of the blocks.
+
+    Args:
+        now: the work in hand.
+        chain: wraps ``f(inner, call) -> out``, outermost first.
+        kernels: those of them that compute.
+    """
+
+    def __init__(
+        self,
+        now: Now,
+        chain: Sequence[Callable[[Kernel, Attend], Any]],
+        kernels: Sequence[Callable[[Kernel, Attend], Any]] = (),
+    ) -> None:
+        self.now = now
+        wraps = [*chain, self.select_mask, *kernels]
+        self.run: Kernel = nest(wraps, sdpa, checked=False)
+        self._run_checked: Kernel = nest(wraps, sdpa)
+        self._sizes: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
+        self._checked: set[tuple[int, int]] = set()
+        self.active = bool(chain or kernels)
+        self.pattern: tuple[str, ...] = ()
+        self.calls = 0
+
+    def enter_blocks(self, *size: Any) -> None:
+        """The blocks run on rows of some size; each of their calls is checked the first time that it has it."""
+        self._checked = self._sizes.setdefault(size, set())
+
+    def enter_block(self, index: int, pattern: tuple[str, ...]) -> None:
+        """Expect the attention calls of one block."""
+        self.now.block, self.pattern, self.calls = index, pattern, 0
+
+    def leave_block(self) -> None:
+        """Check that all of them came.
+
+        Raises:
+            GuardError: some did not go through the engine.
+        """
+        if self.calls != len(self.pattern):
+            raise GuardError(
+                f"block {self.now.block} made {self.calls} attention calls through the engine where the adapter "
+                f"declares "
+                f"{len(self.pattern)}; the result would be wrong, so the run stops. Correct `attention` in the "
+                f"adapter, "
+                "or use an attention processor that calls scaled_dot_product_attention."
+            )
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """One call of the block that runs."""
+        ordinal = self.calls
+        self.calls += 1
+        if ordinal >= len(self.pattern):
+            self.leave_block()
+        kind = self.pattern[ordinal]
+        if kind == "cross":  # keys and values come from the text, which every rank has
+            return F.scaled_dot_product_attention(q, k, v, **options)
+        mask, layout = options.get("attn_mask"), self.now.layout
+        everything = layout.tokens + (layout.text if kind == "joint" else 0)
+        if mask is not None and mask.dim() == 4 and tuple(mask.shape[1:]) == (1, 1, everything):
+            options = {**options, "attn_mask": None}
+        else:
+            mask = None
+        call = Attend(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,), mask=mask)
+        use = (call.block, ordinal)
+        if use in self._checked:
+            out: torch.Tensor = self.run(call)
+        else:
+            out = self._run_checked(call)
+            self._checked.add(use)
+        return out
+
+    def select_mask(self, inner: Kernel, call: Attend) -> Any:
+        """Give the kernel the mask of the keys that are there."""
+        if call.mask is None:
+            return inner(call)
+        shards = call.shards if call.key_shards is None else call.key_shards
+        index = call.rows(shards) if call.rows else positions(self.now, call.kind, self.now.patch, shards)
+        mask = call.mask.index_select(-1, index.to(call.mask.device))
+        if call.with_lse:  # every key of a part may be masked: its log-sum-exp must stay a number
+            bias = torch.zeros(mask.shape, dtype=call.q.dtype, device=call.q.device)
+            mask = bias.masked_fill(~mask, torch.finfo(bias.dtype).min / 2) if mask.dtype == torch.bool else mask
+            mask = mask.expand(call.q.shape[0], 1, call.q.shape[2], mask.shape[-1])
+        return inner(call.but(options={**call.options, "attn_mask": mask}, mask=None))
+
+
+# Which point a compiled block's op belongs to: compiled code can hold no reference to the engine.
+_point: ContextVar[AttentionPoint] = ContextVar("xdit_attention_point")
+
+
+@torch.library.custom_op("xdit::attention", mutates_args=())
+def attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """The attention chain as one op, opaque to the compiler: it keeps ``fullgraph=True`` whole."""
+    options = {
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+    }
+    return _point.get().attend(q, k, v, options).contiguous()
+
+
+@attention_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def through_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``scaled_dot_product_attention``'s signature onto the op's."""
+    out: torch.Tensor = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return out
+
+
+def straight(point: AttentionPoint, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> torch.Tensor:
+    """``scaled_dot_product_attention``'s signature onto the point; keyword arguments that we do not know pass
+    through."""
+    options.update(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False))
+    return point.attend(query, key, value, options)
+
+
+def reshape_nothing(x: torch.Tensor, *shape: Any) -> torch.Tensor:
+    """``x.reshape(*shape)`` of a tensor without rows (text that belongs to another patch), where torch finds ``-1``
+    ambiguous."""
+    sizes = list(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else list(shape)
+    if -1 in sizes:
+        known = math.prod(n for n in sizes if n > 0)
+        sizes[sizes.index(-1)] = math.prod(n for n in x.shape if n) // known if 0 in sizes else 0
+    return torch.Tensor.reshape(x, sizes)
+
+
+class Redirect(TorchFunctionMode):
+    """Send ``scaled_dot_product_attention`` to a point while active."""
+
+    def __init__(self, point: AttentionPoint) -> None:
+        super().__init__()
+        self.point = point
+        self._token: Any = None
+
+    def __enter__(self) -> Redirect:
+        self._token = _point.set(self.point)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
+        _point.reset(self._token)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            if func is torch.Tensor.reshape and not args[0].numel():
+                return reshape_nothing(*args)
+            if (
+                func is torch.Tensor.unflatten and torch.compiler.is_compiling()
+            ):  # it calls super(), which cannot be compiled
+                return torch.ops.aten.unflatten.int(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            return through_op(*args, **(kwargs or {}))
+        return straight(self.point, *args, **(kwargs or {}))

@@ -1,0 +1,132 @@
+"""Branches: the conditions that the denoiser is called with, told apart over the evaluations and steps of a request.
+
+An *evaluation* is what a pipeline does between two calls of ``scheduler.step``; a step of a second-order scheduler has
+two. Within an evaluation the denoiser may be called several times with different conditions (the prompt, the negative
+prompt, the prompt with some blocks skipped), and what strategies keep from step to step belongs to one of these.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from xdit_core.errors import UnsupportedCall
+
+MOST = 16  # branches of a request; no pipeline has more conditions
+
+
+@dataclass(eq=False)
+class Branch:
+    """One condition over the steps of a request; compared and hashed by identity.
+
+    Args:
+        number: counted from 0, in the order of first use, over all denoisers of the pipeline.
+        age: in how many earlier steps of the request the denoiser was called with it.
+    """
+
+    number: int = 0
+    age: int = 0
+
+
+@dataclass
+class _Entry:
+    branch: Branch
+    key: tuple[Any, ...]
+    condition: list[torch.Tensor]
+    step: int
+    evaluation: int
+
+
+class Branches:
+    """Finds the branch of a call of the denoiser.
+
+    Two calls belong to one branch if they agree in denoiser, skipped blocks, batch and the *values* of the condition,
+    and are not made in the same evaluation: a second call with the same condition (guidance on an image that the
+        latents hold) is another branch.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+        self._evaluation = 0
+
+    def clear(self) -> None:
+        """Forget those of the last request."""
+        self._entries.clear()
+        self._evaluation = 0
+
+    def stepped(self) -> None:
+        """The scheduler made a step; another evaluation begins."""
+        self._evaluation += 1
+
+    def find(self, key: tuple[Any, ...], condition: Any, step: int) -> Branch:
+        """The branch of a call.
+
+        Args:
+            key: what else tells calls apart, compared by value: denoiser, skipped blocks, batch.
+            condition: a tensor, or nested sequences of tensors.
+            step: how many steps of the request are done.
+
+        Raises:
+            UnsupportedCall: there is a new condition at every step, or the pipeline never calls ``scheduler.step``.
+        """
+        tensors = [x for x in tree_leaves(condition) if isinstance(x, torch.Tensor)]
+        for entry in self._entries:
+            if entry.key == key and entry.evaluation != self._evaluation and equal(entry.condition, tensors):
+                entry.condition, entry.evaluation = tensors, self._evaluation
+                entry.branch.age += entry.step != step
+                entry.step = step
+                return entry.branch
+        if len(self._entries) >= MOST:
+            raise UnsupportedCall(
+                f"the pipeline called its {key[0]} with more than {MOST} conditions in one request, so what was kept "
+                f"of earlier "
+                "steps cannot be told apart; pass the same condition at every step, and call scheduler.step once for "
+                "each step."
+            )
+        self._entries.append(_Entry(Branch(len(self._entries)), key, tensors, step, self._evaluation))
+        return self._entries[-1].branch
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """The same values; tensors that are the same object are not read, which on a GPU would make the host wait."""
+    return len(a) == len(b) and all(
+        x is y or (x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@contextmanager
+def watched(
+    scheduler: Any, stepped: Callable[[], None], around: AbstractContextManager[Any] | None = None
+) -> Iterator[None]:
+    """Call ``stepped`` behind every ``scheduler.step`` inside the block.
+
+    Args:
+        around: entered for each step, again and again.
+
+    The class is exchanged and not the method of the instance, so that a copy that the pipeline makes steps on its own
+    state.
+    """
+    original = type(scheduler)
+    if not hasattr(original, "step"):
+        yield
+        return
+
+    @functools.wraps(original.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with around or nullcontext():
+            result = original.step(self, *args, **kwargs)
+        stepped()
+        return result
+
+    scheduler.__class__ = type(original.__name__, (original,), {"step": step, "__module__": original.__module__})
+    try:
+        yield
+    finally:
+        scheduler.__class__ = original

@@ -1,0 +1,295 @@
+"""The forward point: one call of the denoiser, by name of argument, through the wraps of the strategies."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_core.errors import UnsupportedCall, UsageError
+from xdit_core.parallel.rank import Now, Rank
+from xdit_core.parallel.tokens import TokenLayout, length
+from xdit_core.points.branches import Branches
+from xdit_core.points.compose import nest
+from xdit_core.points.trunk import NothingHere
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the denoiser.
+
+    Args:
+        latents: ``[B, C, h, w]``; may be a patch tensor.
+        rest: every other argument given, by name.
+        elsewhere: other ranks compute the result; only its shape is wanted here.
+    """
+
+    latents: torch.Tensor
+    rest: Mapping[str, Any]
+    elsewhere: bool = False
+
+    def but(self, **changes: Any) -> Call:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+Run = Callable[[Call], torch.Tensor]
+
+
+class ForwardPoint:
+    """Replaces ``denoiser.forward``.
+
+    Args:
+        rank: this rank.
+        name: of the denoiser in the pipeline.
+        denoiser: the transformer.
+        chain: wraps ``f(inner, call) -> prediction``, outermost first.
+        branches: of the request, shared by all denoisers.
+        trunk: the blocks are a trunk; without one the denoiser does everything as shipped.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        name: str,
+        denoiser: nn.Module,
+        chain: Sequence[Callable[[Run, Call], torch.Tensor]],
+        branches: Branches,
+        trunk: bool = True,
+    ) -> None:
+        self.rank, self.spec, self.name, self.denoiser = rank, rank.spec, name, denoiser
+        self._original, self._trunk, self._branches = denoiser.forward, trunk, branches
+        parameters = inspect.signature(self._original).parameters
+        self._names = tuple(parameters)
+        config: Any = denoiser.config
+        self._patch_frames, self._patch = self.spec.patch_sizes(config)
+        self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.fixed.items()} if trunk else {}
+        self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
+        self._run: Run = nest(chain, self.base)
+        patterns = self.spec.conditioning if rank.plan.patches > 1 else ()
+        shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in patterns))
+        self._memoized = [Memoized(module) for module in shared]
+        embeddings = self.spec.embeddings if rank.plan.patches > 1 else ()
+        self._embeddings = [PlaceholderEmbedding(denoiser.get_submodule(name), rank.now) for name in embeddings]
+        denoiser.forward = self.forward
+
+    def clear(self) -> None:
+        """Forget what belongs to a request."""
+        self._shapes.clear()
+        for embedding in self._embeddings:
+            embedding.clear()
+
+    def base(self, call: Call) -> torch.Tensor:
+        """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no
+        values."""
+        key, now = (call.latents.shape, call.latents.dtype), self.rank.now
+        if call.elsewhere:
+            if key not in self._shapes:
+                self._shapes[key] = self.shape_of(call)
+            shape, dtype = self._shapes[key]
+            return call.latents.new_empty((), dtype=dtype).expand(shape)
+        now.known = key in self._shapes
+        try:
+            whole = self.original(call.latents, call.rest)
+        except NothingHere:
+            shape, dtype = self._shapes[key]
+            return call.latents.new_empty((), dtype=dtype).expand(shape)
+        self._shapes[key] = (whole.shape, whole.dtype)
+        if self._trunk and now.patch is not None and (now.layout, now.patch) not in now.row_local:
+            self.prove_row_local(whole, now.patch)
+        return whole
+
+    def original(self, latents: torch.Tensor, rest: Mapping[str, Any]) -> torch.Tensor:
+        """The denoiser as shipped, its blocks being a trunk."""
+        for module in self._memoized:
+            module.begin_patch()
+        given: Any = list(latents.unbind(0)) if self.spec.listed else latents
+        out = self._original(**{self.spec.latents: given}, **rest, return_dict=False)[0]
+        whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
+        return whole
+
+    def shape_of(self, call: Call) -> tuple[torch.Size, torch.dtype]:
+        """What a prediction for these latents looks like: embedding and head are run, the blocks are not."""
+        now = self.rank.now
+        now.shape_only = True
+        try:
+            out = self.original(call.latents.new_zeros(call.latents.shape), call.rest)
+        finally:
+            now.shape_only = False
+        return out.shape, out.dtype
+
+    def prove_row_local(self, out: torch.Tensor, patch: int) -> None:
+        """Patches are right only if embedding and head work on each row alone: the rows beside a patch were given no
+        numbers.
+
+        Raises:
+            UnsupportedCall: some of what is not a number came into the patch.
+        """
+        now = self.rank.now
+        if now.proving_head:
+            now.proving_head = False
+            top, bottom = now.cuts[patch : patch + 2]
+            if out.narrow(now.row_dim, top, bottom - top).isnan().any():
+                raise UnsupportedCall(
+                    f"the head of {self.name} mixes rows of the picture, so its patches cannot be computed one by one; "
+                    f"run {self.spec.name} without strategies that cut the picture into patches."
+                )
+        now.row_local.add((now.layout, patch))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline calls; same signature and result as the denoiser's own."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        as_dict = given.pop("return_dict", True)
+        for name, reason in self.spec.refused.items() if self._trunk else ():
+            if given.get(name) is not None:
+                raise UnsupportedCall(f"{self.name}({name}=...) cannot be honoured: {reason}.")
+            given.pop(name, None)
+        for name, (value, default) in self._fixed.items():
+            if given.get(name, default) != default:
+                raise UnsupportedCall(f"{self.name}({name}={given[name]}) cannot be honoured; leave it at {default}.")
+            given[name] = value
+        skipped = given.get(self.spec.skips) if self.spec.skips else None
+        if self._trunk:
+            given.pop(self.spec.skips, None)
+        latents = given.pop(self.spec.latents)
+        if self.spec.listed:
+            latents = torch.stack(list(latents))
+        self.look(latents, given, frozenset(skipped or ()))
+        try:
+            whole = self._run(Call(latents, given))
+        finally:
+            for module in self._memoized:
+                module.clear()
+        out: Any = list(whole.unbind(0)) if self.spec.listed else whole
+        if not as_dict:
+            return (out,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=out)
+
+    def check(self, layout: TokenLayout) -> None:
+        """A request may ask for another size than the plan was checked for.
+
+        Raises:
+            UsageError: too few tokens for the patches and shards of the plan.
+        """
+        fix = "ask for a larger picture, or make a plan with fewer patches or ranks"
+        try:
+            fewest = min(length(layout.picture(m, None)) for m in range(layout.patches))
+        except ValueError as error:
+            raise UsageError(f"{error}; {fix}.") from error
+        if fewest < layout.shards:
+            raise UsageError(f"a patch of {fewest} tokens cannot be shared by {layout.shards} ranks; {fix}.")
+
+    def grid(self, latents: torch.Tensor) -> tuple[int, int, int, int]:
+        """Frames, rows and columns of tokens, and how many rows of the latents make a row of tokens.
+
+        Raises:
+            UnsupportedCall: latents of another kind than the adapter says.
+        """
+        frames = 1 if self.spec.frame_dim is None else latents.shape[self.spec.frame_dim]
+        if latents.dim() == (4 if self.spec.frame_dim is None else 5):
+            size = self._patch
+            return -(-frames // self._patch_frames), latents.shape[-2] // size, latents.shape[-1] // size, size
+        rows, columns = self.rank.now.grid
+        if latents.dim() != 3 or latents.shape[1] != rows * columns:
+            raise UnsupportedCall(
+                f"latents of shape {tuple(latents.shape)} where [B, C, h, w] or [B, {rows} x {columns}, C] is "
+                f"expected; the adapter does not fit."
+            )
+        return 1, rows, columns, columns
+
+    def look(self, latents: torch.Tensor, given: Mapping[str, Any], skip: frozenset[int]) -> None:
+        """Work out the token layout and the branch of this call."""
+        now, plan, spec = self.rank.now, self.rank.plan, self.spec
+        now.frames, rows, columns, unit = self.grid(latents)
+        frames = 1 if spec.stream.frames else now.frames
+        condition = given.get(spec.text_input)
+        words = 0
+        if spec.text_rows:
+            words = spec.text_rows(given)
+        elif spec.stream.text and condition is not None:
+            words = condition.shape[1]
+        layout = TokenLayout(
+            rows=rows,
+            columns=columns,
+            text=words,
+            weight=words,
+            patches=plan.patches,
+            shards=plan.shards,
+            frames=frames,
+            text_first=spec.stream.text_first,
+            tail=spec.tail(frames * rows * columns) if spec.tail else 0,
+            unit=plan.facts.row_unit,
+        )
+        if layout != now.layout:
+            self.check(layout)
+            now.layout, now.cuts = layout, tuple(b * unit for b in layout.bounds)
+        now.branch, now.skip = self._branches.find((self.name, skip, latents.shape[0]), condition, now.step), skip
+        now.call += 1
+
+
+class Memoized:
+    """Computes a submodule once for all patches of a call of the denoiser; its ``forward`` is replaced.
+
+    The denoiser's forward runs once for each patch, in the same way each time: the k-th use of the module in one gives
+    what its k-th use in the first gave. Nothing is remembered from one call to the next, so it does not matter who has
+    written to what.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._original = module.forward
+        self._results: list[Any] = []
+        self._uses = 0
+        module.forward = self.forward
+
+    def clear(self) -> None:
+        """Another call of the denoiser by the pipeline."""
+        self._results.clear()
+        self._uses = 0
+
+    def begin_patch(self) -> None:
+        """Another patch of it."""
+        self._uses = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result, that of the first patch where there is one; while a graph is being compiled nothing is
+        remembered."""
+        if torch.compiler.is_compiling():
+            return self._original(*args, **kwargs)
+        if self._uses == len(self._results):
+            self._results.append(self._original(*args, **kwargs))
+        self._uses += 1
+        return self._results[self._uses - 1]
+
+
+class PlaceholderEmbedding:
+    """Does not embed latents that have no values again, on stages whose rows come from another; ``forward`` is
+    replaced.
+
+    Args:
+        module: embeds the latents, its one argument.
+    """
+
+    def __init__(self, module: nn.Module, now: Now) -> None:
+        self._original, self._now = module.forward, now
+        self._known: tuple[Any, Any] = (None, None)
+        module.forward = self.forward
+
+    def clear(self) -> None:
+        """A request is over."""
+        self._known = (None, None)
+
+    def forward(self, latents: torch.Tensor) -> Any:
+        """The module's result; of a placeholder any that has its shape."""
+        if not self._now.placeholder or torch.compiler.is_compiling():
+            return self._original(latents)
+        key = (latents.shape, latents.dtype)
+        if self._known[0] != key:
+            self._known = (key, self._original(latents))
+        return self._known[1]

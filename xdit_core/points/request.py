@@ -1,0 +1,123 @@
+"""What a request is made of: jobs, each one call of the pipeline, and their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from xdit_core.planning.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some of the pictures of one prompt, made by one call of the pipeline.
+
+    Args:
+        prompt: what to draw.
+        index: which of the request's prompts.
+        numbers: which of its pictures; picture ``i`` has the seed ``RunSettings.seed_of(i)``, whoever draws it.
+    """
+
+    prompt: str
+    index: int
+    numbers: range
+
+
+@dataclass
+class Output:
+    """What one prompt gave.
+
+    Args:
+        index, numbers: as of the job.
+        images: PIL pictures, or for each video the list of its frames; None on ranks that do not own the output.
+        latents: ``[n, C, h, w]`` if latents were asked for, on every rank.
+        seconds: wall time of encode, denoise and decode, and what strategies count apart.
+    """
+
+    prompt: str
+    index: int = 0
+    numbers: range = range(1)
+    images: list[Any] | None = None
+    latents: torch.Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Done = Callable[[Output], None]
+Started = Callable[[Job], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Jobs on their way through the request point.
+
+    Args:
+        jobs: what to draw.
+        run: the shared settings.
+        more: further arguments of the pipeline's ``__call__``.
+        started: told each job when it begins.
+        done: told each output as soon as it is there, on the rank that owns it.
+    """
+
+    jobs: tuple[Job, ...]
+    run: RunSettings
+    more: Mapping[str, Any]
+    started: Started | None = None
+    done: Done | None = None
+
+    def but(self, **changes: Any) -> Request:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+Run = Callable[[Request], list[Output]]
+
+
+def jobs_for(prompts: Sequence[str], images: int, skip: Collection[tuple[int, int]] = ()) -> tuple[Job, ...]:
+    """A job for each prompt; without the pictures to skip, which are (prompt, picture), a job for each run of numbers
+    that is left."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        start = 0
+        for number in range(images + 1):
+            if number == images or (index, number) in skip:
+                if start < number:
+                    found.append(Job(prompt, index, range(start, number)))
+                start = number + 1
+    return tuple(found)
+
+
+def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
+    """The jobs that make pictures ``start`` to ``stop`` of all the pictures, counted through."""
+    found, seen = [], 0
+    for job in jobs:
+        low, high = max(start - seen, 0), min(stop - seen, len(job.numbers))
+        if low < high:
+            found.append(replace(job, numbers=job.numbers[low:high]))
+        seen += len(job.numbers)
+    return tuple(found)
+
+
+def joined(outputs: Iterable[Output], in_turn: bool = False) -> list[Output]:
+    """One output for each prompt, its pictures in order, from outputs that came in parts.
+
+    Args:
+        in_turn: the parts were made one after the other, so that their times add up; else at once, and the longest
+            counts.
+    """
+    result: list[Output] = []
+    for part in sorted(outputs, key=lambda o: (o.index, o.numbers.start)):
+        if not result or result[-1].index != part.index or result[-1].numbers.stop != part.numbers.start:
+            result.append(replace(part))
+            continue
+        whole = result[-1]
+        whole.numbers = range(whole.numbers.start, part.numbers.stop)
+        if whole.images is not None and part.images is not None:
+            whole.images = whole.images + part.images
+        if whole.latents is not None and part.latents is not None:
+            whole.latents = torch.cat((whole.latents, part.latents))
+        pairs = {k: (whole.seconds.get(k, 0.0), part.seconds.get(k, 0.0)) for k in {**whole.seconds, **part.seconds}}
+        whole.seconds = {k: sum(pair) if in_turn else max(pair) for k, pair in pairs.items()}
+    return result

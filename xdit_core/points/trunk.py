@@ -1,0 +1,317 @@
+"""The trunk: the stack of blocks as one module, working on the rows that this rank has in hand.
+
+The denoiser's own ``forward`` goes on doing the embedding, the conditioning and the head, at full shape. Rows are
+selected and put back here, and only here. Shapes: ``[B, n, D]`` - batch, rows, width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from xdit_core.errors import ModelError, UnsupportedCall
+from xdit_core.parallel.rank import Now
+from xdit_core.parallel.tokens import Span, length
+from xdit_core.points.attention import AttentionPoint, Redirect
+from xdit_core.points.compose import nest
+from xdit_core.records import ModelSpec, Stream
+
+if TYPE_CHECKING:
+    from xdit_core.observe.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What flows through the trunk.
+
+    Args:
+        tokens: picture rows ``[B, n, D]``.
+        text: text rows ``[B, t, D]`` (t may be 0), None if the model has no text in its trunk or is done with it.
+        rest: the other arguments of a block.
+        skips: the tokens behind earlier blocks that later ones take again, by the index of the block that gave them.
+    """
+
+    tokens: torch.Tensor
+    text: torch.Tensor | None
+    rest: Mapping[str, Any]
+    skips: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def but(self, **changes: Any) -> Rows:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+Run = Callable[[Rows], Rows | None]
+
+
+class NothingHere(Exception):
+    """Leaves the denoiser's forward behind the trunk: this rank holds nothing for the head to work on."""
+
+
+class Selector:
+    """Takes and puts back rows by spans; index tensors are made once for each set of spans."""
+
+    def __init__(self) -> None:
+        self._indices: dict[tuple[tuple[Span, ...], torch.device], torch.Tensor] = {}
+        self._full: torch.Tensor | None = None
+
+    def index(self, spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
+        """The rows of spans as an int64 tensor."""
+        key = (spans, device)
+        if key not in self._indices:
+            parts = [torch.arange(a, b, device=device) for a, b in spans]
+            self._indices[key] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
+        return self._indices[key]
+
+    def take(self, x: torch.Tensor, spans: tuple[Span, ...], dim: int) -> torch.Tensor:
+        """The rows of ``x`` in spans; a view where they are one range."""
+        if spans == ((0, x.shape[dim]),):
+            return x
+        if len(spans) <= 1:
+            start, stop = spans[0] if spans else (0, 0)
+            return x.narrow(dim, start, stop - start)
+        return x.index_select(dim, self.index(spans, x.device))
+
+    def put(
+        self, like: torch.Tensor, rows: torch.Tensor, spans: tuple[Span, ...], dim: int, fresh: bool = False
+    ) -> torch.Tensor:
+        """A tensor of the shape of ``like`` with ``rows`` at spans; elsewhere is what was put there before, or zeros.
+
+        Args:
+            fresh: write into ``like`` itself.
+        """
+        if spans == ((0, like.shape[dim]),):
+            return rows
+        full = like if fresh else self._full
+        if full is None or (full.shape, full.dtype, full.device) != (like.shape, like.dtype, like.device):
+            full = self._full = torch.zeros_like(like)
+        if len(spans) == 1:
+            full.narrow(dim, spans[0][0], length(spans)).copy_(rows)
+            return full
+        return full.index_copy_(dim, self.index(spans, like.device), rows)
+
+
+class Trunk(nn.Module):
+    """Stands where the denoiser had its block list, or one of several.
+
+    Args:
+        blocks: the blocks that this rank holds, by global index.
+        segment: indices of all blocks that stood there.
+        spec: how they are called.
+        stream: how these are called.
+        now: the work in hand.
+        point: the attention point.
+        chain: wraps ``f(inner, rows) -> rows or None``, outermost first. None means that this rank holds nothing of the
+            result.
+        skips: of all blocks, which take the tokens behind which earlier one.
+        names: of the arguments of a block.
+        later: this rank holds blocks of a later list.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[int, nn.Module],
+        segment: range,
+        spec: ModelSpec,
+        stream: Stream,
+        now: Now,
+        point: AttentionPoint,
+        chain: Sequence[Callable[[Run, Rows], Rows | None]],
+        skips: Mapping[int, int],
+        names: tuple[str, ...],
+        later: bool = False,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({str(i): block for i, block in blocks.items()})
+        self._order: tuple[tuple[int, Callable[..., Any], tuple[str, ...]], ...]
+        self._order = tuple((i, block, spec.attention(block)) for i, block in blocks.items())
+        self.stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
+        self._now, self._point = now, point
+        self.select = Selector()
+        self._redirect = Redirect(point)
+        self._names, self._later = names, later
+        self._run: Run = nest(chain, self.run_blocks)
+
+    def traced(self, trace: Trace) -> None:
+        """See every block."""
+        self._order = tuple((i, trace.call(f"block {i}", "block", block), pattern) for i, block, pattern in self._order)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        stream, layout, now = self.stream, self._now.layout, self._now
+        if now.shape_only:
+            parts = {"tokens": given[stream.tokens], "text": given.get(stream.text)}
+            return parts["tokens"] if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
+        now.segment = self._segment
+        tokens = whole = given.pop(stream.tokens)
+        text = given.pop(stream.text) if stream.text else None
+        if stream.joined:
+            tokens, text = whole[:, : layout.tokens], whole[:, layout.tokens :]
+            if text.shape[1] != layout.text:  # a part of the batch may have shorter texts than the whole
+                layout = now.layout = replace(layout, text=text.shape[1])
+        if tokens.shape[1] != layout.tokens or (text is not None and text.shape[1] != layout.text):
+            raise ModelError(
+                f"the trunk got {tokens.shape[1]} picture rows and {0 if text is None else text.shape[1]} text rows "
+                f"where "
+                f"{layout.tokens} and {layout.text} were expected; the adapter does not describe this checkpoint."
+            )
+        if not self._order:  # this rank has its blocks in other lists
+            if now.known and not self._later:
+                raise NothingHere
+            parts = {"tokens": whole, "text": text}
+            return whole if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
+        picture, words = layout.picture(now.patch, now.shard), layout.words(now.patch, now.shard)
+        self.cut(given, stream.aligned, picture)
+        self.cut(given, stream.words, words)
+        self.cut(given, stream.joint, layout.joint(now.patch, now.shard))
+        if stream.frames:
+            given[stream.frames] = now.frames
+        mine = Rows(
+            self.select.take(tokens, picture, 1),
+            None if text is None else self.select.take(text, words, 1),
+            given,
+        )
+        proving = now.patch is not None and (layout, now.patch) not in now.row_local
+        if proving and not now.placeholder and mine.tokens.isnan().any():
+            raise UnsupportedCall(
+                "the embedding of the latents mixes rows of the picture, so its patches cannot be computed one by "
+                "one; run this model "
+                "without strategies that cut the picture into patches."
+            )
+        out = self._run(mine)
+        if out is None and now.known:
+            raise NothingHere
+        full = tokens
+        if out is not None:
+            now.proving_head = proving and not bool(out.tokens.isnan().any())
+            # what lies beside the patch has no numbers until it is known that the head does not look at it
+            like = torch.full_like(tokens, torch.nan) if now.proving_head else tokens
+            full = self.select.put(like, out.tokens, layout.picture(now.patch, None), 1, fresh=now.proving_head)
+        if stream.joined and text is not None:
+            return torch.cat((full, text), dim=1)
+        answer = [full if name == "tokens" else text for name in stream.returns]
+        return tuple(answer) if len(answer) > 1 else answer[0]
+
+    def cut(self, given: dict[str, Any], names: Mapping[str, int | tuple[int, int]], spans: tuple[Span, ...]) -> None:
+        """Take the rows in spans of some arguments, in place."""
+        for path, where in names.items():
+            name, _, item = path.partition(".")
+            value = given.get(name)
+            if value is None:
+                continue
+            dim, dims = where if isinstance(where, tuple) else (where, None)
+
+            def take(x: torch.Tensor, dim: int = dim, dims: int | None = dims) -> torch.Tensor:
+                return self.select.take(x, spans, dim) if dims is None or x.dim() == dims else x
+
+            if item:
+                given[name] = tuple(take(x) if i == int(item) else x for i, x in enumerate(value))
+            else:
+                given[name] = tree_map_only(torch.Tensor, take, value)
+
+    def run_blocks(self, rows: Rows) -> Rows:
+        """The blocks of this rank, one after the other, on the rows in hand."""
+        stream, point, skip = self.stream, self._point, self._now.skip
+        point.enter_blocks(rows.tokens.shape, None if rows.text is None else rows.text.shape[1], self._now.patch)
+        with self._redirect if point.active else nullcontext():
+            for index, block, pattern in self._order:
+                if index in skip:
+                    continue
+                arguments = {**rows.rest, stream.tokens: rows.tokens}
+                if stream.text:
+                    arguments[stream.text] = rows.text
+                elif stream.joined and rows.text is not None:
+                    arguments[stream.tokens] = torch.cat((rows.tokens, rows.text), dim=1)
+                if index in self._skips:
+                    arguments[stream.skip] = rows.skips[self._skips[index]]
+                point.enter_block(index, pattern)
+                out = block(**arguments)
+                if point.active:
+                    point.leave_block()
+                if stream.joined and rows.text is not None:
+                    n = rows.tokens.shape[1]
+                    rows = rows.but(tokens=out[:, :n], text=out[:, n:])
+                    continue
+                parts = dict(zip(stream.returns, out if isinstance(out, tuple) else (out,), strict=False))
+                rows = rows.but(tokens=parts["tokens"], text=parts.get("text", rows.text))
+                if index in self._wanted:
+                    rows = rows.but(skips={**rows.skips, index: rows.tokens})
+        return rows
+
+
+def replace_blocks(
+    denoiser: nn.Module,
+    spec: ModelSpec,
+    now: Now,
+    point: AttentionPoint,
+    chain: Sequence[Callable[[Run, Rows], Rows | None]],
+) -> list[Trunk]:
+    """Put a trunk where the denoiser has its block lists, one for each stream; placeholders of absent blocks are left
+    out."""
+    trunks: list[Trunk] = []
+    lists = [list(getattr(denoiser, part.attribute)) for part in spec.blocks]
+    everything = [block for blocks in lists for block in blocks]
+    last = max(i for i, block in enumerate(everything) if not isinstance(block, Absent))
+    skips, start = (spec.long_skips(len(everything)) if spec.long_skips else {}), 0
+    for stream, group in groupby(spec.blocks, lambda part: part.stream or spec.stream):
+        parts, begin, held = list(group), start, {}
+        for part in parts:
+            rows = zip(*(getattr(denoiser, name) for name in (part.attribute, *part.beside)), strict=True)
+            for i, blocks in enumerate(rows):
+                if not isinstance(blocks[0], Absent):
+                    held[start + i] = part.make(denoiser, i, *blocks) if part.make else blocks[0]
+            start += len(getattr(denoiser, part.attribute))
+        names = arguments_of(everything[begin])
+        trunk = Trunk(held, range(begin, start), spec, stream, now, point, chain, skips, names, last >= start)
+        for k, part in enumerate(parts):
+            setattr(denoiser, part.attribute, nn.ModuleList([trunk] if k == 0 else []))
+            for name in part.beside:
+                setattr(denoiser, name, nn.ModuleList([nn.Identity()]))  # as many as there are trunks, never called
+        trunks.append(trunk)
+    keep_parts(everything[0], trunks[0], spec.kept)
+    return trunks
+
+
+def arguments_of(block: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a block's forward."""
+    return block.arguments if isinstance(block, Absent) else tuple(inspect.signature(block.forward).parameters)
+
+
+def keep_parts(block: nn.Module, into: nn.Module, names: Sequence[str]) -> None:
+    """Make some submodules of a block reachable under the same names from another module."""
+    for name in names:
+        *parents, last = name.split(".")
+        holder = into
+        for parent in parents:
+            if not hasattr(holder, parent):
+                holder.add_module(parent, nn.Module())
+            holder = getattr(holder, parent)
+        holder.add_module(last, block.get_submodule(name))
+
+
+class Absent(nn.Module):
+    """Stands for a block that another stage holds.
+
+    Attributes:
+        names: of the submodules that the block has.
+        arguments: of its forward.
+    """
+
+    def __init__(self, block: nn.Module, kept: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.names = tuple(name for name, _ in block.named_modules())
+        self.arguments = tuple(inspect.signature(block.forward).parameters)
+        keep_parts(block, self, kept)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Never called."""
+        raise UnsupportedCall("this rank does not hold this block")

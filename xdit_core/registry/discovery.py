@@ -1,0 +1,107 @@
+"""What is installed: entry points of all distributions, each looked at by itself, so that a damaged one harms no other.
+Without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+OWN = "xdit"  # the distribution whose names are its own
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An installed plugin, not loaded."""
+
+    name: str
+    group: str
+    distribution: str
+    version: str
+    entry: metadata.EntryPoint
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The entry points of a group.
+
+    Args:
+        found: by name, each of which is usable; several where distributions other than ours share a name.
+        notices: a line for each that cannot be used, with its distribution and version.
+    """
+
+    found: dict[str, list[Found]]
+    notices: tuple[str, ...]
+
+
+def installed(group: str) -> Installed:
+    """The entry points of a group, by name."""
+    found: dict[str, list[Found]] = {}
+    notices: list[str] = []
+    for distribution in metadata.distributions():
+        name, version = origin(distribution)
+        try:
+            entries = [e for e in distribution.entry_points if e.group == group]
+        except Exception as error:  # whatever a damaged file makes the parser raise
+            if group in (distribution.read_text("entry_points.txt") or ""):
+                notices.append(
+                    f"{name} {version} has an entry_points.txt that cannot be read ({type(error).__name__}: {error})"
+                )
+            continue
+        for entry in entries:
+            item = Found(entry.name, group, name, version, entry)
+            if not NAME.fullmatch(entry.name):
+                notices.append(
+                    f"{entry.name} of {name} {version} cannot be used: a name has lower-case letters, digits and _ "
+                    f"and begins with a letter"
+                )
+            elif not entry.pattern.match(entry.value):
+                notices.append(f"{entry.name} of {name} {version} cannot be used: {entry.value!r} names no module")
+            elif not any((f.distribution, f.entry.value) == (name, entry.value) for f in found.get(entry.name, ())):
+                found.setdefault(entry.name, []).append(item)  # an editable install may list its metadata twice
+    for key, items in found.items():
+        ours = [item for item in items if item.distribution == OWN]
+        if len(items) > 1:
+            others = ", ".join(f"{item.distribution} {item.version}" for item in items if item not in ours)
+            notices.append(
+                f"{key} of {others} is left aside: {OWN} has one of that name"
+                if ours
+                else f"{key} cannot be used: {others} all have one; uninstall all but one of them"
+            )
+            found[key] = ours or items
+    return Installed(dict(sorted(found.items())), tuple(sorted(notices)))
+
+
+def origin(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Name and version; ``?`` for what a damaged distribution does not say."""
+    try:
+        told = distribution.metadata
+        return str(told["Name"] or "?"), str(told["Version"] or "?")
+    except Exception:  # no METADATA, or one that is no text
+        return "?", "?"
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Around code of a plugin: what it prints goes to standard error, and folder and warning filters are as they were
+    afterwards."""
+    try:
+        folder = os.getcwd()
+    except OSError:  # it was deleted
+        folder = ""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if folder and os.getcwd() != folder:
+                    os.chdir(folder)
+
+
+__all__ = ["NAME", "OWN", "Found", "Installed", "contained", "installed", "origin"]

@@ -1,0 +1,179 @@
+"""Whose code failed: errors in plugins and adapters name them with distribution and version. Without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from xdit_core.errors import PluginFailed, XditError
+from xdit_core.records import ModelSpec
+from xdit_core.worker.failure import fault_of_machine
+
+# What the callables of an adapter return, where the core relies on it.
+RESULTS: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
+    {
+        "attention": tuple,
+        "long_skips": Mapping,
+        "frame_step": Integral,
+        "row_unit": Integral,
+        "tail": Integral,
+        "text_rows": Integral,
+        "token_pixels": Integral,
+        "text_tokens": Integral,
+        "check": (list, tuple),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A plugin or an adapter, for messages.
+
+    Args:
+        kind: ``plugin`` or ``adapter``.
+    """
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        given = self.distribution == "(given)"
+        return f"{self.kind} {self.name}" if given else f"{self.kind} {self.name} of {self.distribution} {self.version}"
+
+    def explain(self, error: Exception, what: str) -> Exception:
+        """The error to raise for one that came out of this owner's code.
+
+        Args:
+            what: of the owner's code failed.
+
+        Returns:
+            A ``PluginFailed``; or ``error`` itself, if it is a sentence for the user already, or if the machine or
+            another rank is at fault, which the report of failures tells by the type: then it gets a note.
+        """
+        if isinstance(error, XditError):
+            return error
+        if fault_of_machine(error):
+            error.add_note(f"This happened in {what} of {self}.")
+            return error
+        text = str(error).strip().rstrip(".")
+        return PluginFailed(
+            f"{self} failed in {what}: {type(error).__name__}{f': {text}' if text else ''}{line_of(error)}."
+        )
+
+    def call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, its errors explained."""
+        try:
+            return function(*args)
+        except Exception as error:
+            explained = self.explain(error, what)
+            if explained is error:
+                raise
+            raise explained from error
+
+
+def line_of(error: BaseException) -> str:
+    """Where it was raised, in brackets."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+@dataclass(frozen=True)
+class AdapterCall:
+    """A callable of an adapter: its errors, and results of another kind than the core relies on, name the adapter.
+
+    Args:
+        passes: errors that callers expect of it.
+    """
+
+    function: Callable[..., Any]
+    owner: Owner
+    field: str
+    passes: tuple[type[Exception], ...] = ()
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        try:
+            result = self.function(*args, **kwargs)
+            if inspect.isgenerator(result):
+                result = list(result)
+        except self.passes:
+            raise
+        except Exception as error:
+            explained = self.owner.explain(error, f"its {self.field}")
+            if explained is error:
+                raise
+            raise explained from error
+        wanted = RESULTS.get(self.field, object)
+        if not isinstance(result, wanted):
+            names = " or ".join(k.__name__ for k in (wanted if isinstance(wanted, tuple) else (wanted,)))
+            raise PluginFailed(
+                f"{self.owner} returned {result!r:.60} from its {self.field}, where {names} is expected."
+            )
+        return result
+
+
+def owned_spec(spec: ModelSpec, origin: tuple[str, str]) -> ModelSpec:
+    """The record of an adapter, whose callables name it in their errors.
+
+    Args:
+        origin: distribution and version.
+    """
+    owner = Owner("adapter", spec.name, *origin)
+    default = {f.name: f.default for f in dataclasses.fields(ModelSpec)}
+
+    def owned(field: str, value: Any) -> Any:
+        passes = (ValueError,) if field == "drawn" else ()
+        return value if isinstance(value, AdapterCall) else AdapterCall(value, owner, field, passes)
+
+    changes = {
+        field: owned(field, value)
+        for field in default
+        if callable(value := getattr(spec, field)) and value is not default[field]
+    }
+    blocks = [
+        part if part.make is None else dataclasses.replace(part, make=owned("make", part.make)) for part in spec.blocks
+    ]
+    return dataclasses.replace(spec, blocks=tuple(blocks), **changes)
+
+
+class OwnedRequest(AbstractContextManager[None]):
+    """The context of a strategy around a request (``Built.request``); it cannot swallow the error of a request.
+
+    Args:
+        make: makes it.
+        owner: the plugin.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]], owner: Owner) -> None:
+        self._make, self._owner = make, owner
+
+    def __enter__(self) -> None:
+        def enter() -> AbstractContextManager[None]:
+            context = self._make()
+            context.__enter__()
+            return context
+
+        self._context = self._owner.call("the begin of a request", enter)
+
+    def __exit__(self, *details: Any) -> None:
+        try:
+            self._context.__exit__(*details)
+        except Exception as error:
+            explained = error if error is details[1] else self._owner.explain(error, "the end of a request")
+            if explained is error:
+                raise
+            raise explained from error

@@ -1,0 +1,248 @@
+"""One rank of a run: ``python -m xdit_core.worker plan.json``, under any launcher.
+
+It reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without WORLD_SIZE it is
+alone. The folder of the plan is the run folder; there the rank keeps ``rank{n}.beat`` and, if it fails,
+``rank{n}.error.json``, written before anything is torn down: peers fail soon after, and only the time of writing tells
+the cause from its victims.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from xdit_core.errors import UsageError, XditError
+from xdit_core.filesystem import atomically, read_text
+from xdit_core.outputs import results
+from xdit_core.outputs.existing import FilesThere
+from xdit_core.outputs.names import targets
+from xdit_core.plan import Plan
+from xdit_core.planning import machine
+from xdit_core.planning.planner import same_plan
+from xdit_core.printable import printable
+from xdit_core.worker.failure import error_path, failure
+from xdit_core.worker.heartbeat import WAITING, Beat, beat_path
+from xdit_core.worker.progress import Progress, Tee
+from xdit_core.worker.rendezvous import Place, connect, die_with, everyones
+from xdit_core.worker.restart import with_docstrings
+from xdit_core.worker.writer import Writer
+
+
+def quieten() -> None:
+    """Libraries keep their bars, advertisements and warnings to themselves; must run before they are imported."""
+    for key, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(key, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def device_type(plan: Plan) -> str:
+    """``cuda`` or ``cpu``."""
+    import torch
+
+    return plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fetch_weights(plan: Plan) -> None:
+    """Fetch from the hub what a plan did not need: one that was made by a dry run and started by hand has JSON files
+    only."""
+    from xdit_core.checkpoints import hub
+    from xdit_core.checkpoints.weights import weight_files
+    from xdit_core.planning.settings import ModelSettings, build
+    from xdit_core.registry.registry import Registry
+
+    spec, _ = Registry().model(plan.model)
+    where = build(ModelSettings, "model.", plan.values)
+    if hub.on_hub(spec, where) and not weight_files(Path(plan.folder) / spec.denoiser, "diffusers"):
+        hub.locate(spec, where)
+
+
+def take_device(plan: Plan, place: Place) -> None:
+    """This rank's GPU, or its share of the cores.
+
+    Raises:
+        UsageError: there is no GPU, or not one for each rank.
+    """
+    import torch
+
+    torch.set_num_threads(plan.run.threads or machine.threads(place.local_world))
+    if device_type(plan) != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise UsageError("device=cuda but torch finds no GPU here; use device=cpu, or install torch with CUDA.")
+    if place.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"{place.local_world} processes on {place.address or 'this machine'} but only {torch.cuda.device_count()} "
+            f"GPUs; "
+            "lower the degrees or nproc, or use device=cpu."
+        )
+    torch.cuda.set_device(place.local_rank)
+
+
+def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
+    """Load, draw every prompt, write what this rank owns, leave."""
+    with screens(place) as progress:
+        progress.status("starting")
+        beat.doing("importing torch")
+        take_device(plan, place)
+        import torch.distributed as dist
+
+        fetch_weights(plan)
+        same_plan(plan)
+        files = FilesThere.here(plan) if plan.owns(place.rank) else FilesThere()
+        if place.world > 1:
+            store = connect(place, plan.digest(), device_type(plan), plan.run.patience, beat.doing)
+            files = files.with_others(everyones(store, "files", files.to_json(), place))
+        if place.rank == 0:
+            beat.wrote(len(files.kept))
+            for line in files.lines(plan):
+                progress.say(line)
+        write = draw(plan, progress, beat, folder, files) if files.left(plan) else None
+        if dist.is_initialized():
+            beat.doing(f"{WAITING} for the other ranks to finish")
+            dist.barrier()
+            dist.destroy_process_group()
+        if place.rank == 0:
+            beat.doing("writing the contact sheet")
+            if line := results.write_sheet(plan.run, targets(plan.run, plan.facts.video)):
+                print(printable(line), flush=True)
+        if write is not None:
+            write.check()  # not before the others are done
+        beat.doing("done")
+
+
+def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesThere) -> Writer:
+    """Load the model and draw what is not there."""
+    beat.doing("importing diffusers")
+    import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
+
+    from xdit_core.engine.engine import Engine
+    from xdit_core.observe.recording import recording
+    from xdit_core.observe.trace import tracing
+
+    progress.status(f"loading {plan.model}")
+
+    def doing(text: str) -> None:
+        beat.doing(text)
+        progress.loading(text)
+
+    engine = Engine(plan, progress=progress, doing=doing)
+    write = Writer(plan, engine, progress, beat, folder, files.kept)
+    with recording(engine, folder, write.title, write) as (started, done), tracing(engine, folder):
+        for output in engine.generate_all(plan.run.prompt, done, started, skip=files.skipped(plan)):
+            write.rest(output)
+    engine.close()
+    return write
+
+
+@contextlib.contextmanager
+def screens(place: Place) -> Iterator[Progress]:
+    """The progress line of rank 0, and its prints on the terminal as well as in its log."""
+    if place.rank:
+        yield Progress(None)
+        return
+    if len(place.screen) != 2:
+        yield Progress(sys.stderr)
+        return
+    # left open: closing would complain about a terminal that has gone
+    out, err = (os.fdopen(fd, "w", encoding="utf-8", errors="replace", closefd=False) for fd in place.screen)
+    progress, own = Progress(err, place.columns), sys.stdout
+    sys.stdout = Tee(own, out, before=progress.clear)
+    try:
+        yield progress
+    finally:
+        progress.clear()
+        sys.stdout = own
+
+
+def leave(error: BaseException, place: Place, beat: Beat, folder: Path) -> NoReturn:
+    """Say what happened and end at once: waiting for peers that wait for this rank would hang."""
+    about = failure(error, place.rank, beat.now)
+    with contextlib.suppress(OSError), atomically(error_path(folder, place.rank)) as temporary:
+        temporary.write_text(json.dumps(about, indent=1))
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(
+            by_hand(about, place, folder) if place.parent is None else printable(about["traceback"], keep="\n")
+        )
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(about["exit_code"])
+
+
+def by_hand(about: Mapping[str, Any], place: Place, folder: Path) -> str:
+    """What somebody reads who started this rank without the launcher: a sentence, and where the traceback is if it is
+    needed."""
+    said = printable(" ".join(str(about["message"]).split()))
+    if not about["known"]:
+        said = f"{about['type']}: {said}"
+        path = folder / f"rank{place.rank}.traceback.txt"
+        try:
+            path.write_text(about["traceback"], encoding="utf-8", errors="backslashreplace")
+            said += f"; the traceback is in {printable(str(path))}"
+        except OSError:
+            said += "\n" + printable(about["traceback"], keep="\n").rstrip()
+    if place.world > 1:
+        said = f"rank {place.rank} of {place.world} failed at: {printable(about['doing'])}\n  {said}"
+    return said + "\n"
+
+
+def read_plan(path: Path) -> tuple[Plan, Place]:
+    """The plan in a file, and this process' place in it.
+
+    Raises:
+        XditError: there is no plan, or the environment does not fit it.
+    """
+    fix = "write one with xdit-launch run --dry-run --json"
+    text = read_text(path, f"the plan {path}", fix)
+    try:
+        plan = Plan.from_json(text)
+        world = plan.world
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as a plan ({type(error).__name__}: {error}); {fix}.") from error
+    return plan, Place.of(os.environ, world)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one rank; ends the process with the exit code on a failure."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with_docstrings("xdit_core.worker", words)
+    if len(words) != 1:
+        sys.exit("usage: python -m xdit_core.worker plan.json")
+    path = Path(words[0])
+    try:
+        plan, place = read_plan(path)
+    except XditError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    die_with(place.parent)
+    if place.parent is not None:
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks a hung rank where it is
+    quieten()
+    folder = path.resolve().parent
+    with contextlib.suppress(OSError):
+        error_path(folder, place.rank).unlink(missing_ok=True)
+    beat = Beat(beat_path(folder, place.rank))
+    try:
+        work(plan, place, beat, folder)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except (
+        BaseException
+    ) as error:  # SystemExit too: whoever calls sys.exit in a plugin must not leave the peers waiting
+        leave(error, place, beat, folder)

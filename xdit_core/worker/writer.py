@@ -1,0 +1,110 @@
+"""Writes the results of one rank as they come, so that a later failure loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xdit_core.errors import XditError
+from xdit_core.outputs import results
+from xdit_core.outputs.names import targets
+from xdit_core.printable import printable
+from xdit_core.worker.failure import WRITING
+from xdit_core.worker.heartbeat import Beat
+from xdit_core.worker.progress import Progress
+
+if TYPE_CHECKING:
+    from xdit_core.engine.engine import Engine
+    from xdit_core.plan import Plan
+    from xdit_core.points.request import Job, Output
+
+
+class Writer:
+    """Writes each output as soon as this rank has it.
+
+    Args:
+        run_folder: where a result goes that cannot be written where it should.
+        kept: results that were there before and stay.
+    """
+
+    def __init__(
+        self, plan: Plan, engine: Engine, progress: Progress, beat: Beat, run_folder: Path, kept: Collection[Path] = ()
+    ) -> None:
+        self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
+        self.run_folder = run_folder
+        self.files = targets(plan.run, plan.facts.video)
+        self._settled = set(kept)
+        self._failures: list[tuple[Path, str]] = []
+
+    def title(self, job: Job) -> None:
+        """Another prompt begins."""
+        many = len(self.plan.run.prompt)
+        self.progress.begin(job.prompt if many == 1 else f"{job.index + 1} of {many}: {job.prompt}")
+
+    def __call__(self, output: Output) -> None:
+        """An output, or a part of one: pictures have a file each, latents one for all."""
+        self.progress.end()
+        paths = self.files[output.index]
+        if output.latents is not None and len(output.numbers) < self.plan.run.images:
+            return  # the other pictures of this prompt are on other ranks, see `rest`
+        if output.latents is None:
+            paths = paths[output.numbers.start : output.numbers.stop]
+        self._settled |= set(paths)
+        seconds = {"load": self.engine.load_seconds, **output.seconds}
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in output.seconds.items())
+        shown += f"; loading took {self.engine.load_seconds:.1f} s before"
+        for op, times in self.engine.rank.slow.items():
+            print(f"slow path: {op} needed the whole picture {times} times, and every stage waited", flush=True)
+        for i, path in enumerate(paths):
+            self.beat.doing(f"{WRITING}{path}")
+            if self._write(output, i, path, seconds):
+                print(f"{printable(str(path))}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
+
+    def _write(self, output: Output, i: int, path: Path, seconds: dict[str, float]) -> bool:
+        """One result where it should be, or else elsewhere; whether it is where it should be.
+
+        Raises:
+            XditError: there is no room for it anywhere.
+        """
+        peak = self.progress.peak()
+        try:
+            results.write(output, i, path, self.plan, seconds, peak_bytes=peak)
+        except OSError as error:
+            why = f"{error.filename or path} cannot be written: {error.strerror or error}"
+            try:
+                found = results.write_elsewhere(output, i, path, self.plan, seconds, self.run_folder)
+            except OSError as second:
+                raise XditError(
+                    f"{why}; neither can {second.filename}, and this picture is lost; make room, or choose another "
+                    f"disk with out=."
+                ) from error
+            self._failures.append((path, f"{why}; the result is in {found}"))
+            print(printable(self._failures[-1][1]), flush=True)
+            return False
+        self.beat.wrote(1)
+        return True
+
+    def rest(self, output: Output) -> None:
+        """On rank 0, when all is done: latents of one prompt that came in parts, and a word on what other ranks
+        wrote."""
+        others = set(self.files[output.index]) - self._settled
+        if self.engine.rank.mesh.rank or not others:
+            return
+        if output.latents is not None:
+            self(output)
+        else:
+            for path in sorted(others):
+                print(f"{printable(str(path))}  by another rank", flush=True)
+
+    def check(self) -> None:
+        """All results are where they should be.
+
+        Raises:
+            XditError: says where the others are.
+        """
+        if self._failures:
+            path, why = self._failures[0]
+            self.beat.doing(f"{WRITING}{path}")
+            more = f" ({len(self._failures) - 1} more in the log)" if self._failures[1:] else ""
+            raise XditError(f"{why}{more}; make room, or choose another place with out=.")
