@@ -35,8 +35,8 @@ from xdit_core.records import (
     Built,
     Claim,
     Declaration,
-    Facts,
     Fidelity,
+    ModelFacts,
     ModelSpec,
     Problem,
     Stream,
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
     from xdit_core.parallel.channel import Channel, Message, Receive
     from xdit_core.parallel.mesh import Mesh
     from xdit_core.parallel.patch_tensor import LocalWorld, PatchTensor, PatchWorld, materialized, patchwise
-    from xdit_core.parallel.rank import Now, Rank
-    from xdit_core.points.attention import Attend, positions, refuse_mask, spans_of
+    from xdit_core.parallel.rank import ForwardContext, Rank
+    from xdit_core.points.attention import AttentionCall, positions, refuse_mask, spans_of
     from xdit_core.points.attention import Kernel as AttentionRun
     from xdit_core.points.branches import Branch
-    from xdit_core.points.forward import Call
+    from xdit_core.points.forward import ForwardCall
     from xdit_core.points.forward import Run as ForwardRun
     from xdit_core.points.request import Job, Output, Request, joined, share
     from xdit_core.points.request import Run as RequestRun
@@ -69,17 +69,17 @@ __version__ = "0.1.0"
 
 _WITH_TORCH = {
     "Absent": ("points.trunk", "Absent"),
-    "Attend": ("points.attention", "Attend"),
+    "AttentionCall": ("points.attention", "AttentionCall"),
     "AttentionRun": ("points.attention", "Kernel"),
     "Branch": ("points.branches", "Branch"),
-    "Call": ("points.forward", "Call"),
+    "ForwardCall": ("points.forward", "ForwardCall"),
     "Channel": ("parallel.channel", "Channel"),
     "Engine": ("engine.engine", "Engine"),
     "ForwardRun": ("points.forward", "Run"),
     "LocalWorld": ("parallel.patch_tensor", "LocalWorld"),
     "Mesh": ("parallel.mesh", "Mesh"),
     "Message": ("parallel.channel", "Message"),
-    "Now": ("parallel.rank", "Now"),
+    "ForwardContext": ("parallel.rank", "ForwardContext"),
     "Job": ("points.request", "Job"),
     "Output": ("points.request", "Output"),
     "Request": ("points.request", "Request"),
@@ -113,19 +113,19 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "EXACT",
     "Absent",
-    "Attend",
+    "AttentionCall",
     "AttentionRun",
     "Axis",
     "Blocks",
     "Branch",
     "Built",
-    "Call",
     "Channel",
     "Claim",
     "Declaration",
     "Engine",
-    "Facts",
     "Fidelity",
+    "ForwardCall",
+    "ForwardContext",
     "ForwardRun",
     "GuardError",
     "Job",
@@ -135,8 +135,8 @@ __all__ = [
     "Mesh",
     "Message",
     "ModelError",
+    "ModelFacts",
     "ModelSpec",
-    "Now",
     "Output",
     "PatchTensor",
     "PatchWorld",

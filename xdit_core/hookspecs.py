@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from xdit_core.records import Built, Declaration, Facts, ModelSpec, Problem
+from xdit_core.records import Built, Declaration, ModelFacts, ModelSpec, Problem
 
 if TYPE_CHECKING:
     from xdit_core.parallel.rank import Rank
@@ -55,7 +55,7 @@ def xdit_settings() -> type[Any]:  # type: ignore[empty-body]
 
 
 @hookspec
-def xdit_declare(settings: Any, facts: Facts) -> Declaration:  # type: ignore[empty-body]
+def xdit_declare(settings: Any, facts: ModelFacts) -> Declaration:  # type: ignore[empty-body]
     """What the strategy brings: axes, claims, wraps, transforms of the modules, the split of the blocks.
 
     When: after the settings are parsed and the model's JSON files are read, before degrees are completed.
@@ -82,7 +82,7 @@ def xdit_declare(settings: Any, facts: Facts) -> Declaration:  # type: ignore[em
 
 
 @hookspec
-def xdit_check(settings: Any, facts: Facts, plan: Plan) -> Sequence[Problem]:  # type: ignore[empty-body]
+def xdit_check(settings: Any, facts: ModelFacts, plan: Plan) -> Sequence[Problem]:  # type: ignore[empty-body]
     """Look at the completed plan and list what cannot work.
 
     When: after degrees are completed and wraps are sorted. All problems of all plugins are shown at once.

@@ -18,7 +18,7 @@ from typing import Any
 from xdit_core.checkpoints.fingerprints import checkpoint_fingerprint
 from xdit_core.frozen import Record
 from xdit_core.planning.settings import SIDE_SETTINGS, RunSettings
-from xdit_core.records import FIDELITIES, Axis, Facts
+from xdit_core.records import FIDELITIES, Axis, ModelFacts
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan(Record):
     bound: float
     compared: tuple[str, ...]
     reference: Mapping[str, Any]
-    facts: Facts
+    facts: ModelFacts
     notes: tuple[str, ...] = ()
 
     @property
@@ -108,7 +108,7 @@ class Plan(Record):
         d["wraps"] = {point: tuple((level, name) for level, name in pairs) for point, pairs in d["wraps"].items()}
         d["transforms"] = tuple((phase, name) for phase, name in d["transforms"])
         d["plugins"] = {name: tuple(origin) for name, origin in d["plugins"].items()}
-        d["facts"] = Facts(**{**d["facts"], "loras": tuple(d["facts"]["loras"])})
+        d["facts"] = ModelFacts(**{**d["facts"], "loras": tuple(d["facts"]["loras"])})
         for key in ("model_origin", "split", "compared", "notes"):
             d[key] = tuple(d[key])
         return Plan(**d)

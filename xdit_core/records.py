@@ -369,7 +369,7 @@ class ModelSpec(Record):
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What a plan needs to know of a model, read from its JSON files before anything is loaded.
 
     Args:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import atomically, make_folder, user_path, write_text
 from xdit_core.outputs.metadata import embedded_settings, is_json_of
-from xdit_core.worker.heartbeat import read_beat
+from xdit_core.worker.heartbeat import read_heartbeat
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -219,7 +219,7 @@ def launcher_lives(about: Mapping[str, Any]) -> bool:
 
 def is_fresh(beat: Path) -> bool:
     """A rank that is not done has moved not long ago, by the clock of this machine or by the file's."""
-    pulse = read_beat(beat)
+    pulse = read_heartbeat(beat)
     if pulse is None or pulse.doing == "done":
         return False
     with contextlib.suppress(FileNotFoundError):

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Wrap, hookimpl
+from xdit_core import EXACT, Axis, Built, Claim, Declaration, ModelFacts, Problem, Traffic, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
 
 
 @hookimpl
-def xdit_declare(settings: None, facts: Facts) -> Declaration:
+def xdit_declare(settings: None, facts: ModelFacts) -> Declaration:
     """Always two ranks; it splits the calls of the denoiser."""
     return Declaration(
         axes=(Axis("cfg", 2, Traffic.PER_STEP, why="guidance has two halves"),),
@@ -27,7 +27,7 @@ def xdit_declare(settings: None, facts: Facts) -> Declaration:
 
 
 @hookimpl
-def xdit_check(settings: None, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: None, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """Without guidance there is one half only."""
     if not facts.guided:
         yield Problem(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from xdit_core import Call, Channel, ForwardRun, LocalWorld, Message, PatchTensor, Rank, Receive, UnsupportedCall
+from xdit_core import Channel, ForwardCall, ForwardRun, LocalWorld, Message, PatchTensor, Rank, Receive, UnsupportedCall
 
 
 class Guidance:
@@ -37,7 +37,7 @@ class Guidance:
         with self.here.request(), self.there.request():
             yield
 
-    def __call__(self, inner: ForwardRun, call: Call) -> torch.Tensor:
+    def __call__(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:
         """One call of the denoiser.
 
         Args:
@@ -106,7 +106,7 @@ class Guidance:
         )
         return made
 
-    def half(self, call: Call) -> Call:
+    def half(self, call: ForwardCall) -> ForwardCall:
         """The part of the batch that belongs to this rank, of every argument that has the batch."""
         batch = call.latents.shape[0]
         start, stop = self.index * batch // 2, (self.index + 1) * batch // 2

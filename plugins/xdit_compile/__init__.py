@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Built, Claim, Declaration, Facts, Problem, Transform, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, ModelFacts, Problem, Transform, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -39,7 +39,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """A change of the modules."""
     problems = []
     if settings.scope not in SCOPES:
@@ -59,7 +59,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """The whole transformer can only be compiled where nothing happens between its blocks."""
     inside = sorted({name for point in ("trunk", "attention") for _, name in plan.wraps.get(point, ())})
     if settings.scope == "transformer" and inside:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Fidelity, Problem, Traffic, Transform, Wrap, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, Fidelity, ModelFacts, Problem, Traffic, Transform, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -37,7 +37,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """One axis of patches; a patch at the forward, an exchange of keys and values in the attention."""
 
     def patches(degrees: Mapping[str, int]) -> int:
@@ -76,7 +76,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     )
 
 
-def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
+def problems_of(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
     """What is wrong whatever the degrees will be."""
     if settings.warmup < 0:
         yield Problem(f"distrifusion.warmup={settings.warmup} is negative", "use 0 or more, 1 is usual")
@@ -88,7 +88,7 @@ def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """What depends on the completed degrees."""
     degree = plan.degree("distrifusion")
     if settings.patches is not None and degree not in (1, settings.patches):

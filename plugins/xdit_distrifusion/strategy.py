@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from xdit_core import (
-    Attend,
+    AttentionCall,
     AttentionRun,
     Built,
-    Call,
+    ForwardCall,
     ForwardRun,
     Rank,
     length,
@@ -40,7 +40,7 @@ class Patches:
     def __init__(self, exchange: Exchange, cuts_input: bool) -> None:
         self.exchange, self.now, self.cuts_input = exchange, exchange.now, cuts_input
 
-    def __call__(self, inner: ForwardRun, call: Call) -> torch.Tensor:
+    def __call__(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:
         """One call of the denoiser.
 
         Args:
@@ -81,7 +81,7 @@ class KeysAndValues:
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.now = exchange, exchange.now
 
-    def __call__(self, inner: AttentionRun, call: Attend) -> Any:
+    def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
         """One attention call.
 
         Args:
@@ -105,7 +105,7 @@ class KeysAndValues:
 
         return inner(call.but(k=k, v=v, patches=order, rows=rows))
 
-    def cut(self, kv: torch.Tensor, call: Attend) -> dict[int, torch.Tensor]:
+    def cut(self, kv: torch.Tensor, call: AttentionCall) -> dict[int, torch.Tensor]:
         """Keys and values of the whole picture by patch."""
         here = positions(self.now, call.kind, None, call.shards)
         place = torch.empty(int(here.max()) + 1, dtype=torch.int64)

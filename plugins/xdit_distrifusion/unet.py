@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xdit_core import ModelError, Now
+from xdit_core import ForwardContext, ModelError
 from xdit_distrifusion.exchange import Exchange
 
 
@@ -145,7 +145,7 @@ def halved(side: int, factor: int) -> int:
     return -(-side // factor)
 
 
-def rows_of(now: Now, rows: int) -> list[int]:
+def rows_of(now: ForwardContext, rows: int) -> list[int]:
     """Rows of each patch at the level where the patch in hand, or the whole picture, has ``rows`` rows."""
     lengths = [b - a for a, b in pairwise(now.cuts)]
     here, factor = now.layout.rows if now.patch is None else lengths[now.patch], 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Axis, Built, Declaration, Facts, Traffic, Wrap, hookimpl
+from xdit_core import EXACT, Axis, Built, Declaration, ModelFacts, Traffic, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Rank
@@ -29,7 +29,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """One axis, outside all others; its ranks make different pictures."""
     axis = Axis("dp", settings.degree, Traffic.PER_IMAGE, own_outputs=True, setting="dp.degree")
     return Declaration(axes=(axis,), wraps=(Wrap("request", "split"),), fidelity=EXACT)

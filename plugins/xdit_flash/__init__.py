@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Built, Claim, Declaration, Facts, Problem, Wrap, cuda_capability, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, ModelFacts, Problem, Wrap, cuda_capability, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -53,7 +53,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """Innermost in the attention."""
     unknown = Problem(f"flash.kernel={settings.kernel} is unknown", f"use one of {', '.join(KERNELS)}")
     return Declaration(
@@ -65,7 +65,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """A kernel that the device, the precision or the installation lacks."""
     kernel, name, device = KERNELS[settings.kernel], f"flash.kernel={settings.kernel}", plan.run.device
     works = ", ".join(n for n, k in KERNELS.items() if k.capability is None)

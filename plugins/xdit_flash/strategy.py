@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xdit_core import Attend, AttentionRun, UnsupportedCall
+from xdit_core import AttentionCall, AttentionRun, UnsupportedCall
 
-Wrap = Callable[[AttentionRun, Attend], Any]
+Wrap = Callable[[AttentionRun, AttentionCall], Any]
 aten = torch.ops.aten
 
 
@@ -34,7 +34,9 @@ def kernel_named(name: str) -> Wrap:
     return kernels[name]
 
 
-def torch_kernel(backend: SDPBackend, with_lse: Callable[[Attend], Any], inner: AttentionRun, call: Attend) -> Any:
+def torch_kernel(
+    backend: SDPBackend, with_lse: Callable[[AttentionCall], Any], inner: AttentionRun, call: AttentionCall
+) -> Any:
     """One of torch's backends, and no other.
 
     Raises:
@@ -60,21 +62,21 @@ def torch_kernel(backend: SDPBackend, with_lse: Callable[[Attend], Any], inner: 
         ) from error
 
 
-def flash_lse(call: Attend) -> Any:
+def flash_lse(call: AttentionCall) -> Any:
     """FlashAttention 2 as torch has it, or its kernel for the CPU."""
     if call.q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(call.q, call.k, call.v, scale=call.options.get("scale"))
     return aten._scaled_dot_product_flash_attention(call.q, call.k, call.v, scale=call.options.get("scale"))[:2]
 
 
-def efficient_lse(call: Attend) -> Any:
+def efficient_lse(call: AttentionCall) -> Any:
     """The memory-efficient kernel of xformers."""
     return aten._scaled_dot_product_efficient_attention(
         call.q, call.k, call.v, None, True, scale=call.options.get("scale")
     )[:2]
 
 
-def cudnn_lse(call: Attend) -> Any:
+def cudnn_lse(call: AttentionCall) -> Any:
     """The kernel of cuDNN; it gives the log-sum-exp with a dim more."""
     out, lse = aten._scaled_dot_product_cudnn_attention(
         call.q, call.k, call.v, None, True, scale=call.options.get("scale")
@@ -82,7 +84,7 @@ def cudnn_lse(call: Attend) -> Any:
     return out, lse.reshape(*lse.shape[:2], -1)
 
 
-def math_lse(call: Attend) -> Any:
+def math_lse(call: AttentionCall) -> Any:
     """Written out: scores, log-sum-exp, weights; in float32."""
     scale = call.options.get("scale") or 1 / math.sqrt(call.q.shape[-1])
     scores = (call.q.float() @ call.k.float().transpose(-1, -2)) * scale
@@ -92,7 +94,7 @@ def math_lse(call: Attend) -> Any:
     return ((scores - lse[..., None]).exp() @ call.v.float()).to(call.q.dtype), lse
 
 
-def package_kernel(package: str, inner: AttentionRun, call: Attend) -> Any:
+def package_kernel(package: str, inner: AttentionRun, call: AttentionCall) -> Any:
     """``flash_attn_func`` of version 2 or 3; rows before heads.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Built, Claim, Declaration, Facts, Problem, Transform, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, ModelFacts, Problem, Transform, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -28,7 +28,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """The last change of the modules."""
     unknown = Problem(f"offload.mode={settings.mode} is unknown", f"use one of {', '.join(MODES)}")
     return Declaration(
@@ -40,7 +40,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """There must be a device to come to, and layers that can be moved one by one."""
     if plan.run.device == "cpu":
         yield Problem("offload needs a GPU to bring the weights to, and this plan runs on the CPU", "drop offload")

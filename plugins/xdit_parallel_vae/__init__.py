@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Built, Claim, Declaration, Facts, Fidelity, Problem, Transform, Wrap, hookimpl
+from xdit_core import EXACT, Built, Claim, Declaration, Fidelity, ModelFacts, Problem, Transform, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -38,7 +38,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """No axis of its own: it works on the ranks that other plugins bring."""
     problems = []
     if settings.degree is not None and settings.degree < 1:
@@ -55,7 +55,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """What depends on the ranks there are for one picture."""
     ranks = ranks_of_a_picture(plan)
     if ranks == 1:

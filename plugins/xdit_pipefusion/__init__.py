@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Facts, Fidelity, Problem, Traffic, Wrap, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, Fidelity, ModelFacts, Problem, Traffic, Wrap, hookimpl
 from xdit_core.parallel.tokens import even_bounds
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """One axis of stages; lazy at the forward, a stage of the trunk, a cache in the attention."""
     stages = settings.stages
     if stages is None and settings.layers is not None:
@@ -80,7 +80,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
     )
 
 
-def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
+def problems_of(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
     """What is wrong whatever the degrees will be."""
     if settings.patches is not None and not 1 <= settings.patches <= facts.rows:
         yield Problem(
@@ -105,7 +105,7 @@ def problems_of(settings: Settings, facts: Facts) -> Iterator[Problem]:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """What depends on the completed degrees."""
     if plan.patches > facts.rows:
         yield Problem(

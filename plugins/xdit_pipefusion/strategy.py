@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from xdit_core import (
-    Attend,
+    AttentionCall,
     AttentionRun,
     Branch,
     Built,
-    Call,
     Channel,
+    ForwardCall,
     ForwardRun,
     LazyError,
     Message,
@@ -150,7 +150,7 @@ class PipeFusion:
 
     # forward
 
-    def lazy(self, inner: ForwardRun, call: Call) -> torch.Tensor:
+    def lazy(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:
         """One call of the denoiser: patch after patch, each as soon as its rows are there.
 
         Args:
@@ -169,7 +169,7 @@ class PipeFusion:
         return self.run_patches(inner, call, range(now.layout.patches), now.cuts)
 
     def run_patches(
-        self, inner: ForwardRun, call: Call, patches: Sequence[int | None], bounds: Sequence[int]
+        self, inner: ForwardRun, call: ForwardCall, patches: Sequence[int | None], bounds: Sequence[int]
     ) -> torch.Tensor:
         """The patches of one step through this stage."""
         cells: list[Any] = []
@@ -298,7 +298,7 @@ class PipeFusion:
 
     # attention
 
-    def cached(self, inner: AttentionRun, call: Attend) -> Any:
+    def cached(self, inner: AttentionRun, call: AttentionCall) -> Any:
         """Attend to the rows of all patches: fresh ones of this step, those of the step before where there are none
         yet.
 
@@ -327,7 +327,7 @@ class PipeFusion:
             return positions(self.now, kind, None, shards).sort().values
         return torch.cat([positions(self.now, kind, m, shards) for m in valid])
 
-    def kept(self, call: Attend) -> Kept:
+    def kept(self, call: AttentionCall) -> Kept:
         """The buffers of this call, made on first use."""
         buffers, key = self.buffers.setdefault(self.now.branch, {}), (call.block, call.ordinal)
         if key not in buffers:
@@ -336,7 +336,7 @@ class PipeFusion:
             buffers[key] = Kept(call.k.new_empty(b, h, total, d), call.v.new_empty(b, h, total, call.v.shape[-1]))
         return buffers[key]
 
-    def write(self, kept: Kept, call: Attend) -> None:
+    def write(self, kept: Kept, call: AttentionCall) -> None:
         """Put the rows of the call where they belong."""
         place = self.place(call.kind, self.now.patch, call.shards, call.k.device)
         for buffer, rows in ((kept.k, call.k), (kept.v, call.v)):
@@ -346,7 +346,7 @@ class PipeFusion:
                 buffer.index_copy_(2, place, rows)
         kept.valid |= set(range(self.now.layout.patches)) if self.now.patch is None else {self.now.patch}
 
-    def only(self, buffer: torch.Tensor, valid: set[int], call: Attend) -> torch.Tensor:
+    def only(self, buffer: torch.Tensor, valid: set[int], call: AttentionCall) -> torch.Tensor:
         """The rows of the patches that have been written."""
         device = buffer.device
         places = [as_index(self.place(call.kind, m, call.shards, device), device) for m in sorted(valid)]

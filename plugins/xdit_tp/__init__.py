@@ -11,7 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Axis, Built, Claim, Declaration, Facts, Problem, Traffic, Transform, divisors, hookimpl
+from xdit_core import (
+    EXACT,
+    Axis,
+    Built,
+    Claim,
+    Declaration,
+    ModelFacts,
+    Problem,
+    Traffic,
+    Transform,
+    divisors,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -31,7 +43,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """One axis that divides the heads; a change of the modules before their values are read."""
     axis = Axis(
         "tp",
@@ -51,7 +63,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """Somebody must say which matrices go together."""
     if not facts.matrices and plan.degree("tp") > 1:
         yield Problem(

@@ -16,7 +16,7 @@ from xdit_core import (
     Built,
     Claim,
     Declaration,
-    Facts,
+    ModelFacts,
     Problem,
     TokenLayout,
     Traffic,
@@ -47,7 +47,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """Two axes that divide the tokens; Ulysses outside, Ring next to the kernel."""
     return Declaration(
         axes=(
@@ -77,7 +77,7 @@ def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
 
 
 @hookimpl
-def xdit_check(settings: Settings, facts: Facts, plan: Plan) -> Iterator[Problem]:
+def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """Every rank needs at least one token of every patch."""
     layout = TokenLayout(facts.rows, facts.columns, facts.text_tokens, min(plan.patches, facts.rows))
     smallest = min(length(layout.picture(m, None)) for m in range(layout.patches))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from yunchang.comm.all_to_all import SeqAllToAll4D
 from yunchang.ring.utils import RingComm, update_out_and_lse
 
-from xdit_core import Attend, AttentionRun, Built, Rank, Rows, Selector, TrunkRun, length, refuse_mask, spans_of
+from xdit_core import AttentionCall, AttentionRun, Built, Rank, Rows, Selector, TrunkRun, length, refuse_mask, spans_of
 
 
 def build(rank: Rank) -> Built:
@@ -32,7 +32,7 @@ class Ulysses:
         self.rank, self.now = rank, rank.now
         self.group, self.degree, self.index = rank.group("ulysses"), rank.degree("ulysses"), rank.index("ulysses")
 
-    def __call__(self, inner: AttentionRun, call: Attend) -> Any:
+    def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
         """Exchange, attend, exchange back.
 
         Args:
@@ -103,7 +103,7 @@ class Ring:
         self.rank, self.now = rank, rank.now
         self.group, self.degree, self.index = rank.group("ring"), rank.degree("ring"), rank.index("ring")
 
-    def __call__(self, inner: AttentionRun, call: Attend) -> Any:
+    def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
         """Attend to the keys and values of all ranks of the ring.
 
         Args:
@@ -137,7 +137,7 @@ class Ring:
             raise RuntimeError("empty ring")
         return out.to(call.q.dtype).transpose(1, 2)
 
-    def held(self, call: Attend, shards: range) -> int:
+    def held(self, call: AttentionCall, shards: range) -> int:
         """Rows of keys that the ring rank with these shards holds."""
         patches = (self.now.patch,) if call.patches is None else call.patches
         return sum(length(spans_of(self.now, call.kind, p, s)) for p in patches for s in shards)

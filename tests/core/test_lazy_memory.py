@@ -15,8 +15,8 @@ import torch
 from lazies import CUTS, MODES, B, C, H, W, base, lazy, same, y
 
 from xdit_core.parallel.patch_tensor import (
-    Cell,
     LazyError,
+    LazyValue,
     LocalWorld,
     PatchTensor,
     PatchWorld,
@@ -189,10 +189,10 @@ def test_evaluated_chains_keep_nothing() -> None:
 
 
 def test_cells_drop_their_inputs() -> None:
-    operand, first = base(), Cell(lambda: base())
+    operand, first = base(), LazyValue(lambda: base())
     value = weakref.ref(operand)
-    second = Cell(torch.add, first, operand)
-    third = Cell(torch.mul, second, 2)
+    second = LazyValue(torch.add, first, operand)
+    third = LazyValue(torch.mul, second, 2)
     del operand
     assert value() is not None
     assert torch.equal(third.value(), base() * 2 * 2)

@@ -265,11 +265,11 @@ def test_the_code_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_how_long_a_run_may_stand_still() -> None:
-    from xdit_core.worker.heartbeat import Pulse
-    from xdit_launcher.node.root_cause import Seen
+    from xdit_core.worker.heartbeat import Heartbeat
+    from xdit_launcher.node.root_cause import RankStatus
 
-    def at(*doing: str) -> dict[int, Seen]:
-        return {i: Seen("a", pulse=Pulse(1, 0.0, words)) for i, words in enumerate(doing)}
+    def at(*doing: str) -> dict[int, RankStatus]:
+        return {i: RankStatus("a", pulse=Heartbeat(1, 0.0, words)) for i, words in enumerate(doing)}
 
     pace = Pace(None)
     assert pace.limit == STUCK

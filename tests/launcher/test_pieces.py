@@ -17,12 +17,12 @@ from xdit_core.filesystem import atomically
 from xdit_core.outputs.names import slug, targets
 from xdit_core.planning.settings import RunSettings
 from xdit_core.worker.failure import error_path, failure
-from xdit_core.worker.heartbeat import SIZE, Beat, beat_path, read_beat
+from xdit_core.worker.heartbeat import SIZE, HeartbeatWriter, heartbeat_path, read_heartbeat
 from xdit_core.worker.progress import Progress, Tee
-from xdit_core.worker.rendezvous import Place, compare, not_started
+from xdit_core.worker.rendezvous import RankEnv, compare, not_started
 from xdit_launcher.arguments import is_setting, values_of
 from xdit_launcher.node import root_cause
-from xdit_launcher.node.root_cause import Blame, Seen, lines
+from xdit_launcher.node.root_cause import RankStatus, RootCause, lines
 
 
 def names(**settings: object) -> list[list[str]]:
@@ -30,19 +30,19 @@ def names(**settings: object) -> list[list[str]]:
 
 
 def test_beat(tmp_path: Path) -> None:
-    path = beat_path(tmp_path, 3)
-    assert read_beat(path) is None
-    beat = Beat(path)
+    path = heartbeat_path(tmp_path, 3)
+    assert read_heartbeat(path) is None
+    beat = HeartbeatWriter(path)
     beat.doing("step 2 of 9")
     beat.doing("waiting for the ring")
     beat.doing("waiting for the gather")
-    pulse = read_beat(path)
+    pulse = read_heartbeat(path)
     assert pulse is not None and pulse.waiting and pulse.count == 4
     assert pulse.doing == "waiting for the gather (step 2 of 9)"
     assert 0 <= time.monotonic() - pulse.at < 5
     beat.doing("ü" * SIZE)
-    assert (read_beat(path) or pulse).doing.startswith("üüü") and path.stat().st_size == SIZE
-    Beat(tmp_path / "no" / "folder").doing("nothing to write to")
+    assert (read_heartbeat(path) or pulse).doing.startswith("üüü") and path.stat().st_size == SIZE
+    HeartbeatWriter(tmp_path / "no" / "folder").doing("nothing to write to")
 
 
 def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,10 +113,12 @@ def fail(folder: Path, rank: int, error: BaseException, doing: str = "step 1 of 
         error_path(folder, rank).write_text(json.dumps(failure(e, rank, doing)))
 
 
-def blame(folder: Path, codes: list[int | None], stuck_for: float | None = None) -> Blame:
+def blame(folder: Path, codes: list[int | None], stuck_for: float | None = None) -> RootCause:
     """As of ranks whose files are in a folder."""
     seen = {
-        rank: Seen("here", code, read_beat(beat_path(folder, rank)), root_cause.read_error(folder, rank), log="x.log")
+        rank: RankStatus(
+            "here", code, read_heartbeat(heartbeat_path(folder, rank)), root_cause.read_error(folder, rank), log="x.log"
+        )
         for rank, code in enumerate(codes)
     }
     return root_cause.blame(seen, stuck_for)
@@ -141,13 +143,13 @@ def test_signals_before_lost_peers(tmp_path: Path) -> None:
 
 def test_an_exit_without_a_word(tmp_path: Path) -> None:
     fail(tmp_path, 0, LOST)
-    assert blame(tmp_path, [1, 7]) == Blame(
+    assert blame(tmp_path, [1, 7]) == RootCause(
         1, "here", "starting", "it ended with exit code 7 and left no error", 7, "x.log"
     )
 
 
 def test_a_lost_host() -> None:
-    seen = {rank: Seen("ab"[rank // 2], lost="no word from it." if rank > 1 else "") for rank in range(4)}
+    seen = {rank: RankStatus("ab"[rank // 2], lost="no word from it." if rank > 1 else "") for rank in range(4)}
     found = root_cause.blame(seen)
     assert (found.rank, found.host, found.code) == (2, "b", 1)
     assert found.sentence == "ranks 2 to 3 were lost with their host: no word from it."
@@ -156,14 +158,14 @@ def test_a_lost_host() -> None:
 def test_only_lost_peers(tmp_path: Path) -> None:
     """Two ranks waited too long for the third, which still runs."""
     for rank in range(3):
-        Beat(beat_path(tmp_path, rank)).doing("step 2 of 4" if rank == 2 else "waiting for the ring")
+        HeartbeatWriter(heartbeat_path(tmp_path, rank)).doing("step 2 of 4" if rank == 2 else "waiting for the ring")
     fail(tmp_path, 0, RuntimeError("Timed out waiting 1000ms for recv operation to complete"))
     assert blame(tmp_path, [1, None, None]).rank == 2
 
 
 def test_a_hang_of_all(tmp_path: Path) -> None:
     for rank, count in enumerate((5, 3, 4)):
-        beat = Beat(beat_path(tmp_path, rank))
+        beat = HeartbeatWriter(heartbeat_path(tmp_path, rank))
         for _ in range(count):
             beat.doing("waiting for the ring")
     found = blame(tmp_path, [None, None, None], stuck_for=30)
@@ -207,8 +209,8 @@ def test_ranks_with_another_plan_are_named() -> None:
     said: list[str] = []
     shelf = Shelf({"digest/0": b"x", "digest/2": b"y"})
     with pytest.raises(XditError, match="ranks 1 and 2 of 3 got another plan than rank 0; copy one plan"):
-        compare(shelf, "z", Place(rank=1, world=3), timedelta(0), said.append)
-    compare(Shelf({"digest/0": b"x"}), "x", Place(rank=1, world=2), timedelta(0), said.append)
+        compare(shelf, "z", RankEnv(rank=1, world=3), timedelta(0), said.append)
+    compare(Shelf({"digest/0": b"x"}), "x", RankEnv(rank=1, world=2), timedelta(0), said.append)
     assert not said
 
     class Empty(Shelf):
@@ -221,7 +223,7 @@ def test_ranks_with_another_plan_are_named() -> None:
             return keys[0] in self
 
     with pytest.raises(XditError, match="ranks 0 and 2 of 3 did not come within 0 s; start all nodes"):
-        compare(Empty(), "x", Place(rank=1, world=3), timedelta(0), said.append)
+        compare(Empty(), "x", RankEnv(rank=1, world=3), timedelta(0), said.append)
     assert [not_started(text) for text in said] == [(0, 2)] and not_started("waiting for the ring") == ()
 
 
@@ -250,14 +252,14 @@ def test_ranks_with_another_plan_are_named() -> None:
 )
 def test_a_wrong_environment(env: dict[str, str], part: str) -> None:
     with pytest.raises(UsageError, match=part):
-        Place.of(env, 2)
+        RankEnv.of(env, 2)
 
 
 def test_one_rank_of_a_world_of_one() -> None:
-    assert Place.of({}, 1) == Place.of({"RANK": "0"}, 1) == Place()
+    assert RankEnv.of({}, 1) == RankEnv.of({"RANK": "0"}, 1) == RankEnv()
     for env in ({"RANK": "5"}, {"RANK": "5", "WORLD_SIZE": "1"}):
         with pytest.raises(UsageError, match="RANK=5 is none of the 1"):
-            Place.of(env, 1)
+            RankEnv.of(env, 1)
 
 
 def test_progress_in_a_log_and_on_a_terminal() -> None:

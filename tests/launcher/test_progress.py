@@ -25,9 +25,9 @@ from xdit_core.planning.planner import make_plan
 from xdit_core.planning.settings import parse_words
 from xdit_core.points.request import Output, joined
 from xdit_core.printable import columns
-from xdit_core.worker.heartbeat import Beat
+from xdit_core.worker.heartbeat import HeartbeatWriter
 from xdit_core.worker.progress import Progress, duration
-from xdit_core.worker.rendezvous import COLUMNS_VARIABLE, Place
+from xdit_core.worker.rendezvous import COLUMNS_VARIABLE, RankEnv
 from xdit_core.worker.writer import Writer
 from xdit_launcher.cluster import fleet
 
@@ -86,7 +86,7 @@ def test_a_bar_over_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stderr", terminal)
         env = fleet.terminal()
         assert env == {COLUMNS_VARIABLE: "50"}
-        place = Place.of({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1", **env}, 1)
+        place = RankEnv.of({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1", **env}, 1)
         read, write = os.pipe()
         with os.fdopen(write, "w") as screen:
             progress = Progress(screen, place.columns)
@@ -164,7 +164,7 @@ def test_the_printed_times_add_up(
     plan = make_plan([], parse_words([*tiny, "prompt=a fox"]))
     rank = SimpleNamespace(slow={}, mesh=SimpleNamespace(rank=0))
     engine: Any = SimpleNamespace(load_seconds=7.0, rank=rank)
-    writer = Writer(plan, engine, Progress(None), Beat(None), tmp_path)
+    writer = Writer(plan, engine, Progress(None), HeartbeatWriter(None), tmp_path)
     times = {"encode": 1.0, "denoise": 2.0, "decode": 0.5}
     writer(Output("a fox", images=[Image.new("RGB", (32, 32))], seconds=times))
     assert (

@@ -26,7 +26,7 @@ from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
 from xdit_core.planning.settings import RunSettings, parse_words
 from xdit_core.points.request import Job, Output, jobs_for, joined
-from xdit_core.worker.heartbeat import Beat, beat_path, read_beat
+from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path, read_heartbeat
 from xdit_core.worker.writer import Writer
 
 
@@ -231,7 +231,7 @@ def test_what_was_drawn_is_never_lost(
     run_folder.mkdir()
     spare.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(spare))
-    beat = Beat(beat_path(run_folder, 0))
+    beat = HeartbeatWriter(heartbeat_path(run_folder, 0))
     writer = Writer(plan, Idle(), Progress(None), beat, run_folder)  # type: ignore[arg-type]
     Path("o").write_text("a file in the way")
     writer(picture("a", 0))
@@ -242,7 +242,7 @@ def test_what_was_drawn_is_never_lost(
         f"o/a-0.png cannot be written: File exists; the result is in {run_folder / 'a-0.png'}\n"
         in capsys.readouterr().out
     )
-    assert read_beat(beat_path(run_folder, 0)).written == 1  # type: ignore[union-attr]
+    assert read_heartbeat(heartbeat_path(run_folder, 0)).written == 1  # type: ignore[union-attr]
     with pytest.raises(XditError, match=r"o/a-0\.png cannot be written: .* in .*run/a-0\.png; make room"):
         writer.check()
     full = Writer(plan, Idle(), Progress(None), beat, tmp_path / "gone" / "deep")  # type: ignore[arg-type]

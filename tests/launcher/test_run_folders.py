@@ -22,7 +22,7 @@ from xdit_core.outputs import results
 from xdit_core.planning.planner import make_plan
 from xdit_core.planning.settings import parse_words
 from xdit_core.points.request import Output
-from xdit_core.worker.heartbeat import Beat, beat_path
+from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path
 from xdit_launcher.run_folders import COMMAND, may_run, note_end, queued, read_command, remove_old, run_folder
 
 
@@ -39,7 +39,7 @@ def old_run(parent: Path, n: int, **about: Any) -> Path:
     (folder / COMMAND).write_text(json.dumps({**told, "ended": "2020-01-01T00:01:00+00:00", **about}))
     for name in ("plan.json", "rank0.log", "rank0.error.json", "trace.json", "summary.txt", "timeline.png"):
         (folder / name).write_text("{}")
-    Beat(beat_path(folder, 0)).doing("step 2 of 3")
+    HeartbeatWriter(heartbeat_path(folder, 0)).doing("step 2 of 3")
     return folder
 
 
@@ -104,11 +104,11 @@ def test_verify_leaves_results_that_are_its_own(tmp_path: Path, tiny: tuple[str,
 
 def test_a_run_that_goes_on_stays(tmp_path: Path) -> None:
     folder = old_run(tmp_path, 1)
-    os.utime(beat_path(folder, 0), (0, 0))
+    os.utime(heartbeat_path(folder, 0), (0, 0))
     assert not may_run(folder)
     rewrite(folder, ended=None)
     assert may_run(folder)  # its rank has just moved
-    Beat(beat_path(folder, 0)).doing("done")
+    HeartbeatWriter(heartbeat_path(folder, 0)).doing("done")
     assert not may_run(folder)
     rewrite(folder, host="another")  # whose processes are not to be seen from here
     assert may_run(folder)
@@ -126,7 +126,7 @@ def test_a_folder_that_does_not_say_whose_it_is(tmp_path: Path) -> None:
     """As on another host, or of an earlier version: deleted after a day."""
     folder = old_run(tmp_path, 1)
     (folder / COMMAND).unlink()
-    Beat(beat_path(folder, 0)).doing("done")
+    HeartbeatWriter(heartbeat_path(folder, 0)).doing("done")
     assert may_run(folder)
     for path in (*folder.iterdir(), folder):
         os.utime(path, (time.time() - 90000,) * 2)

@@ -20,7 +20,7 @@ from xdit_core.printable import columns, cut, printable
 from xdit_core.records import Problem
 from xdit_core.worker.progress import Progress
 from xdit_launcher.node import root_cause
-from xdit_launcher.node.root_cause import Blame
+from xdit_launcher.node.root_cause import RootCause
 from xdit_launcher.node.watching import say as shout
 
 Say = Callable[..., Result]
@@ -59,7 +59,7 @@ def test_nothing_of_a_prompt_moves_the_cursor(
     progress(2, 2)
     for line in terminal.getvalue().split("\r\x1b[K"):
         assert printable(line) == line and sum(map(columns, line)) < 40
-    found = Blame(0, FORGED, FORGED, FORGED, 1, FORGED)
+    found = RootCause(0, FORGED, FORGED, FORGED, 1, FORGED)
     assert len(root_cause.lines(found, 1)) == 3 and all(printable(line) == line for line in root_cause.lines(found, 1))
     shout(FORGED)
     assert capsys.readouterr().err == "x\\x1b[2J\\r\nrank 0 of 2 on host failed at: nothing\n"

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from xdit_core.worker.heartbeat import Pulse
+from xdit_core.worker.heartbeat import Heartbeat
 from xdit_core.worker.rendezvous import waiting_to_start
 from xdit_launcher.backends.local import Node, command_for
 from xdit_launcher.cluster import host_facts, pipe
 from xdit_launcher.cluster.fleet import Fleet, Host, check
 from xdit_launcher.cluster.pipe import Pipe
 from xdit_launcher.node.agent import MARK
-from xdit_launcher.node.root_cause import Seen
+from xdit_launcher.node.root_cause import RankStatus
 from xdit_launcher.node.watching import watch
 
 Launch = Callable[..., Any]
@@ -109,7 +109,7 @@ def test_a_fleet_that_was_stopped_takes_nobody_for_lost() -> None:
             pass
 
     with Fleet([Host("a")], lambda i, deliver: Link()) as fleet:
-        fleet.places, fleet.seen = [range(1)], {0: Seen("a")}
+        fleet.places, fleet.seen = [range(1)], {0: RankStatus("a")}
         with fleet.suspension.installed():
             fleet.heard[0] -= 100  # as after a long stop
             fleet.suspension.pause()
@@ -125,15 +125,15 @@ def test_a_watch_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.Monke
     monkeypatch.setattr("xdit_launcher.node.watching.ASLEEP", 0.2)
     codes = iter([None, None, None, 0])
 
-    def look() -> Mapping[int, Seen]:
+    def look() -> Mapping[int, RankStatus]:
         time.sleep(0.3)
-        return {0: Seen("a", next(codes), Pulse(1, 0.0, "step 1 of 2"))}
+        return {0: RankStatus("a", next(codes), Heartbeat(1, 0.0, "step 1 of 2"))}
 
     assert watch(look, timeout=0.25) is None
 
 
-def seen(*texts: str, start: int = 0) -> dict[int, Seen]:
-    return {start + i: Seen("here", None, Pulse(3, 0.0, text)) for i, text in enumerate(texts)}
+def seen(*texts: str, start: int = 0) -> dict[int, RankStatus]:
+    return {start + i: RankStatus("here", None, Heartbeat(3, 0.0, text)) for i, text in enumerate(texts)}
 
 
 def test_a_node_that_has_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,12 +252,12 @@ def test_an_unknown_error_of_a_worker_by_hand(tmp_path: Path) -> None:
     from xdit_core.errors import UsageError
     from xdit_core.worker.entry import by_hand
     from xdit_core.worker.failure import failure
-    from xdit_core.worker.rendezvous import Place
+    from xdit_core.worker.rendezvous import RankEnv
 
-    said = by_hand(failure(KeyError("x\n\x1b"), 1, "step 1 of 2"), Place(rank=1, world=2), tmp_path)
+    said = by_hand(failure(KeyError("x\n\x1b"), 1, "step 1 of 2"), RankEnv(rank=1, world=2), tmp_path)
     path = tmp_path / "rank1.traceback.txt"
     first, second = said.splitlines()
     assert first == "rank 1 of 2 failed at: step 1 of 2" and second.endswith(f"; the traceback is in {path}")
     assert second.startswith("  KeyError: ") and "KeyError" in path.read_text()
-    assert by_hand(failure(UsageError("out=x is wrong."), 0, "starting"), Place(), tmp_path) == "out=x is wrong.\n"
-    assert "KeyError" in by_hand(failure(KeyError("x"), 0, "starting"), Place(), tmp_path / "no")
+    assert by_hand(failure(UsageError("out=x is wrong."), 0, "starting"), RankEnv(), tmp_path) == "out=x is wrong.\n"
+    assert "KeyError" in by_hand(failure(KeyError("x"), 0, "starting"), RankEnv(), tmp_path / "no")

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 
 from xdit_core import Registry, make_plan
 from xdit_core.engine.loading import empty
-from xdit_core.parallel.rank import Now
+from xdit_core.parallel.rank import ForwardContext
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.trunk import replace_blocks
 
@@ -95,7 +95,7 @@ def test_the_adapter_fits_every_block(folder_of, name):
         assert {n.split(".")[0] for n in named if n} <= set(arguments)
         assert len(getattr(denoiser, part.attribute)) == config[part.count]
     with init_empty_weights():
-        trunks = replace_blocks(denoiser, spec, Now(), AttentionPoint(Now(), []), [])
+        trunks = replace_blocks(denoiser, spec, ForwardContext(), AttentionPoint(ForwardContext(), []), [])
     held = [int(i) for trunk in trunks for i in trunk.blocks]
     assert held == list(range(sum(config[part.count] for part in spec.blocks)))
     for trunk in trunks:

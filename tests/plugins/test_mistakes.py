@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xdit_core import Built, Declaration, Engine, PlanRefused, PluginError, Registry, Transform, Wrap, hookimpl
-from xdit_core.points.compose import OwnedWrap, nest
+from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.records import POINTS
 from xdit_core.registry.owners import Owner, owned_spec
 from xdit_core.testing.runs import diffusers_latents, plan_for
@@ -150,7 +150,9 @@ def test_errors_of_what_lies_inside_pass(tiny_sd3_folder):
         raise ValueError(x)
 
     owner = Owner("plugin", "outer", "some-package", "1.2")
-    run = nest([OwnedWrap(passing, owner, "forward/reuse"), passing, OwnedWrap(passing, owner, "forward/split")], base)
+    run = compose(
+        [OwnedWrap(passing, owner, "forward/reuse"), passing, OwnedWrap(passing, owner, "forward/split")], base
+    )
     with pytest.raises(ValueError, match="inner"):
         run("inner")
 
@@ -168,7 +170,7 @@ def test_memory_and_lost_ranks_keep_their_type():
             raise error
 
         with pytest.raises(type(error)) as caught:
-            nest([OwnedWrap(failing, owner, "forward/reuse")], abs)(1)
+            compose([OwnedWrap(failing, owner, "forward/reuse")], abs)(1)
         assert caught.value.__notes__ == [
             "This happened in its wrap at forward/reuse of plugin outer of some-package 1.2."
         ]
@@ -260,7 +262,11 @@ def test_what_is_no_wrap_is_named_too(tiny_sd3_folder, what, says):
 @pytest.mark.parametrize(
     ("place", "wrap", "says"),
     [
-        ("attention/exchange", lambda inner, call: inner(call.q), "a tensor of shape .* where one Attend is expected"),
+        (
+            "attention/exchange",
+            lambda inner, call: inner(call.q),
+            "a tensor of shape .* where one AttentionCall is expected",
+        ),
         (
             "attention/ring",
             lambda inner, call: inner(call.but(k=call.k[:, :, 1:])),
@@ -273,7 +279,11 @@ def test_what_is_no_wrap_is_named_too(tiny_sd3_folder, what, says):
         ),
         ("trunk/reuse", lambda inner, rows: inner(rows, rows), "a Rows and a Rows where one Rows is expected"),
         ("forward/split", lambda inner, call: inner(), "nothing"),
-        ("forward/reuse", lambda inner, call: inner(call.latents), "a tensor of shape .* where one Call is expected"),
+        (
+            "forward/reuse",
+            lambda inner, call: inner(call.latents),
+            "a tensor of shape .* where one ForwardCall is expected",
+        ),
         ("request/split", lambda inner, request: inner(request.jobs), "a tuple where one Request is expected"),
         ("decode/split", lambda inner, x, **more: inner(None, **more), "None.* where one Tensor is expected"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 
 from xdit_core.checkpoints.weights import check_weights, read_json, weight_files
 from xdit_core.errors import ModelError, PluginFailed
-from xdit_core.records import Facts, ModelSpec
+from xdit_core.records import ModelFacts, ModelSpec
 
 INDEX = "model_index.json"
 MOST_PIXELS = 65_536  # a side of a picture
@@ -195,7 +195,7 @@ def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int
     return side
 
 
-def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Facts:
+def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> ModelFacts:
     """What the plan needs to know.
 
     Args:
@@ -217,7 +217,7 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
         pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * patch
         step = spec.frame_step(configs) if spec.frame_step else 0
         latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.stream.frames else 1
-        return Facts(
+        return ModelFacts(
             model=spec.name,
             heads=numbers[spec.heads] if spec.heads else 0,
             blocks=sum(numbers[b.count] for b in spec.blocks),

@@ -36,7 +36,7 @@ from xdit_core.planning.requests import plan_of_request
 from xdit_core.planning.settings import ModelSettings, build, parse_loras
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.branches import Branches, watched
-from xdit_core.points.compose import OwnedWrap, nest
+from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.points.contracts import contract, given_contract
 from xdit_core.points.forward import ForwardPoint
 from xdit_core.points.request import Done, Job, Output, Request, Started, jobs_for, joined
@@ -222,10 +222,10 @@ class Engine:
                 trunk.traced(trace)
         self.decode: Callable[..., Any] | None = None
         if getattr(self.pipe, "vae", None) is not None:
-            self.decode = nest(chains.get("decode", []), self.pipe.vae.decode)
+            self.decode = compose(chains.get("decode", []), self.pipe.vae.decode)
             self.pipe.vae.decode = self._decode
         self.pipe.progress_bar = self._progress_bar
-        self._run: RequestRun = nest(chains.get("request", []), self._one_by_one)
+        self._run: RequestRun = compose(chains.get("request", []), self._one_by_one)
 
     @overload
     def generate(self, prompt: str | None = None, **changes: Any) -> Output: ...

@@ -21,7 +21,7 @@ from xdit_core.engine.loading import Change, Part, fill
 from xdit_core.engine.quiet import quiet
 from xdit_core.engine.tensors import ModuleTensors
 from xdit_core.errors import PlanRefused
-from xdit_core.records import Facts, ModelSpec, Problem, listed
+from xdit_core.records import ModelFacts, ModelSpec, Problem, listed
 
 PLAIN = (bool, int, float, str)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -93,7 +93,7 @@ def precision(pipe: Any, spec: ModelSpec) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def check_given(pipe: Any, spec: ModelSpec, wanted: Facts, asked: Mapping[str, Any], dtype: str | None) -> None:
+def check_given(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[str, Any], dtype: str | None) -> None:
     """Refuse what would be dropped or misread when the denoiser is divided.
 
     Args:
@@ -215,7 +215,7 @@ def changed_attributes(expected: nn.Module, found: nn.Module) -> Iterator[str]:
             )
 
 
-def other_model(pipe: Any, spec: ModelSpec, wanted: Facts, asked: Mapping[str, Any]) -> Iterator[Problem]:
+def other_model(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[str, Any]) -> Iterator[Problem]:
     """What the plan took from the folder's files and is different here."""
     found = facts(spec, configs_of(pipe, {}), asked)
     for field in wanted.__dataclass_fields__:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from xdit_core.parallel.patch_tensor import PatchTensor
 
 
-class Cell:
+class LazyValue:
     """One future: computed once, when first asked for; then it drops whatever it needed.
 
     Args:
@@ -34,12 +34,12 @@ class Cell:
                 stack = [self]
                 while stack:
                     cell = stack[-1]
-                    waiting = [c for c in cell._inputs if isinstance(c, Cell) and c._run is not None]
+                    waiting = [c for c in cell._inputs if isinstance(c, LazyValue) and c._run is not None]
                     if waiting:
                         stack.extend(reversed(waiting))
                         continue
                     if cell._run is not None:
-                        cell._value = cell._run(*[c._value if isinstance(c, Cell) else c for c in cell._inputs])
+                        cell._value = cell._run(*[c._value if isinstance(c, LazyValue) else c for c in cell._inputs])
                         cell._run, cell._inputs = None, ()
                     stack.pop()
         return cast(torch.Tensor, self._value)

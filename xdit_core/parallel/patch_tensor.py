@@ -27,9 +27,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import LazyError
-from xdit_core.parallel.lazy_values import Cell, LocalWorld, PatchWorld
+from xdit_core.parallel.lazy_values import LazyValue, LocalWorld, PatchWorld
 
-__all__ = ["Cell", "LazyError", "LocalWorld", "PatchTensor", "PatchWorld", "materialized", "patchwise"]
+__all__ = ["LazyError", "LazyValue", "LocalWorld", "PatchTensor", "PatchWorld", "materialized", "patchwise"]
 
 aten = torch.ops.aten
 
@@ -47,14 +47,20 @@ class PatchTensor(torch.Tensor):
     bounds: tuple[int, ...]
     world: PatchWorld
     _meta: torch.Tensor  # the same shape, strides and dtype without data; operations run on it to learn theirs
-    _cells: tuple[Cell, ...]  # none where the world does not evaluate, or once there is `_whole`
+    _cells: tuple[LazyValue, ...]  # none where the world does not evaluate, or once there is `_whole`
     _whole: torch.Tensor | None
     _root: PatchTensor | None  # what this is a view of
     _viewed: bool
 
     @staticmethod
     def __new__(
-        cls, meta: torch.Tensor, device: Any, cells: Sequence[Cell], dim: int, bounds: Sequence[int], world: PatchWorld
+        cls,
+        meta: torch.Tensor,
+        device: Any,
+        cells: Sequence[LazyValue],
+        dim: int,
+        bounds: Sequence[int],
+        world: PatchWorld,
     ) -> PatchTensor:
         """For this module; use `make`."""
         size, stride, offset = meta.shape, meta.stride(), meta.storage_offset()
@@ -67,7 +73,7 @@ class PatchTensor(torch.Tensor):
 
     @staticmethod
     def make(
-        cells: Sequence[Callable[[], torch.Tensor] | torch.Tensor | Cell | None],
+        cells: Sequence[Callable[[], torch.Tensor] | torch.Tensor | LazyValue | None],
         *,
         shape: Sequence[int],
         dim: int,
@@ -94,10 +100,10 @@ class PatchTensor(torch.Tensor):
             raise LazyError(f"bounds must ascend from 0 to {shape[dim]}, the extent of dim {dim}: {tuple(bounds)}")
         if world.evaluates and (len(cells) != len(bounds) - 1 or any(cell is None for cell in cells)):
             raise LazyError(f"{len(bounds) - 1} patches need as many cells with values")
-        made: list[Cell] = []
+        made: list[LazyValue] = []
         for source, (a, b) in zip(cells if world.evaluates else (), pairwise(bounds), strict=False):
-            future = Cell(source) if callable(source) and not isinstance(source, torch.Tensor) else source
-            made.append(Cell(_checked, torch.Size(_replaced(shape, dim, b - a)), dtype, future))
+            future = LazyValue(source) if callable(source) and not isinstance(source, torch.Tensor) else source
+            made.append(LazyValue(_checked, torch.Size(_replaced(shape, dim, b - a)), dtype, future))
             if isinstance(source, torch.Tensor):
                 made[-1].value()
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
@@ -147,7 +153,7 @@ class PatchTensor(torch.Tensor):
             self._whole, self._cells = whole.as_strided(self.shape, self.stride(), offset), ()
         return self._whole
 
-    def _cell(self, start: int, stop: int) -> Cell:
+    def _cell(self, start: int, stop: int) -> LazyValue:
         """A cell of any rows."""
         parts = []
         for cell, (a, b) in zip(self._cells, pairwise(self.bounds), strict=True):
@@ -155,8 +161,12 @@ class PatchTensor(torch.Tensor):
             if (low, high) == (a, b):
                 parts.append(cell)
             elif low < high:
-                parts.append(Cell(torch.narrow, cell, self.patched_dim, low - a, high - low))
-        return parts[0] if len(parts) == 1 else Cell(lambda dim, *rows: torch.cat(rows, dim), self.patched_dim, *parts)
+                parts.append(LazyValue(torch.narrow, cell, self.patched_dim, low - a, high - low))
+        return (
+            parts[0]
+            if len(parts) == 1
+            else LazyValue(lambda dim, *rows: torch.cat(rows, dim), self.patched_dim, *parts)
+        )
 
     def _forced(self, op: str) -> torch.Tensor:
         """The plain tensor, for an operation that cannot do without."""
@@ -263,12 +273,12 @@ def _record(
         return None
     # At the union no row waits for more than it needs, and pieces do not multiply: cuts are few and recur.
     bounds = lead.bounds if len(lazy) == 1 else sorted({b for a in lazy for b in a.bounds})
-    cells: list[Cell] = []
+    cells: list[LazyValue] = []
     if world.evaluates:
         owned = [a.clone() if isinstance(a, torch.Tensor) and not isinstance(a, PatchTensor) else a for a in operands]
         for start, stop in pairwise(bounds):
             inputs = [_rows(a, lead, start, stop) if cut or isinstance(a, PatchTensor) else a for a in owned]
-            cells.append(Cell(call, *inputs))
+            cells.append(LazyValue(call, *inputs))
     return PatchTensor(meta, device or lead.device, cells, out_dim, bounds, world)
 
 
@@ -446,7 +456,7 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in _OVERWRITES and not _any_lazy(rest):
         value = func(_blank(x), *rest, **kwargs)
         pieces = [value.narrow(x.patched_dim, a, b - a) for a, b in pairwise(x.bounds)]
-        x._cells = tuple(Cell(torch.detach, piece) for piece in pieces if x._cells)
+        x._cells = tuple(LazyValue(torch.detach, piece) for piece in pieces if x._cells)
         return x
     functional = getattr(getattr(aten, name[:-1], None), func._overloadname, None)
     if name == "copy_":

@@ -36,7 +36,7 @@ def ignore(doing: str) -> None:
 
 
 @dataclass
-class Now:
+class ForwardContext:
     """What this rank is working on at this moment; strategies read it, the owner of a field writes it.
 
     Args:
@@ -108,7 +108,7 @@ class Rank:
     mesh: Mesh
     device: torch.device
     dtype: torch.dtype
-    now: Now = field(default_factory=Now)
+    now: ForwardContext = field(default_factory=ForwardContext)
     sent: Counter[str] = field(default_factory=Counter)
     slow: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from xdit_core.errors import UsageError
 from xdit_core.filesystem import read_text, user_path
 from xdit_core.planning.degrees import MOST_RANKS
 from xdit_core.planning.settings import RunSettings, parse_loras
-from xdit_core.records import Declaration, Facts, ModelSpec, Problem, listed
+from xdit_core.records import Declaration, ModelFacts, ModelSpec, Problem, listed
 
 SUBJECTS: Mapping[str, str] = MappingProxyType(
     {"prompt": "prompt", "class": "class_"}
@@ -107,7 +107,7 @@ def check_loras(run: RunSettings) -> list[Problem]:
     return []
 
 
-def needs_blocks(name: str, declared: Declaration, facts: Facts) -> list[Problem]:
+def needs_blocks(name: str, declared: Declaration, facts: ModelFacts) -> list[Problem]:
     """A strategy that works on transformer blocks, where the denoiser has no list of them."""
     if declared.stages or any(w.point in ("trunk", "attention") for w in declared.wraps):
         return [
@@ -159,7 +159,7 @@ def check_seeds(run: RunSettings) -> list[Problem]:
     return found
 
 
-def check_size(run: RunSettings, facts: Facts) -> list[Problem]:
+def check_size(run: RunSettings, facts: ModelFacts) -> list[Problem]:
     """Sizes that do not divide into latent patches."""
     step, found = facts.pixels_per_token, []
     for name in ("height", "width"):

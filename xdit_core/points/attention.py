@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from xdit_core.errors import GuardError, UnsupportedCall
-from xdit_core.parallel.rank import Now
-from xdit_core.points.compose import nest
+from xdit_core.parallel.rank import ForwardContext
+from xdit_core.points.compose import compose
 
-Kernel = Callable[["Attend"], Any]
+Kernel = Callable[["AttentionCall"], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Attend:
+class AttentionCall:
     """One attention call on its way through the chain.
 
     Args:
@@ -57,24 +57,24 @@ class Attend:
     key_shards: tuple[int, ...] | None = None
     rows: Callable[[tuple[int, ...]], torch.Tensor] | None = None
 
-    def but(self, **changes: Any) -> Attend:
+    def but(self, **changes: Any) -> AttentionCall:
         """A copy with other values."""
         return replace(self, **changes)
 
 
-def spans_of(now: Now, kind: str, patch: int | None, shard: int | None) -> tuple[tuple[int, int], ...]:
+def spans_of(now: ForwardContext, kind: str, patch: int | None, shard: int | None) -> tuple[tuple[int, int], ...]:
     """Rows of an attention call of that kind, in its own numbering."""
     return now.layout.joint(patch, shard) if kind == "joint" else now.layout.picture(patch, shard)
 
 
-def positions(now: Now, kind: str, patch: int | None, shards: Sequence[int]) -> torch.Tensor:
+def positions(now: ForwardContext, kind: str, patch: int | None, shards: Sequence[int]) -> torch.Tensor:
     """Numbers of the rows of a patch (None: of all) of some shards, in the order in which an exchange brings them:
     shard after shard."""
     parts = [torch.arange(a, b) for s in shards for a, b in spans_of(now, kind, patch, s)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def refuse_mask(call: Attend, who: str) -> None:
+def refuse_mask(call: AttentionCall, who: str) -> None:
     """Masks that are not about keys alone cannot be divided without knowing what they mean.
 
     Raises:
@@ -86,7 +86,7 @@ def refuse_mask(call: Attend, who: str) -> None:
         )
 
 
-def sdpa(call: Attend) -> Any:
+def sdpa(call: AttentionCall) -> Any:
     """The innermost kernel: torch's own choice, with the log-sum-exp where it is asked for."""
     if not call.with_lse:
         return F.scaled_dot_product_attention(call.q, call.k, call.v, **call.options)
@@ -116,14 +116,14 @@ class AttentionPoint:
 
     def __init__(
         self,
-        now: Now,
-        chain: Sequence[Callable[[Kernel, Attend], Any]],
-        kernels: Sequence[Callable[[Kernel, Attend], Any]] = (),
+        now: ForwardContext,
+        chain: Sequence[Callable[[Kernel, AttentionCall], Any]],
+        kernels: Sequence[Callable[[Kernel, AttentionCall], Any]] = (),
     ) -> None:
         self.now = now
         wraps = [*chain, self.select_mask, *kernels]
-        self.run: Kernel = nest(wraps, sdpa, checked=False)
-        self._run_checked: Kernel = nest(wraps, sdpa)
+        self.run: Kernel = compose(wraps, sdpa, checked=False)
+        self._run_checked: Kernel = compose(wraps, sdpa)
         self._sizes: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
         self._checked: set[tuple[int, int]] = set()
         self.active = bool(chain or kernels)
@@ -168,7 +168,7 @@ class AttentionPoint:
             options = {**options, "attn_mask": None}
         else:
             mask = None
-        call = Attend(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,), mask=mask)
+        call = AttentionCall(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,), mask=mask)
         use = (call.block, ordinal)
         if use in self._checked:
             out: torch.Tensor = self.run(call)
@@ -177,7 +177,7 @@ class AttentionPoint:
             self._checked.add(use)
         return out
 
-    def select_mask(self, inner: Kernel, call: Attend) -> Any:
+    def select_mask(self, inner: Kernel, call: AttentionCall) -> Any:
         """Give the kernel the mask of the keys that are there."""
         if call.mask is None:
             return inner(call)

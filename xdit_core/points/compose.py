@@ -30,7 +30,7 @@ class OwnedWrap:
     check_given: Callable[[tuple[Any, ...]], str] | None = None
 
 
-def nest(
+def compose(
     wraps: Sequence[Callable[..., Any] | OwnedWrap], base: Callable[..., Any], checked: bool = True
 ) -> Callable[..., Any]:
     """``base`` inside the wraps ``f(inner, *args)``, the first of them outermost.

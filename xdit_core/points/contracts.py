@@ -13,8 +13,8 @@ import torch
 
 from xdit_core.parallel.rank import Rank
 from xdit_core.parallel.tokens import length
-from xdit_core.points.attention import Attend
-from xdit_core.points.forward import Call
+from xdit_core.points.attention import AttentionCall
+from xdit_core.points.forward import ForwardCall
 from xdit_core.points.request import Output, Request
 from xdit_core.points.trunk import Rows
 
@@ -38,9 +38,13 @@ def contract(rank: Rank, point: str, level: str, owner: bool) -> Check:
 
 def given_contract(point: str) -> Callable[[tuple[Any, ...]], str]:
     """What is wrong with what a wrap calls its inner with."""
-    wanted: type = {"attention": Attend, "trunk": Rows, "forward": Call, "decode": torch.Tensor, "request": Request}[
-        point
-    ]
+    wanted: type = {
+        "attention": AttentionCall,
+        "trunk": Rows,
+        "forward": ForwardCall,
+        "decode": torch.Tensor,
+        "request": Request,
+    }[point]
 
     def check(args: tuple[Any, ...]) -> str:
         if not args:
@@ -48,7 +52,7 @@ def given_contract(point: str) -> Callable[[tuple[Any, ...]], str]:
         value = args[0]
         if not isinstance(value, wanted) or (point != "decode" and len(args) > 1):
             return f"{' and '.join(map(kind, args))} where one {wanted.__name__} is expected"
-        if not isinstance(value, Attend):
+        if not isinstance(value, AttentionCall):
             return ""
         q, k, v = value.q, value.k, value.v
         fits = k.shape[:-1] == v.shape[:-1] and (q.shape[0], q.shape[-1], q.dtype) == (k.shape[0], k.shape[-1], k.dtype)
@@ -70,7 +74,7 @@ def kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def attention_contract(call: Attend, out: Any) -> str:
+def attention_contract(call: AttentionCall, out: Any) -> str:
     """Rows of the queries, width of the values; with the log-sum-exp of each row where it is asked for."""
     if call.with_lse:
         if not isinstance(out, tuple) or len(out) != 2 or not all(isinstance(x, torch.Tensor) for x in out):
@@ -111,7 +115,7 @@ def forward_contract(rank: Rank) -> Check:
     """A prediction of the latents' shape, whatever its channels."""
     frame_dim = rank.spec.frame_dim
 
-    def check(call: Call, out: Any) -> str:
+    def check(call: ForwardCall, out: Any) -> str:
         latents = call.latents
         dims = latents.dim()
         channels = dims - 1 if dims < 4 else next(d for d in range(1, dims) if d != frame_dim)

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from xdit_core.errors import UnsupportedCall, UsageError
-from xdit_core.parallel.rank import Now, Rank
+from xdit_core.parallel.rank import ForwardContext, Rank
 from xdit_core.parallel.tokens import TokenLayout, length
 from xdit_core.points.branches import Branches
-from xdit_core.points.compose import nest
+from xdit_core.points.compose import compose
 from xdit_core.points.trunk import NothingHere
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ForwardCall:
     """One call of the denoiser.
 
     Args:
@@ -33,12 +33,12 @@ class Call:
     rest: Mapping[str, Any]
     elsewhere: bool = False
 
-    def but(self, **changes: Any) -> Call:
+    def but(self, **changes: Any) -> ForwardCall:
         """A copy with other values."""
         return replace(self, **changes)
 
 
-Run = Callable[[Call], torch.Tensor]
+Run = Callable[[ForwardCall], torch.Tensor]
 
 
 class ForwardPoint:
@@ -58,7 +58,7 @@ class ForwardPoint:
         rank: Rank,
         name: str,
         denoiser: nn.Module,
-        chain: Sequence[Callable[[Run, Call], torch.Tensor]],
+        chain: Sequence[Callable[[Run, ForwardCall], torch.Tensor]],
         branches: Branches,
         trunk: bool = True,
     ) -> None:
@@ -70,7 +70,7 @@ class ForwardPoint:
         self._patch_frames, self._patch = self.spec.patch_sizes(config)
         self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.fixed.items()} if trunk else {}
         self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
-        self._run: Run = nest(chain, self.base)
+        self._run: Run = compose(chain, self.base)
         patterns = self.spec.conditioning if rank.plan.patches > 1 else ()
         shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in patterns))
         self._memoized = [Memoized(module) for module in shared]
@@ -84,7 +84,7 @@ class ForwardPoint:
         for embedding in self._embeddings:
             embedding.clear()
 
-    def base(self, call: Call) -> torch.Tensor:
+    def base(self, call: ForwardCall) -> torch.Tensor:
         """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no
         values."""
         key, now = (call.latents.shape, call.latents.dtype), self.rank.now
@@ -113,7 +113,7 @@ class ForwardPoint:
         whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
         return whole
 
-    def shape_of(self, call: Call) -> tuple[torch.Size, torch.dtype]:
+    def shape_of(self, call: ForwardCall) -> tuple[torch.Size, torch.dtype]:
         """What a prediction for these latents looks like: embedding and head are run, the blocks are not."""
         now = self.rank.now
         now.shape_only = True
@@ -161,7 +161,7 @@ class ForwardPoint:
             latents = torch.stack(list(latents))
         self.look(latents, given, frozenset(skipped or ()))
         try:
-            whole = self._run(Call(latents, given))
+            whole = self._run(ForwardCall(latents, given))
         finally:
             for module in self._memoized:
                 module.clear()
@@ -276,7 +276,7 @@ class PlaceholderEmbedding:
         module: embeds the latents, its one argument.
     """
 
-    def __init__(self, module: nn.Module, now: Now) -> None:
+    def __init__(self, module: nn.Module, now: ForwardContext) -> None:
         self._original, self._now = module.forward, now
         self._known: tuple[Any, Any] = (None, None)
         module.forward = self.forward

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import ModelError, UnsupportedCall
-from xdit_core.parallel.rank import Now
+from xdit_core.parallel.rank import ForwardContext
 from xdit_core.parallel.tokens import Span, length
 from xdit_core.points.attention import AttentionPoint, Redirect
-from xdit_core.points.compose import nest
+from xdit_core.points.compose import compose
 from xdit_core.records import ModelSpec, Stream
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Trunk(nn.Module):
         segment: range,
         spec: ModelSpec,
         stream: Stream,
-        now: Now,
+        now: ForwardContext,
         point: AttentionPoint,
         chain: Sequence[Callable[[Run, Rows], Rows | None]],
         skips: Mapping[int, int],
@@ -138,7 +138,7 @@ class Trunk(nn.Module):
         self.select = Selector()
         self._redirect = Redirect(point)
         self._names, self._later = names, later
-        self._run: Run = nest(chain, self.run_blocks)
+        self._run: Run = compose(chain, self.run_blocks)
 
     def traced(self, trace: Trace) -> None:
         """See every block."""
@@ -251,7 +251,7 @@ class Trunk(nn.Module):
 def replace_blocks(
     denoiser: nn.Module,
     spec: ModelSpec,
-    now: Now,
+    now: ForwardContext,
     point: AttentionPoint,
     chain: Sequence[Callable[[Run, Rows], Rows | None]],
 ) -> list[Trunk]:

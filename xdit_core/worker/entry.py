@@ -29,9 +29,9 @@ from xdit_core.planning import machine
 from xdit_core.planning.planner import same_plan
 from xdit_core.printable import printable
 from xdit_core.worker.failure import error_path, failure
-from xdit_core.worker.heartbeat import WAITING, Beat, beat_path
+from xdit_core.worker.heartbeat import WAITING, HeartbeatWriter, heartbeat_path
 from xdit_core.worker.progress import Progress, Tee
-from xdit_core.worker.rendezvous import Place, connect, die_with, everyones
+from xdit_core.worker.rendezvous import RankEnv, connect, die_with, everyones
 from xdit_core.worker.restart import with_docstrings
 from xdit_core.worker.writer import Writer
 
@@ -72,7 +72,7 @@ def fetch_weights(plan: Plan) -> None:
         hub.locate(spec, where)
 
 
-def take_device(plan: Plan, place: Place) -> None:
+def take_device(plan: Plan, place: RankEnv) -> None:
     """This rank's GPU, or its share of the cores.
 
     Raises:
@@ -94,7 +94,7 @@ def take_device(plan: Plan, place: Place) -> None:
     torch.cuda.set_device(place.local_rank)
 
 
-def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
+def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> None:
     """Load, draw every prompt, write what this rank owns, leave."""
     with screens(place) as progress:
         progress.status("starting")
@@ -126,7 +126,7 @@ def work(plan: Plan, place: Place, beat: Beat, folder: Path) -> None:
         beat.doing("done")
 
 
-def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesThere) -> Writer:
+def draw(plan: Plan, progress: Progress, beat: HeartbeatWriter, folder: Path, files: FilesThere) -> Writer:
     """Load the model and draw what is not there."""
     beat.doing("importing diffusers")
     import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
@@ -151,7 +151,7 @@ def draw(plan: Plan, progress: Progress, beat: Beat, folder: Path, files: FilesT
 
 
 @contextlib.contextmanager
-def screens(place: Place) -> Iterator[Progress]:
+def screens(place: RankEnv) -> Iterator[Progress]:
     """The progress line of rank 0, and its prints on the terminal as well as in its log."""
     if place.rank:
         yield Progress(None)
@@ -170,7 +170,7 @@ def screens(place: Place) -> Iterator[Progress]:
         sys.stdout = own
 
 
-def leave(error: BaseException, place: Place, beat: Beat, folder: Path) -> NoReturn:
+def leave(error: BaseException, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> NoReturn:
     """Say what happened and end at once: waiting for peers that wait for this rank would hang."""
     about = failure(error, place.rank, beat.now)
     with contextlib.suppress(OSError), atomically(error_path(folder, place.rank)) as temporary:
@@ -184,7 +184,7 @@ def leave(error: BaseException, place: Place, beat: Beat, folder: Path) -> NoRet
     os._exit(about["exit_code"])
 
 
-def by_hand(about: Mapping[str, Any], place: Place, folder: Path) -> str:
+def by_hand(about: Mapping[str, Any], place: RankEnv, folder: Path) -> str:
     """What somebody reads who started this rank without the launcher: a sentence, and where the traceback is if it is
     needed."""
     said = printable(" ".join(str(about["message"]).split()))
@@ -201,7 +201,7 @@ def by_hand(about: Mapping[str, Any], place: Place, folder: Path) -> str:
     return said + "\n"
 
 
-def read_plan(path: Path) -> tuple[Plan, Place]:
+def read_plan(path: Path) -> tuple[Plan, RankEnv]:
     """The plan in a file, and this process' place in it.
 
     Raises:
@@ -214,7 +214,7 @@ def read_plan(path: Path) -> tuple[Plan, Place]:
         world = plan.world
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as a plan ({type(error).__name__}: {error}); {fix}.") from error
-    return plan, Place.of(os.environ, world)
+    return plan, RankEnv.of(os.environ, world)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = path.resolve().parent
     with contextlib.suppress(OSError):
         error_path(folder, place.rank).unlink(missing_ok=True)
-    beat = Beat(beat_path(folder, place.rank))
+    beat = HeartbeatWriter(heartbeat_path(folder, place.rank))
     try:
         work(plan, place, beat, folder)
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ WAITING = "waiting"
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """What a beat file says.
 
     Args:
@@ -39,12 +39,12 @@ class Pulse:
         return self.doing.startswith(WAITING)
 
 
-def beat_path(folder: Path, rank: int) -> Path:
+def heartbeat_path(folder: Path, rank: int) -> Path:
     """The beat file of a rank."""
     return folder / f"rank{rank}.beat"
 
 
-class Beat:
+class HeartbeatWriter:
     """Writes the beats of one rank.
 
     Args:
@@ -86,7 +86,7 @@ class Beat:
         self._map[: HEAD.size + len(data)] = HEAD.pack(self.count, time.monotonic(), self.written, len(data)) + data
 
 
-def read_beat(path: Path) -> Pulse | None:
+def read_heartbeat(path: Path) -> Heartbeat | None:
     """The last beat in a file, None if there is none yet."""
     try:
         data = path.read_bytes()
@@ -97,4 +97,4 @@ def read_beat(path: Path) -> Pulse | None:
     count, at, written, length = HEAD.unpack_from(data)
     if not count:
         return None
-    return Pulse(count, at, data[HEAD.size : HEAD.size + length].decode("utf-8", "replace"), written)
+    return Heartbeat(count, at, data[HEAD.size : HEAD.size + length].decode("utf-8", "replace"), written)

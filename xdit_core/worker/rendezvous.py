@@ -31,7 +31,7 @@ COLUMNS_VARIABLE = "XDIT_COLUMNS"  # of the environment: columns of the terminal
 
 
 @dataclass(frozen=True)
-class Place:
+class RankEnv:
     """Where a process stands among the others.
 
     Args:
@@ -55,7 +55,7 @@ class Place:
     columns: int | None = None
 
     @staticmethod
-    def of(env: Mapping[str, str], world: int) -> Place:
+    def of(env: Mapping[str, str], world: int) -> RankEnv:
         """From the environment; without WORLD_SIZE the process is alone.
 
         Raises:
@@ -66,7 +66,7 @@ class Place:
         if found != str(world):
             raise UsageError(f"the plan needs {world} processes but WORLD_SIZE is {found}; start it with {by_hand}.")
         if "WORLD_SIZE" not in env and env.get("RANK", "0") == "0":
-            return Place()
+            return RankEnv()
         try:
             rank, local_rank = int(env["RANK"]), int(env.get("LOCAL_RANK", "0"))
             local_world, port = int(env.get("LOCAL_WORLD_SIZE", found)), int(env.get("MASTER_PORT", "0"))
@@ -84,7 +84,7 @@ class Place:
         screen = tuple(int(fd) for fd in env.get("XDIT_SCREEN", "").split(",") if fd)
         listen = env.get("XDIT_LISTEN")
         parent, columns = env.get("XDIT_PARENT"), env.get(COLUMNS_VARIABLE)
-        return Place(
+        return RankEnv(
             rank=rank,
             world=world,
             local_rank=local_rank,
@@ -134,7 +134,7 @@ def not_started(doing: str) -> tuple[int, ...]:
     return tuple(map(int, found[1].split(", "))) if found else ()
 
 
-def connect(place: Place, digest: str, device: str, timeout: float, doing: Callable[[str], None]) -> Store:
+def connect(place: RankEnv, digest: str, device: str, timeout: float, doing: Callable[[str], None]) -> Store:
     """Meet the other ranks and form the default process group, after making sure that all run the same plan.
 
     Args:
@@ -215,13 +215,13 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error).split("\nException raised from")[0].split())[:200]
 
 
-def everyones(store: Store, name: str, text: str, place: Place) -> list[str]:
+def everyones(store: Store, name: str, text: str, place: RankEnv) -> list[str]:
     """A text of each rank, by rank."""
     store.set(f"{name}/{place.rank}", text)
     return [store.get(f"{name}/{rank}").decode() for rank in range(place.world)]
 
 
-def compare(store: Store, digest: str, place: Place, patience: timedelta, doing: Callable[[str], None]) -> None:
+def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, doing: Callable[[str], None]) -> None:
     """Ranks with different plans would wait for each other for ever, or compute something else without a word.
 
     Raises:

@@ -11,7 +11,7 @@ from xdit_core.outputs import results
 from xdit_core.outputs.names import targets
 from xdit_core.printable import printable
 from xdit_core.worker.failure import WRITING
-from xdit_core.worker.heartbeat import Beat
+from xdit_core.worker.heartbeat import HeartbeatWriter
 from xdit_core.worker.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,7 +29,13 @@ class Writer:
     """
 
     def __init__(
-        self, plan: Plan, engine: Engine, progress: Progress, beat: Beat, run_folder: Path, kept: Collection[Path] = ()
+        self,
+        plan: Plan,
+        engine: Engine,
+        progress: Progress,
+        beat: HeartbeatWriter,
+        run_folder: Path,
+        kept: Collection[Path] = (),
     ) -> None:
         self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
         self.run_folder = run_folder

@@ -22,7 +22,7 @@ from xdit_core.worker.rendezvous import not_started
 from xdit_launcher.cluster import placement
 from xdit_launcher.node import processes, root_cause
 from xdit_launcher.node.processes import Here, Share, Workers
-from xdit_launcher.node.root_cause import Seen
+from xdit_launcher.node.root_cause import RankStatus
 from xdit_launcher.node.watching import INTERRUPTED, Suspension, say, signals_interrupt, stay_deaf, watch
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     here = Here(folder, workers, socket.gethostname())
     suspension = Suspension(lambda: processes.pause(workers), lambda: processes.resume(workers))
 
-    def look() -> Mapping[int, Seen]:
+    def look() -> Mapping[int, RankStatus]:
         suspension.settle()
         return here.look()
 
@@ -192,7 +192,7 @@ class Node:
         each = world // self.count
         return range(self.index * each, (self.index + 1) * each)
 
-    def absent(self, seen: Mapping[int, Seen], world: int) -> str:
+    def absent(self, seen: Mapping[int, RankStatus], world: int) -> str:
         """A sentence about the nodes that have not come, "" if all have, or if ranks of this one are not ready
         themselves."""
         waits = [not_started(s.doing) for s in seen.values()]

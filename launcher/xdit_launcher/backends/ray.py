@@ -112,7 +112,7 @@ def connected(settings: Settings) -> Any:
             f"ray.strategy={settings.strategy} is none of Ray's; use {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}."
         )
     try:
-        knock(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
+        probe_port(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
         ray.init(
             address=settings.address,
             namespace="xdit",
@@ -129,7 +129,7 @@ def connected(settings: Settings) -> Any:
     return ray
 
 
-def knock(address: str) -> None:
+def probe_port(address: str) -> None:
     """Ray tries for minutes where nobody answers; find out at once.
 
     Raises:

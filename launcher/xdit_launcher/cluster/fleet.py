@@ -20,13 +20,13 @@ from xdit_core.filesystem import write_text
 from xdit_core.outputs.results import RECORD
 from xdit_core.planning import machine
 from xdit_core.records import listed
-from xdit_core.worker.heartbeat import Pulse
+from xdit_core.worker.heartbeat import Heartbeat
 from xdit_core.worker.rendezvous import COLUMNS_VARIABLE
 from xdit_launcher.cluster import host_facts, placement
 from xdit_launcher.node import root_cause
 from xdit_launcher.node.agent import ALIVE, SILENCE
 from xdit_launcher.node.processes import log_path
-from xdit_launcher.node.root_cause import Seen
+from xdit_launcher.node.root_cause import RankStatus
 from xdit_launcher.node.watching import (
     ASLEEP,
     CAUSE,
@@ -96,7 +96,7 @@ class Fleet:
         self.heard = dict.fromkeys(range(len(hosts)), time.monotonic())
         self.offset = dict.fromkeys(range(len(hosts)), 0.0)  # seconds that a host's clock is behind ours
         self.gone: dict[int, str] = {}
-        self.seen: dict[int, Seen] = {}
+        self.seen: dict[int, RankStatus] = {}
         self.places: list[range] = []
         self._asked = 0
         self._over = threading.Event()
@@ -215,10 +215,10 @@ class Fleet:
             error, name = now["error"], self.hosts[i].name
             if error:
                 error = {**error, "host": name, "wall": error["wall"] + self.offset[i], "rank": int(key)}
-            pulse = Pulse(now["pulse"][0], 0.0, now["pulse"][1], now["pulse"][2]) if now["pulse"] else None
-            self.seen[int(key)] = Seen(name, now["code"], pulse, error, log=f"{name}:{now['log']}")
+            pulse = Heartbeat(now["pulse"][0], 0.0, now["pulse"][1], now["pulse"][2]) if now["pulse"] else None
+            self.seen[int(key)] = RankStatus(name, now["code"], pulse, error, log=f"{name}:{now['log']}")
 
-    def look(self) -> Mapping[int, Seen]:
+    def look(self) -> Mapping[int, RankStatus]:
         """What is known of all ranks; a host that says nothing counts as lost."""
         for _ in self.news(0.1):
             pass
@@ -259,7 +259,7 @@ class Fleet:
                 f"processes."
             )
         address, port = self.meet(used, rdzv, facts_)
-        self.seen = {rank: Seen(self.hosts[i].name) for i in used for rank in self.places[i]}
+        self.seen = {rank: RankStatus(self.hosts[i].name) for i in used for rank in self.places[i]}
         each = {
             i: {
                 "ranks": [self.places[i].start, self.places[i].stop],

@@ -14,7 +14,7 @@ from xdit_core.outputs.metadata import FPS
 from xdit_core.planning import machine
 from xdit_core.planning.degrees import processes
 from xdit_core.planning.settings import check_class, fields_of
-from xdit_core.records import FIDELITIES, Declaration, Facts, ModelSpec
+from xdit_core.records import FIDELITIES, Declaration, ModelFacts, ModelSpec
 from xdit_core.registry.discovery import Found, installed
 from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_launcher.backends.registry import Backend
 
-EXAMPLE = Facts(model="a model", heads=24, blocks=24, rows=64, columns=64, text_tokens=333, pixels_per_token=16)
+EXAMPLE = ModelFacts(model="a model", heads=24, blocks=24, rows=64, columns=64, text_tokens=333, pixels_per_token=16)
 WIDTH = 14
 MANY = 10  # prompts or files that are listed
 

@@ -21,8 +21,8 @@ from xdit_core.errors import UsageError
 from xdit_core.planning import machine
 from xdit_core.records import listed
 from xdit_core.worker.failure import HOST_VARIABLE
-from xdit_core.worker.heartbeat import beat_path, read_beat
-from xdit_launcher.node.root_cause import Seen, read_error
+from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
+from xdit_launcher.node.root_cause import RankStatus, read_error
 from xdit_launcher.node.watching import undisturbed
 
 GRACE = 1.0  # seconds that a worker has to end by itself
@@ -159,9 +159,9 @@ class Here:
 
     def __init__(self, folder: Path, workers: Workers, host: str) -> None:
         self.folder, self.workers, self.host = folder, workers, host
-        self._looked, self._seen = 0.0, dict[int, Seen]()
+        self._looked, self._seen = 0.0, dict[int, RankStatus]()
 
-    def look(self) -> Mapping[int, Seen]:
+    def look(self) -> Mapping[int, RankStatus]:
         """What is known now; takes some milliseconds."""
         time.sleep(0.03)
         codes = {rank: w.poll() for rank, w in self.workers.items()}
@@ -171,15 +171,15 @@ class Here:
             self._seen = {rank: self._read(rank, code) for rank, code in codes.items()}
         return self._seen
 
-    def last(self) -> Mapping[int, Seen]:
+    def last(self) -> Mapping[int, RankStatus]:
         """What the files say, now that the processes have ended."""
         return {rank: self._read(rank, w.poll()) for rank, w in self.workers.items()}
 
-    def _read(self, rank: int, code: int | None) -> Seen:
-        return Seen(
+    def _read(self, rank: int, code: int | None) -> RankStatus:
+        return RankStatus(
             self.host,
             code,
-            read_beat(beat_path(self.folder, rank)),
+            read_heartbeat(heartbeat_path(self.folder, rank)),
             read_error(self.folder, rank) if code != 0 else None,
             log=str(log_path(self.folder, rank)),
         )

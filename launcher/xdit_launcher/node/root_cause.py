@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from xdit_core.outputs.names import is_folder, targets
 from xdit_core.printable import printable
 from xdit_core.worker.failure import error_path
-from xdit_core.worker.heartbeat import Pulse
+from xdit_core.worker.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
 
 @dataclass(frozen=True)
-class Seen:
+class RankStatus:
     """What is known of a rank.
 
     Args:
@@ -33,7 +33,7 @@ class Seen:
 
     host: str
     code: int | None = None
-    pulse: Pulse | None = None
+    pulse: Heartbeat | None = None
     error: Mapping[str, Any] | None = None
     lost: str = ""
     log: str = ""
@@ -50,7 +50,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Blame:
+class RootCause:
     """The cause of a failure.
 
     Args:
@@ -77,14 +77,14 @@ def read_error(folder: Path, rank: int) -> Mapping[str, Any] | None:
     return found
 
 
-def errors_in(seen: Mapping[int, Seen]) -> list[Mapping[str, Any]]:
+def errors_in(seen: Mapping[int, RankStatus]) -> list[Mapping[str, Any]]:
     """What the ranks told, the earliest first."""
     found = [s.error for s in seen.values() if s.error]
     one_host = len({e["host"] for e in found}) == 1
     return sorted(found, key=lambda e: float(e["monotonic" if one_host else "wall"]))
 
 
-def decided(seen: Mapping[int, Seen]) -> bool:
+def decided(seen: Mapping[int, RankStatus]) -> bool:
     """A cause is known, and not only ranks that lost their peers."""
     silent = any(s.failed and not s.error for s in seen.values())
     return silent or any(not e["victim"] for e in errors_in(seen))
@@ -93,7 +93,7 @@ def decided(seen: Mapping[int, Seen]) -> bool:
 ELSEWHERE = "no rank of this node is the cause; the launcher of another node says what happened there"
 
 
-def blame(seen: Mapping[int, Seen], stuck_for: float | None = None, elsewhere: bool = False) -> Blame:
+def blame(seen: Mapping[int, RankStatus], stuck_for: float | None = None, elsewhere: bool = False) -> RootCause:
     """The cause: the earliest error of a rank's own, else a lost host, a death by signal, an exit without a word, or
     who is behind.
 
@@ -107,8 +107,8 @@ def blame(seen: Mapping[int, Seen], stuck_for: float | None = None, elsewhere: b
     if own is not None:
         return told(own, seen[own["rank"]].log)
 
-    def silent(rank: int, sentence: str, code: int) -> Blame:
-        return Blame(rank, seen[rank].host, seen[rank].doing, sentence, code, seen[rank].log)
+    def silent(rank: int, sentence: str, code: int) -> RootCause:
+        return RootCause(rank, seen[rank].host, seen[rank].doing, sentence, code, seen[rank].log)
 
     for rank, s in seen.items():
         if s.lost and s.code is None:
@@ -142,14 +142,14 @@ def blame(seen: Mapping[int, Seen], stuck_for: float | None = None, elsewhere: b
     return silent(last, "the other ranks lost their connection and this one is behind", 1)
 
 
-def told(error: Mapping[str, Any], log: str = "") -> Blame:
+def told(error: Mapping[str, Any], log: str = "") -> RootCause:
     """From what a rank wrote itself."""
     text = " ".join(str(error["message"]).split("\nException raised from")[0].split())
     sentence = text if error["known"] else f"{error['type']}: {text}"
-    return Blame(error["rank"], error["host"], error["doing"], sentence, error["exit_code"], log)
+    return RootCause(error["rank"], error["host"], error["doing"], sentence, error["exit_code"], log)
 
 
-def progress(seen: Mapping[int, Seen], plan: Plan) -> list[str]:
+def progress(seen: Mapping[int, RankStatus], plan: Plan) -> list[str]:
     """How many of several results are where they should be, after a run that did not go to its end."""
     total = sum(map(len, targets(plan.run, plan.facts.video)))
     if total < 2:
@@ -170,7 +170,7 @@ def by_signal(number: int) -> str:
     return f"it was killed by signal {number} ({name}){often}"
 
 
-def lines(found: Blame, world: int, together: bool = True) -> list[str]:
+def lines(found: RootCause, world: int, together: bool = True) -> list[str]:
     """The report: who, doing what; why; where the logs are.
 
     Args:

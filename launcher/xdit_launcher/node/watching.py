@@ -17,14 +17,14 @@ from types import FrameType
 import click
 
 from xdit_core.printable import printable
-from xdit_launcher.node.root_cause import Blame, Seen, blame, decided
+from xdit_launcher.node.root_cause import RankStatus, RootCause, blame, decided
 
 NOTICE = 10.0  # seconds after which it is said that a machine has not come
 ASLEEP = 5.0  # seconds that no look takes unless the whole run was stopped
 CAUSE = 2.0  # seconds in which the cause of a lost connection should show itself
 INTERRUPTED = 130
 
-Look = Callable[[], Mapping[int, Seen]]
+Look = Callable[[], Mapping[int, RankStatus]]
 
 
 STUCK = 600.0  # seconds without a beat of any rank
@@ -45,7 +45,7 @@ class Pace:
     longest: float = 0.0
     settled: bool = False
 
-    def moved(self, pause: float, seen: Mapping[int, Seen]) -> None:
+    def moved(self, pause: float, seen: Mapping[int, RankStatus]) -> None:
         """A rank moved after so many seconds."""
         steps = [int(found[1]) if s.pulse and (found := STEP.search(s.pulse.doing)) else 0 for s in seen.values()]
         self.longest = max(self.longest, pause) if all(steps) else 0.0
@@ -65,8 +65,8 @@ def watch(
     cause: float = CAUSE,
     ask_for_stacks: Callable[[], None] | None = None,
     elsewhere: bool = False,
-    absent: Callable[[Mapping[int, Seen]], str] | None = None,
-) -> Blame | None:
+    absent: Callable[[Mapping[int, RankStatus]], str] | None = None,
+) -> RootCause | None:
     """Wait until all ranks are done, one has failed, or none moves any more.
 
     Args:
@@ -108,7 +108,7 @@ def watch(
                 ask_for_stacks()
             if absent and (text := absent(seen)):
                 rank, s = next(iter(seen.items()))
-                return Blame(rank, s.host, s.doing, text, 1, s.log)
+                return RootCause(rank, s.host, s.doing, text, 1, s.log)
             return blame(seen, stuck_for=pace.limit, elsewhere=elsewhere)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from xdit_core import Built, Declaration, Facts, Rank, UnsupportedCall, Wrap, hookimpl
+from xdit_core import Built, Declaration, ModelFacts, Rank, UnsupportedCall, Wrap, hookimpl
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """One wrap around the denoiser."""
     return Declaration(wraps=(Wrap("forward", "reuse"),))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from xdit_core import EXACT, Built, Declaration, Facts, Rank, Wrap, hookimpl
+from xdit_core import EXACT, Built, Declaration, ModelFacts, Rank, Wrap, hookimpl
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def xdit_settings() -> type[Settings]:
 
 
 @hookimpl
-def xdit_declare(settings: Settings, facts: Facts) -> Declaration:
+def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     """Next to the kernel, and around the denoiser."""
     return Declaration(wraps=(Wrap("attention", "kernel"), Wrap("forward", "reuse")), fidelity=EXACT)
 
