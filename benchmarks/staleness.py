@@ -21,8 +21,8 @@ from xdit_emoji.training.evaluate import questions, score, serial, to_tensor
 
 PATCHES, WARMUPS = (2, 4, 8), (1, 2, 4)
 NOTE = """The warm-up makes no difference to a tenth of a decibel here: the first steps are mostly noise, in which
-neighbours have little to say, and what staleness costs comes from the later ones (largest difference of the latents of one
-picture, M=8: 0.098 between W=1 and serial, 0.001 between W=1 and W=4). A model of 64 tokens that has memorized its
+neighbours have little to say, and what staleness costs comes from the later ones (largest difference of the latents of
+one picture, M=8: 0.098 between W=1 and serial, 0.001 between W=1 and W=4). A model of 64 tokens that has memorized its
 pictures says little about models that compose; there, choose W by looking."""
 SHOWN = ("red heart", "fox", "pizza", "rocket", "octopus", "grinning face", "sunflower", "guitar")
 
