@@ -16,6 +16,7 @@ MATRICES = MappingProxyType(
         "transformer_blocks.*.ff.net.2": "rowwise",
     }
 )
+NOT_TAKEN = ("images", "height", "width", "negative", "max_sequence_length")
 
 
 def labels(configs: Mapping[str, Any], word: str, pictures: int) -> list[int]:
@@ -34,9 +35,8 @@ def one_size(configs: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[P
     """The positions are those of the size it was trained for."""
     side = default_size(configs["transformer"], configs)
     if (asked["height"], asked["width"]) != (side, side):
-        yield Problem(
-            f"height={asked['height']} width={asked['width']}: this DiT draws {side} x {side} only", "leave both out"
-        )
+        size = f"height={asked['height']} width={asked['width']}"
+        yield Problem(f"{size}: this DiT draws {side} x {side} only", "leave both out")
 
 
 @hookimpl
@@ -56,12 +56,5 @@ def xdit_model() -> ModelSpec:
         check=one_size,
         latent_output=False,
         defaults={"steps": 50, "guidance": 4.0, "prompt": ("207",)},
-        call={
-            "class": "class_labels",
-            "images": "",
-            "height": "",
-            "width": "",
-            "negative": "",
-            "max_sequence_length": "",
-        },
+        call={"class": "class_labels", **dict.fromkeys(NOT_TAKEN, "")},
     )

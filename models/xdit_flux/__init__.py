@@ -1,5 +1,4 @@
-"""Flux.1 (Black Forest Labs 2024): double blocks over picture and text, then single blocks, as one list; latents are
-packed tokens."""
+"""Flux.1 (Black Forest Labs 2024): double blocks over picture and text, then single blocks; latents are packed."""
 
 from __future__ import annotations
 
@@ -23,11 +22,11 @@ MATRICES = MappingProxyType(
         "single_transformer_blocks.*.proj_out": "rowwise",
     }
 )
+CONTROLNET = "ControlNet residuals are not divided over ranks yet"
 
 
 def guided(asked: Mapping[str, Any]) -> bool:
-    """``guidance`` is an input of the distilled model; two predictions a step come from ``call.true_cfg_scale`` with
-    ``negative``."""
+    """``guidance`` is an input of the distilled model; ``call.true_cfg_scale`` with ``negative`` guides."""
     return (asked.get("true_cfg_scale") or 1.0) > 1.0 and asked.get("negative") is not None
 
 
@@ -47,10 +46,7 @@ def xdit_model() -> ModelSpec:
         text_tokens=lambda configs, asked: int(asked.get("max_sequence_length") or 512),
         unbatched=("img_ids", "txt_ids"),
         guided=guided,
-        refused={
-            "controlnet_block_samples": "ControlNet residuals are not divided over ranks yet",
-            "controlnet_single_block_samples": "ControlNet residuals are not divided over ranks yet",
-        },
+        refused=dict.fromkeys(("controlnet_block_samples", "controlnet_single_block_samples"), CONTROLNET),
         matrices=MATRICES,
         embeddings=("x_embedder",),
         conditioning=(

@@ -1,5 +1,4 @@
-"""Z-Image (Z-Image Team 2025, arXiv:2511.22699): two blocks over the picture, then all over picture and text in one
-sequence."""
+"""Z-Image (Z-Image Team 2025, arXiv:2511.22699): blocks over the picture, then over picture and text."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ MATRICES = MappingProxyType(
         "*.feed_forward.w2": "rowwise",
     }
 )
+BOTH = ("noise_refiner", "layers")
 OMNI = "pictures as conditions are not divided over ranks yet"
 
 
@@ -50,18 +50,9 @@ def xdit_model() -> ModelSpec:
         guided=lambda asked: (asked.get("guidance") or 0.0) > 0.0,
         refused={"controlnet_block_samples": OMNI, "siglip_feats": OMNI, "image_noise_mask": OMNI},
         matrices=MATRICES,
-        conditioning=(
-            "t_embedder",
-            "cap_embedder",
-            "context_refiner.[0-9]",
-            "noise_refiner.*.adaLN_*",
-            "layers.*.adaLN_*",
-        ),
+        conditioning=("t_embedder", "cap_embedder", "context_refiner.[0-9]", *(f"{part}.*.adaLN_*" for part in BOTH)),
         defaults={
-            "steps": 9,
-            "guidance": 0.0,
-            "height": 1024,
-            "width": 1024,
+            **{"steps": 9, "guidance": 0.0, "height": 1024, "width": 1024},
             "prompt": ("a young woman in red hanfu at night",),
         },
     )
