@@ -1,4 +1,4 @@
-"""What each strategy sends and holds, counted, against the table of the methods; writes ``docs/costs.md``.
+"""What each strategy sends and holds, counted, against the table of the methods; writes ``docs/measured/costs.md``.
 
 Model: an SD3 with random weights, 8 blocks, 8 heads x 8, 1,024 picture tokens and 8 text tokens, two steps without
 guidance. Bytes are those of the second step, all ranks together; parameters and buffers are those of the rank that
@@ -110,7 +110,7 @@ def main() -> None:
     from xdit_core.testing.models import save_tiny_sd3
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(Path(__file__).parents[1] / "docs" / "costs.md"))
+    parser.add_argument("--out", default=str(Path(__file__).parents[1] / "docs" / "measured" / "costs.md"))
     args = parser.parse_args()
     unit, lines, pool = TOKENS * HIDDEN * 4, [], Pool()
     with tempfile.TemporaryDirectory() as folder:

@@ -4,8 +4,9 @@ The hosts are two network namespaces with one rank and one thread each; ``tc tbf
 the SD3-shaped random one of ``shapes.py``. For each method in turn: one engine, then every rate after the other. Bytes
 on the wire are read from the interface.
 
-    python benchmarks/slow_links.py --rates 10G 1G 200M --steps 6 --picture docs/slow_links.png        (as root, about
-    ten minutes)
+As root; it takes about ten minutes::
+
+    python benchmarks/slow_links.py --rates 10G 1G 200M --steps 6 --picture docs/pictures/slow_links.png
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What staleness costs on trained weights: PipeFusion's (patches, warmup) against the serial pipeline.
 
-The displaced result does not depend on the number of stages, so one process computes it. Writes ``docs/staleness.md``
-and ``docs/staleness.png``.
+The displaced result does not depend on the number of stages, so one process computes it. Writes
+``docs/measured/staleness.md`` and ``docs/pictures/staleness.png``.
 
     python benchmarks/staleness.py --count 50
 """
@@ -92,10 +92,10 @@ def main() -> None:
             )
             rows.append((f"M={m} W={w}", [got[q] for q in shown]))
             print(lines[-1], f"{time.monotonic() - started:.0f} s", flush=True)
-    lines += ["", NOTE, "", "![serial and displaced pictures](staleness.png)", ""]
+    lines += ["", NOTE, "", "![serial and displaced pictures](../pictures/staleness.png)", ""]
     out = Path(args.out)
-    (out / "staleness.md").write_text("\n".join(lines), encoding="utf-8")
-    grid(rows, out / "staleness.png")
+    (out / "measured" / "staleness.md").write_text("\n".join(lines), encoding="utf-8")
+    grid(rows, out / "pictures" / "staleness.png")
 
 
 if __name__ == "__main__":

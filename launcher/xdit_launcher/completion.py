@@ -1,4 +1,4 @@
-"""Completion in a shell: settings as ``key=``, names of models and plugins. See ``docs/completion.md``.
+"""Completion in a shell: settings as ``key=``, names of models and plugins. See ``docs/use/completion.md``.
 
 Click brings the machinery. Its scripts for bash and zsh put a space behind every word, which would tear ``steps=`` from
 its value, and bash splits words at ``=``; the scripts here do neither.

@@ -98,7 +98,7 @@ OPTIONS = [
 
 
 def test_every_option_of_xdit_has_a_row_and_every_setting_there_exists():
-    page = (ROOT / "docs" / "coming-from-xdit.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "use" / "coming-from-xdit.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| `--")]
     for option in OPTIONS:
         assert any(re.search(rf"`--{option}`", row.split("|")[1]) for row in rows), option
@@ -118,6 +118,6 @@ def test_every_option_of_xdit_has_a_row_and_every_setting_there_exists():
 def test_the_page_of_combinations_is_what_the_plans_say():
     from xdit_launcher.commands import matrix
 
-    page = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "use" / "combinations.md").read_text(encoding="utf-8")
     names = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["xdit.plugins"])
     assert "\n".join(matrix.lines({"model": "emoji", "device": "cuda"}, names)) in page

@@ -1,7 +1,7 @@
 """What breaks, on two hosts that are network namespaces, and what the launcher must say of it.
 
-python tests/launcher/failures.py --write        (docs/failures.md, with torchrun and accelerate beside; a quarter of an
-hour)
+``python tests/launcher/failures.py --write`` writes ``docs/use/failures.md``, with torchrun and accelerate beside; it
+takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 from cluster import Cluster, cluster
 
 HERE = Path(__file__).parent
-DOC = HERE.parents[1] / "docs" / "failures.md"
+DOC = HERE.parents[1] / "docs" / "use" / "failures.md"
 LONG = ("steps=4000", "timeout=300")
 BEGIN, END = "<!-- table: python tests/launcher/failures.py --write -->", "<!-- end of the table -->"
 
@@ -418,7 +418,7 @@ def write(only: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write docs/failures.md")
+    parser.add_argument("--write", action="store_true", help="write docs/use/failures.md")
     parser.add_argument("--only", default="", help="part of a name; these cases alone")
     args = parser.parse_args()
     if args.write:

@@ -12,7 +12,7 @@ from families import FAMILIES
 from test_parity import DISPLACED, EXACT, ODD, cases
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "measured" / "models.md"
 COLUMNS = ("usp", "pipefusion", "distrifusion", "tp", "cfg", "dp", "compile", "flash", "parallel_vae")
 XDIT = {  # lines of the files that are there for a model alone: pipeline, transformer, attention, scheduler
     "sd3": 1151,

@@ -3,7 +3,7 @@
 For names drawn at random, with fixed seeds, a generated picture counts as right when its nearest neighbour (L2 between
 32 x 32 thumbnails, mirrored allowed) among all training pictures is the named one.
 
-    python -m xdit_emoji.training.evaluate --pipeline models/xdit_emoji/pipeline --sheet docs/emoji.png
+    python -m xdit_emoji.training.evaluate --pipeline models/xdit_emoji/pipeline --sheet docs/pictures/emoji.png
 """
 
 from __future__ import annotations
