@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cases import oracle
+
+from helpers.combos import oracle
 
 
 @pytest.fixture(scope="session")

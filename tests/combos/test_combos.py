@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from cases import SETTINGS, assert_close, decoded, drawn, settings, strategies
 
+from helpers.combos import SETTINGS, assert_close, decoded, drawn, settings, strategies
 from xdit_core import PlanRefused
 from xdit_core.testing.runs import plan_for
 

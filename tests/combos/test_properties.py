@@ -12,10 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cases import assert_close, drawn, oracle
 from hypothesis import HealthCheck, given, reproduce_failure, seed, settings
 from hypothesis import strategies as st
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.combos import assert_close, drawn, oracle
 from xdit_core import PlanRefused
 from xdit_core.testing.models import save_tiny_pixart, save_tiny_sd3
 from xdit_core.testing.pool import Pool

@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from cases import assert_close, drawn, oracle, settings
 
+from helpers.combos import assert_close, drawn, oracle, settings
 from xdit_core import Engine, TokenLayout, length
 from xdit_core.testing.runs import plan_for
 from xdit_core.testing.world import fake_world

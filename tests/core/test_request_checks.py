@@ -62,11 +62,7 @@ def test_no_prompt(engine, prompt):
 
 
 def test_what_a_model_does_not_take(tmp_path):
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-    from tiny import saved
+    from helpers.models.tiny import saved
 
     engine = Engine(
         make_plan([], {**DIT, "model.path": saved("dit", tmp_path / "dit"), "device": "cpu", "output_type": "latent"})

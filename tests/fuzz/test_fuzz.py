@@ -10,14 +10,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "models")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from xdit_core.worker.entry import quieten  # noqa: E402
+from xdit_core.worker.entry import quieten
 
 quieten()  # the workers too, which inherit the environment
 
-from comparing import Fuzzer, Verdict  # noqa: E402
-from drawing import Case, draw, simpler  # noqa: E402
+from helpers.fuzz.comparing import Fuzzer, Verdict  # noqa: E402
+from helpers.fuzz.drawing import Case, draw, simpler  # noqa: E402
 
 BUDGET = int(os.environ.get("XDIT_FUZZ", "16"))
 

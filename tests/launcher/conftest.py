@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from helpers.launcher import FAULTY
 from xdit_launcher.cli import cli
-
-FAULTY = Path(__file__).with_name("faulty")
 
 
 @dataclass

@@ -4,9 +4,9 @@ picture a rank."""
 from __future__ import annotations
 
 import pytest
-from families import FAMILIES, serial, settings
-from tiny import saved
 
+from helpers.models.families import FAMILIES, serial, settings
+from helpers.models.tiny import saved
 from xdit_core import PlanRefused
 from xdit_core.testing.runs import generate, plan_for
 

@@ -8,11 +8,11 @@ import functools
 import diffusers
 import pytest
 import torch
-from families import FAMILIES, settings
 from peft import LoraConfig
-from test_lora import made
-from tiny import saved
 
+from helpers.models.families import FAMILIES, settings
+from helpers.models.lora import random_lora
+from helpers.models.tiny import saved
 from xdit_core import ModelError, PlanRefused
 from xdit_core.engine.engine import Engine
 from xdit_core.testing.runs import generate, plan_for
@@ -85,7 +85,7 @@ def test_facts_are_those_of_the_folder(folder_of, name):
 def test_the_users_pipeline_is_left_as_it_was(folder_of, tmp_path):
     """Its modules, values and results stay; a LoRA of the plan is added to ours alone."""
     family, folder = FAMILIES["sd3"], folder_of("sd3")
-    lora = made(loaded(folder), tmp_path / "lora")
+    lora = random_lora(loaded(folder), tmp_path / "lora")
     pipe = loaded(folder)
     pipe.set_progress_bar_config(disable=True)
 
@@ -255,7 +255,7 @@ def test_one_of_another_shape(folder_of, tmp_path):
 
 
 def test_a_lora_that_does_not_fit(folder_of, tmp_path):
-    lora = made(loaded(folder_of("wan-2.1")), tmp_path / "lora")
+    lora = random_lora(loaded(folder_of("wan-2.1")), tmp_path / "lora")
     with pytest.raises(ModelError, match=r"lora="):
         Engine(
             plan_for([], folder_of("sd3"), {**settings(FAMILIES["sd3"]), "lora": lora}), pipe=loaded(folder_of("sd3"))
@@ -265,7 +265,7 @@ def test_a_lora_that_does_not_fit(folder_of, tmp_path):
 def test_merged_adapters_are_weights_like_others(folder_of, tmp_path):
     """What the refusal of adapters advises."""
     family, folder = FAMILIES["sd3"], folder_of("sd3")
-    lora = made(loaded(folder), tmp_path / "lora")
+    lora = random_lora(loaded(folder), tmp_path / "lora")
     pipe = loaded(folder)
     pipe.load_lora_weights(lora)
     pipe.fuse_lora()

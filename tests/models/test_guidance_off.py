@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from families import FAMILIES, settings
-from tiny import saved
 
+from helpers.models.families import FAMILIES, settings
+from helpers.models.tiny import saved
 from xdit_core.testing.runs import generate, plan_for
 
 TRUNCATED = {"call.cfg_truncation": 0.4, "steps": 4}  # Z-Image: guidance at the first steps only

@@ -3,46 +3,17 @@ them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from families import FAMILIES, STEPS, settings
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from tiny import saved
 
+from helpers.models.families import FAMILIES, STEPS, settings
+from helpers.models.lora import random_lora
+from helpers.models.tiny import saved
 from xdit_core import ModelError, PlanRefused
 from xdit_core.testing.runs import generate, plan_for
 
 SD3 = {"height": 24, "width": 40}
-
-
-def made(pipe, folder: Path, seed: int = 0, **options) -> str:
-    """A LoRA of a pipeline's denoiser, and of its first text encoder where diffusers knows that, with random
-    weights."""
-    torch.manual_seed(seed)
-    parts = {}
-    for name, targets in (
-        ("transformer", ["to_q", "to_k", "to_out.0", "add_v_proj", "net.2"]),
-        ("text_encoder", ["q_proj"]),
-    ):
-        if name not in pipe._lora_loadable_modules:
-            continue
-        module = getattr(pipe, name)
-        module.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=targets, **options))
-        for key, p in module.named_parameters():
-            if "lora_" in key:
-                torch.nn.init.normal_(p, std=0.2)
-        parts[name] = get_peft_model_state_dict(module)
-        parts[f"{name}_config"] = module.peft_config["default"]
-    words = {f"{n}_lora_layers": v for n, v in parts.items() if not n.endswith("_config")}
-    words |= {
-        n.replace("_config", "_lora_adapter_metadata"): v.to_dict() for n, v in parts.items() if n.endswith("_config")
-    }
-    pipe.save_lora_weights(folder, **words)
-    return str(folder)
 
 
 def by_diffusers(folder, loras, images=2, **arguments):
@@ -74,7 +45,7 @@ def sd3(tiny_sd3_folder, tmp_path_factory):
     loras = []
     for seed in range(2):
         pipe = DiffusionPipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-        loras.append(made(pipe, tmp_path_factory.mktemp("loras") / f"sd3-{seed}", seed))
+        loras.append(random_lora(pipe, tmp_path_factory.mktemp("loras") / f"sd3-{seed}", seed))
     return folder, loras
 
 
@@ -109,7 +80,7 @@ def test_equals_diffusers(gloo, sd3, plugins, more, world):
 def test_other_models(gloo, tmp_path, name):
     family = FAMILIES[name]
     folder = saved(family.model, tmp_path / "model", **family.options)
-    lora = made(DiffusionPipeline.from_pretrained(folder), tmp_path / "lora")
+    lora = random_lora(DiffusionPipeline.from_pretrained(folder), tmp_path / "lora")
     images = 1 if family.model == "cogvideox" else 2  # its pipeline makes one video a call
     values = {**settings(family), "images": images, "lora": lora, "tp.degree": 2}
     plain = generate(["tp"], folder, {**values, "lora": (), "tp.degree": 1}, family.subject)[0]
@@ -139,7 +110,7 @@ def test_a_model_without_a_loader(tmp_path, sd3):
 
 def test_one_that_is_more_than_a_change_of_weights(sd3, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(sd3[0], text_encoder_3=None, tokenizer_3=None)
-    dora = made(pipe, tmp_path / "dora", use_dora=True)
+    dora = random_lora(pipe, tmp_path / "dora", use_dora=True)
     with pytest.raises(ModelError, match="merge it into the checkpoint first"):
         generate([], sd3[0], {"lora": dora})
 

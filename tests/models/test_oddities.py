@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from families import FAMILIES, serial, settings
-from tiny import saved
 
+from helpers.models.families import FAMILIES, serial, settings
+from helpers.models.tiny import saved
 from xdit_core.testing.models import save_tiny_pixart
 from xdit_core.testing.runs import generate
 

@@ -7,9 +7,9 @@ import functools
 import diffusers
 import pytest
 import torch
-from families import FAMILIES, STEPS, settings
-from tiny import saved
 
+from helpers.models.families import FAMILIES, STEPS, settings
+from helpers.models.tiny import saved
 from xdit_core.engine.engine import Engine
 from xdit_core.testing.runs import plan_for
 

@@ -11,13 +11,13 @@ pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs the 
 
 
 def test_the_page_is_what_is_run():
-    from table import PAGE, page
+    from helpers.models.table import PAGE, page
 
-    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/models/table.py --write"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/helpers/models/table.py --write"
 
 
 def test_the_readme_quotes_the_sums():
-    from table import XDIT, lines_of
+    from helpers.models.table import XDIT, lines_of
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{sum(map(lines_of, XDIT))} lines" in readme

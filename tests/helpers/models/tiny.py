@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tiny_images
-import tiny_videos
 import torch
+
+from helpers.models import tiny_images, tiny_videos
 
 
 def saved(name: str, folder: Path, **options: Any) -> str:

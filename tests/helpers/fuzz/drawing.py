@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from families import FAMILIES, Family
+from helpers.models.families import FAMILIES, Family
 
 STEP_CALLBACKS = (
     "sd3",

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import Ask, Case
-from families import FAMILIES
-from families import settings as family_settings
-from test_lora import made
-from tiny import saved
 
+from helpers.fuzz.drawing import Ask, Case
+from helpers.models.families import FAMILIES
+from helpers.models.families import settings as family_settings
+from helpers.models.lora import random_lora
+from helpers.models.tiny import saved
 from xdit_core import Engine, Plan, XditError
 from xdit_core.testing.pool import Pool, PoolError
 from xdit_core.testing.runs import plan_for
@@ -67,7 +67,7 @@ def folder_of(name: str) -> str:
 @functools.cache
 def adapter_of(name: str) -> str:
     """A LoRA for it."""
-    return made(pipeline(name, "float32", False), Path(tempfile.mkdtemp(prefix="fuzz-")) / "lora")
+    return random_lora(pipeline(name, "float32", False), Path(tempfile.mkdtemp(prefix="fuzz-")) / "lora")
 
 
 def pipeline(name: str, dtype: str, lora: str | bool, scale: float = 1.0) -> Any:

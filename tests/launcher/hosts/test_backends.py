@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import slurm_cluster
 import yaml
 from click.testing import Result
-from cluster import Cluster, cluster, missing
 from PIL import Image
-from slurm_cluster import slurm
 
-FAULTY = Path(__file__).with_name("faulty")
+from helpers.launcher import FAULTY, slurm_cluster
+from helpers.launcher.cluster import Cluster, cluster, missing
+from helpers.launcher.slurm_cluster import slurm
+
 USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
 SMALL = ("model=emoji", "device=cpu", "steps=3", "red heart")
 

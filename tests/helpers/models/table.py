@@ -1,6 +1,6 @@
 """The page of models and strategies, made from the parity tests.
 
-python tests/models/table.py --write
+python tests/helpers/models/table.py --write
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from families import FAMILIES
-from test_parity import DISPLACED, EXACT, ODD, cases
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
-ROOT = Path(__file__).parents[2]
+from helpers.models.families import FAMILIES
+from helpers.models.matrix import DISPLACED, EXACT, ODD, cases
+
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "measured" / "models.md"
 COLUMNS = ("usp", "pipefusion", "distrifusion", "tp", "cfg", "dp", "compile", "flash", "parallel_vae")
 XDIT = {  # lines of the files that are there for a model alone: pipeline, transformer, attention, scheduler
@@ -46,8 +49,8 @@ def page() -> str:
     out = [
         "# Models and strategies",
         "",
-        "Made from the tests by `python tests/models/table.py --write`. Every tiny pipeline consists of the real "
-        "diffusers and transformers classes with",
+        "Made from the tests by `python tests/helpers/models/table.py --write`. Every tiny pipeline consists of "
+        "the real diffusers and transformers classes with",
         "random weights, is saved to disk and loaded through the public path. Compared are latents in float32, to "
         "1e-5 of the largest value: *serial*, with",
         "the unmodified diffusers pipeline; *displaced*, with the same schedule in one process. Without a plugin, and "

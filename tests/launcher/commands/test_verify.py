@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from click.testing import Result
 
+from helpers.launcher import FAULTY, SKEWED
 from xdit_launcher.commands import compare
 from xdit_launcher.commands.verify import MISMATCH, Finding, tolerance
 
 Launch = Callable[..., Any]
-SKEWED = os.pathsep.join([str(Path(__file__).with_name(name)) for name in ("skewed", "faulty")])
+PLUGINS = os.pathsep.join([str(SKEWED), str(FAULTY)])
 
 
 def verdict(out: str) -> list[str]:
@@ -105,7 +106,11 @@ def test_mismatch_is_located(
     launch: Launch, tiny: tuple[str, ...], words: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     code, out, err = launch(
-        "verify", *(w for w in tiny if w != "steps=3" or "steps=1" not in words), *words, "a red fox", PYTHONPATH=SKEWED
+        "verify",
+        *(w for w in tiny if w != "steps=3" or "steps=1" not in words),
+        *words,
+        "a red fox",
+        PYTHONPATH=PLUGINS,
     ).wait(180)
     assert code == MISMATCH, err
     wrong, where = verdict(out)

@@ -1,4 +1,4 @@
-"""A fixed budget of random bad inputs; the script tries more: python tests/launcher/bad_inputs.py 1000."""
+"""A fixed budget of random bad inputs; the script tries more: python tests/helpers/launcher/bad_inputs.py 1000."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from bad_inputs import good_plan, odd_folder, run, wrong_with
-from bad_words import Case
+
+from helpers.launcher.bad_inputs import good_plan, odd_folder, run, wrong_with
+from helpers.launcher.bad_words import Case
 
 
 def test_bad_inputs_are_answered_with_sentences(tiny_sd3_folder: Path) -> None:
@@ -19,7 +20,7 @@ def test_bad_inputs_are_answered_with_sentences(tiny_sd3_folder: Path) -> None:
 
 def test_the_loop_would_see_it(tiny_sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer with a traceback, control characters, a wrong code, or a changed file is a find."""
-    import bad_inputs as bad
+    from helpers.launcher import bad_inputs as bad
 
     with odd_folder(tiny_sd3_folder) as folder:
         for answer, part in (

@@ -1,7 +1,7 @@
 """What breaks, on two hosts that are network namespaces, and what the launcher must say of it.
 
-``python tests/launcher/failures.py --write`` writes ``docs/use/failures.md``, with torchrun and accelerate beside; it
-takes a quarter of an hour.
+``python tests/helpers/launcher/failures.py --write`` writes ``docs/use/failures.md``, with torchrun and accelerate
+beside; it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cluster import Cluster, cluster
+from helpers.launcher import FAULTY
+from helpers.launcher.cluster import Cluster, cluster
 
 HERE = Path(__file__).parent
-DOC = HERE.parents[1] / "docs" / "use" / "failures.md"
+DOC = HERE.parents[2] / "docs" / "use" / "failures.md"
 LONG = ("steps=4000", "timeout=300")
-BEGIN, END = "<!-- table: python tests/launcher/failures.py --write -->", "<!-- end of the table -->"
+BEGIN, END = "<!-- table: python tests/helpers/launcher/failures.py --write -->", "<!-- end of the table -->"
 
 
 @dataclass
@@ -260,7 +261,7 @@ def start(made: Cluster, folder: Path, words: Sequence[str], terminal: bool = Fa
                "usp.ulysses=2", "model=emoji", *words, "red heart"]  # fmt: skip
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE / "faulty"), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
     }
     if not any(w.startswith("faulty.") for w in words):
         command[command.index("usp,faulty")] = "usp"
@@ -400,7 +401,7 @@ def write(only: str) -> None:
     before, _, rest = DOC.read_text().partition(BEGIN)
     known = {line.split("|")[1].strip(): line for line in rest.partition(END)[0].splitlines() if line.startswith("| ")}
     rows = []
-    with tempfile.TemporaryDirectory() as root, cluster(Path(root), [HERE / "faulty"]) as made:
+    with tempfile.TemporaryDirectory() as root, cluster(Path(root), [FAULTY]) as made:
         for i, case in enumerate(CASES):
             if only not in case.name and case.name in known:
                 rows.append(known[case.name])
@@ -424,7 +425,7 @@ if __name__ == "__main__":
     if args.write:
         write(args.only)
     else:
-        with tempfile.TemporaryDirectory() as root, cluster(Path(root), [HERE / "faulty"]) as made:
+        with tempfile.TemporaryDirectory() as root, cluster(Path(root), [FAULTY]) as made:
             for i, case in enumerate(c for c in CASES if args.only in c.name):
                 folder = Path(root) / f"case{i}"
                 folder.mkdir()

@@ -25,7 +25,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny_parts import WORDS, qwen_tokenizer, shaken
 from transformers import (
     BertConfig,
     BertModel,
@@ -37,6 +36,7 @@ from transformers import (
     Qwen3Model,
 )
 
+from helpers.models.tiny_parts import WORDS, qwen_tokenizer, shaken
 from xdit_core.testing.models import clip_tokenizer, tiny_clip, tiny_pixart, tiny_sd3, tiny_t5, tiny_vae
 
 

@@ -1,6 +1,6 @@
 """Random bad input to the launcher: it answers with sentences and a documented exit code, and changes nothing on disk.
 
-python tests/launcher/bad_inputs.py 1000 --seed 1          (prints each find with the words that lead to it)
+python tests/helpers/launcher/bad_inputs.py 1000 --seed 1          (prints each find with the words that lead to it)
 
 Most inputs run in this process, where starting a run is replaced; one in fifty is a process of its own, as a user
 starts it.
@@ -24,9 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from bad_words import Case, Generator
 from click.testing import CliRunner
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from helpers.launcher.bad_words import Case, Generator
 from xdit_core.errors import UsageError, XditError
 from xdit_core.printable import printable
 from xdit_core.worker.entry import read_plan

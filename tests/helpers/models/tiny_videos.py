@@ -16,9 +16,9 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tiny_parts import WORDS, shaken
 from transformers import UMT5Config, UMT5EncoderModel
 
+from helpers.models.tiny_parts import WORDS, shaken
 from xdit_core.testing.models import tiny_t5, tiny_vae
 
 

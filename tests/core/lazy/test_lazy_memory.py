@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from lazies import CUTS, MODES, B, C, H, W, base, lazy, same, y
 
+from helpers.lazies import CUTS, MODES, B, C, H, W, base, lazy, same, y
 from xdit_core.parallel.patch_tensor import (
     LazyError,
     LazyValue,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lazies import CUTS, MODES, B, C, H, W, base, chan, col, half, lazy, mask, row, same, sigma, y
 
+from helpers.lazies import CUTS, MODES, B, C, H, W, base, chan, col, half, lazy, mask, row, same, sigma, y
 from xdit_core.parallel.patch_tensor import LazyError, LocalWorld, PatchTensor, PatchWorld
 
 aten = torch.ops.aten

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from helpers.launcher import FAULTY
 from xdit_core.worker.heartbeat import Heartbeat
 from xdit_core.worker.rendezvous import waiting_to_start
 from xdit_launcher.backends.local import Node, command_for
@@ -236,7 +237,7 @@ def test_a_worker_by_hand_says_sentences(launch: Launch, tiny: tuple[str, ...], 
     two.write_text(
         launch("--dry-run", "--json", "--plugins", "usp", "usp.ulysses=2", *tiny, "timeout=1", "a fox").wait()[1]
     )
-    path = os.pathsep.join([str(Path(__file__).with_name("faulty")), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")])
     found = worker(plan, PYTHONPATH=path)
     assert found.returncode != 0 and "Traceback" not in found.stderr, found.stderr
     assert "ValueError: a number that is no number" in found.stderr.splitlines()[-1]

@@ -7,17 +7,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import failures
 import pytest
-from cluster import Cluster, cluster, missing
-from failures import CASES, Case, attempt
+
+from helpers.launcher import FAULTY
+from helpers.launcher.cluster import Cluster, cluster, missing
+from helpers.launcher.failures import BEGIN, CASES, DOC, END, Case, attempt
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("hosts"), [failures.HERE / "faulty"]) as made:
+    with cluster(tmp_path_factory.mktemp("hosts"), [FAULTY]) as made:
         yield made
 
 
@@ -35,7 +36,7 @@ def test_a_failure(hosts: Cluster, tmp_path: Path, case: Case) -> None:
 
 
 def test_the_table_is_of_these_cases() -> None:
-    table = failures.DOC.read_text(encoding="utf-8").partition(failures.BEGIN)[2].partition(failures.END)[0]
+    table = DOC.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     rows = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in table.splitlines()

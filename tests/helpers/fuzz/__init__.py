@@ -1,0 +1,1 @@
+"""Random requests of random engines, and the oracle of each."""
