@@ -23,7 +23,7 @@ from xdit_launcher.run_folders import run_folder
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
-    from xdit_launcher.backends.registry import Backend
+    from xdit_launcher.backends.base import Backend
 
 
 COMMAND_LINE = "xdit.command_line"  # of the words, in what click keeps for a call

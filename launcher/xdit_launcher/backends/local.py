@@ -20,14 +20,16 @@ from xdit_core.planning import machine
 from xdit_core.records import listed
 from xdit_core.worker.rendezvous import not_started
 from xdit_launcher.cluster import placement
-from xdit_launcher.node import processes, root_cause
+from xdit_launcher.cluster.connection import PipeConnection
+from xdit_launcher.cluster.fleet import Fleet
+from xdit_launcher.cluster.hosts import Host
+from xdit_launcher.node import processes, root_cause, sockets
 from xdit_launcher.node.processes import Here, Share, Workers
 from xdit_launcher.node.root_cause import RankStatus
 from xdit_launcher.node.watching import INTERRUPTED, Suspension, say, signals_interrupt, stay_deaf, watch
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
-    from xdit_launcher.cluster.fleet import Fleet
 
 HOST = "127.0.0.1"
 EXAMPLE = "--nnodes 2 --node-rank 0 --rdzv 10.0.0.1:29500"
@@ -123,14 +125,11 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
 
 def connect(settings: Settings) -> Fleet:
     """An agent on this machine."""
-    from xdit_launcher.cluster.fleet import Fleet, Host
-    from xdit_launcher.cluster.pipe import Pipe
-
     name = socket.gethostname()
     command = [sys.executable, "-P", "-m", "xdit_launcher.node.agent"]
     return Fleet(
         [Host(name)],
-        lambda i, deliver: Pipe(
+        lambda i, deliver: PipeConnection(
             command, i, name, deliver, lambda code, said, *_: " ".join(said) or f"exit code {code}"
         ),
     )
@@ -216,7 +215,7 @@ class Node:
         if self.index:
             yield None
             return
-        with listening(HOST if self.count == 1 else "", self.port, backlog) as server:
+        with sockets.listen(HOST if self.count == 1 else "", self.port, backlog) as server:
             yield server
 
 
@@ -246,17 +245,3 @@ def address_of(place: str) -> tuple[str, int]:
             f"--rdzv {place} is not HOST:PORT; write an address of machine 0 and a free port, such as 10.0.0.1:29500."
         )
     return address.strip("[]"), int(port)
-
-
-def listening(address: str, port: int, backlog: int) -> socket.socket:
-    """A socket on which rank 0 will be met.
-
-    Raises:
-        UsageError: somebody has the port.
-    """
-    try:
-        return socket.create_server((address, port), backlog=backlog)
-    except OSError as error:
-        raise UsageError(
-            f"port {port} cannot be had here ({os.strerror(error.errno or 0)}); choose another with --rdzv HOST:PORT."
-        ) from error

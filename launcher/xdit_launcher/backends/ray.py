@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
 from xdit_launcher.arguments import names_in
-from xdit_launcher.cluster import fleet, host_facts
-from xdit_launcher.cluster.fleet import Deliver, Fleet, Host
+from xdit_launcher.cluster import host_facts
+from xdit_launcher.cluster.fleet import Fleet
+from xdit_launcher.cluster.hosts import Host
+from xdit_launcher.cluster.protocol import Deliver
+from xdit_launcher.cluster.run import run
 from xdit_launcher.node.agent import Agent
+from xdit_launcher.node.sockets import probe_port
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -112,7 +115,7 @@ def connected(settings: Settings) -> Any:
             f"ray.strategy={settings.strategy} is none of Ray's; use {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}."
         )
     try:
-        probe_port(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
+        probe_cluster(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
         ray.init(
             address=settings.address,
             namespace="xdit",
@@ -129,15 +132,15 @@ def connected(settings: Settings) -> Any:
     return ray
 
 
-def probe_port(address: str) -> None:
-    """Ray tries for minutes where nobody answers; find out at once.
+def probe_cluster(address: str) -> None:
+    """Find out at once whether anybody answers at an address; Ray itself would try for minutes.
 
     Raises:
         OSError: nobody does.
     """
     host, sign, port = address.removeprefix("ray://").rpartition(":")
     if sign and port.isdecimal() and len(port) < 6:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        probe_port(host, int(port))
 
 
 def bundle(plan: Plan, settings: Settings, total: Mapping[str, float]) -> dict[str, float]:
@@ -184,7 +187,7 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
-    """Run a plan on the cluster; see `fleet.run`."""
+    """Run a plan on the cluster; see `xdit_launcher.cluster.run.run`."""
     ray = connected(settings)
     group = None
     try:
@@ -192,8 +195,8 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
         actors, names = place(ray, group, plan.world, settings.wait)
         count = Counter(names)
         hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
-        with Fleet(hosts, lambda i, deliver: Actor(actors[i], i, deliver)) as found:
-            return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+        with Fleet(hosts, lambda i, deliver: Actor(actors[i], i, deliver)) as fleet:
+            return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
     finally:
         if group is not None:
             with contextlib.suppress(Exception):

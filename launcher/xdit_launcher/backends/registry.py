@@ -1,26 +1,12 @@
-"""What starts the processes: a launch backend, found by its entry point in the group ``xdit.launchers``.
+"""Find the backends that are installed, by their entry points in the group ``xdit.launchers``, and choose one.
 
-A backend is a module or another object with
-
-- ``start(plan, folder, settings) -> int``: run a plan, with the existing folder for logs; the exit code of the run;
-- ``Settings`` (optional): a dataclass as plugins have; its fields are set with ``NAME.field=value``, or with the option
-``--field`` if
-  `OPTIONS` has it; every field has a default. Without it ``settings`` is None;
-- ``check(plan, settings)`` (optional): raises a `UsageError` for what can be said before anything is written or
-started;
-- ``devices(settings) -> int | None`` (optional): how many processes suit the machines; None: those of this one;
-- ``show(plan, settings, words) -> list[str]`` (optional): what a dry run shows of it; ``words`` are those of the
-command line;
-- ``connect(settings) -> Fleet`` (optional): agents on the machines, for ``doctor``, see `xdit_launcher.cluster.fleet`;
-- ``document(plan, settings, words) -> str`` (optional): what a dry run prints instead of everything else.
+`xdit_launcher.backends.base` says what a backend is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -29,10 +15,7 @@ from xdit_core.planning.settings import build, check_class, check_keys, did_you_
 from xdit_core.registry import discovery
 from xdit_core.registry.discovery import Found
 from xdit_core.registry.registry import STRATEGIES
-
-if TYPE_CHECKING:
-    from xdit_core.plan import Plan
-    from xdit_launcher.cluster.fleet import Fleet
+from xdit_launcher.backends.base import Backend
 
 LAUNCHERS = "xdit.launchers"
 USUAL = "local"
@@ -62,57 +45,6 @@ def options(command: Any) -> Any:
     for option in reversed(OPTIONS):
         command = option(command)
     return command
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A backend with its settings."""
-
-    name: str
-    module: Any
-    settings: Any
-
-    def devices(self) -> int | None:
-        """How many processes suit the machines, None: those of this one."""
-        found = getattr(self.module, "devices", None)
-        return found(self.settings) if found else None
-
-    def check(self, plan: Plan) -> None:
-        """What can be said before anything is written.
-
-        Raises:
-            UsageError: the plan cannot run there.
-        """
-        found = getattr(self.module, "check", None)
-        if found:
-            found(plan, self.settings)
-
-    def start(self, plan: Plan, folder: Path) -> int:
-        """Run a plan; the exit code."""
-        code: int = self.module.start(plan, folder, self.settings)
-        return code
-
-    def connect(self) -> Fleet:
-        """Agents on the machines.
-
-        Raises:
-            UsageError: the backend has none.
-        """
-        found = getattr(self.module, "connect", None)
-        if found is None:
-            raise UsageError(f"the backend {self.name} has no agents that could look at the machines; use --on ssh.")
-        fleet: Fleet = found(self.settings)
-        return fleet
-
-    def show(self, plan: Plan, words: Sequence[str]) -> list[str]:
-        """What a dry run shows."""
-        found = getattr(self.module, "show", None)
-        return list(found(plan, self.settings, words)) if found else []
-
-    def document(self, plan: Plan, words: Sequence[str]) -> str:
-        """What a dry run prints instead of the plan, "" if nothing."""
-        found = getattr(self.module, "document", None)
-        return found(plan, self.settings, words) if found else ""
 
 
 def installed() -> dict[str, list[Found]]:
@@ -165,7 +97,7 @@ def choose(
         UsageError: it does not take an option or setting.
     """
     flags = {k: v for k, v in given.items() if v is not None}
-    name = name or taker(flags)
+    name = name or backend_for(flags)
     module = load(name)
     cls = getattr(module, "Settings", None)
     own = {k: v for k, v in values.items() if k.startswith(f"{name}.")}
@@ -188,7 +120,7 @@ def choose(
     return Backend(name, module, build(cls, f"{name}.", own)), rest
 
 
-def taker(flags: Mapping[str, str]) -> str:
+def backend_for(flags: Mapping[str, str]) -> str:
     """The usual backend if it takes the options, else the first that does."""
     names = (USUAL, *(name for name in installed() if name != USUAL))
     return next((name for name in names if takes(name, flags)), USUAL) if flags else USUAL

@@ -22,9 +22,11 @@ from xdit_core.filesystem import atomically
 from xdit_core.planning.settings import build
 from xdit_core.printable import printable
 from xdit_launcher.arguments import names_in
-from xdit_launcher.cluster import fleet, host_facts
-from xdit_launcher.cluster.fleet import Fleet, Host
-from xdit_launcher.cluster.pipe import Pipe
+from xdit_launcher.cluster import host_facts, hosts
+from xdit_launcher.cluster.connection import PipeConnection
+from xdit_launcher.cluster.fleet import Fleet
+from xdit_launcher.cluster.hosts import Host
+from xdit_launcher.cluster.run import run
 from xdit_launcher.node.watching import INTERRUPTED, say, signals_interrupt, stay_deaf
 from xdit_launcher.run_folders import QUEUED, note_end, queued
 
@@ -58,7 +60,7 @@ def devices(settings: Settings) -> int | None:
     nodes = node_count(settings)
     known = [os.environ.get(name, "") for name in ("SLURM_GPUS_ON_NODE", "SLURM_CPUS_ON_NODE")]
     each = next((int(text) for text in known if text.isdecimal()), 0)
-    return nodes * each if each else fleet.devices([Host("")] * nodes)
+    return nodes * each if each else hosts.devices([Host("")] * nodes)
 
 
 def node_count(settings: Settings) -> int:
@@ -181,8 +183,8 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     if "SLURM_JOB_ID" not in os.environ:
         with queued(folder, ends=settings.wait):
             return submit(plan, folder, settings)
-    with connect(settings) as found:
-        return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+    with connect(settings) as fleet:
+        return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
 
 
 def connect(settings: Settings) -> Fleet:
@@ -194,7 +196,10 @@ def connect(settings: Settings) -> Fleet:
     if "SLURM_JOB_ID" not in os.environ:
         raise UsageError("this is no Slurm allocation; get one first: salloc --nodes=2.")
     names = node_names(os.environ, node_count(settings))
-    return Fleet([Host(name) for name in names], lambda i, deliver: Pipe(srun(names[i]), i, names[i], deliver, why))
+    return Fleet(
+        [Host(name) for name in names],
+        lambda i, deliver: PipeConnection(srun(names[i]), i, names[i], deliver, why),
+    )
 
 
 def submit(plan: Plan, folder: Path, settings: Settings) -> int:

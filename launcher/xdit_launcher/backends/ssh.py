@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import user_path
 from xdit_launcher.arguments import names_in
-from xdit_launcher.cluster import fleet
-from xdit_launcher.cluster.fleet import Fleet, Host
+from xdit_launcher.cluster import hosts as machines
+from xdit_launcher.cluster.connection import PipeConnection
+from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.host_file import filtered, parse_hosts, read_hostfile
-from xdit_launcher.cluster.pipe import Pipe
+from xdit_launcher.cluster.hosts import Host
+from xdit_launcher.cluster.run import run
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -72,7 +74,7 @@ def hosts_of(settings: Settings) -> list[Host]:
 
 def devices(settings: Settings) -> int:
     """How many processes suit the hosts."""
-    return fleet.devices(hosts_of(settings))
+    return machines.devices(hosts_of(settings))
 
 
 def remote_command(host: Host, settings: Settings) -> str:
@@ -106,14 +108,16 @@ def connect(settings: Settings) -> Fleet:
     """Agents on all hosts."""
     hosts = hosts_of(settings)
     return Fleet(
-        hosts, lambda i, deliver: Pipe(command_to(hosts[i], settings), i, hosts[i].name, deliver, why), typed=True
+        hosts,
+        lambda i, deliver: PipeConnection(command_to(hosts[i], settings), i, hosts[i].name, deliver, why),
+        typed=True,
     )
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
-    """Run a plan on the hosts; see `fleet.run`."""
-    with connect(settings) as found:
-        return fleet.run(plan, folder, found, names_in(settings.env), settings.rdzv or None)
+    """Run a plan on the hosts; see `xdit_launcher.cluster.run.run`."""
+    with connect(settings) as fleet:
+        return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
 
 
 def why(code: int, said: Sequence[str], host: str, met: bool) -> str:

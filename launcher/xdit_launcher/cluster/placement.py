@@ -9,6 +9,7 @@ from xdit_core.errors import UsageError
 from xdit_core.planning.degrees import product
 from xdit_core.records import Axis, Traffic
 from xdit_core.registry.registry import STRATEGIES, Registry
+from xdit_launcher.inspection import inspect_strategy
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -83,7 +84,11 @@ def better(plan: Plan, axis: Axis, machines: int) -> str:
 
 def seldom() -> list[str]:
     """Installed plugins whose ranks talk less often than at every layer."""
-    from xdit_launcher.commands.show import look
-
-    found = ((f.name, look(f).declaration) for items in Registry().found(STRATEGIES).values() for f in items)
-    return [name for name, d in found if d and d.axes and all(a.traffic < Traffic.PER_RING_HOP for a in d.axes)]
+    strategies = [inspect_strategy(plugin) for plugins in Registry().found(STRATEGIES).values() for plugin in plugins]
+    return [
+        strategy.plugin.name
+        for strategy in strategies
+        if (declared := strategy.declaration)
+        and declared.axes
+        and all(axis.traffic < Traffic.PER_RING_HOP for axis in declared.axes)
+    ]

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xdit_launcher.backends.registry import Backend
-from xdit_launcher.cluster.fleet import Fleet, check, rendezvous
+from xdit_launcher.backends.base import Backend
+from xdit_launcher.cluster.checks import check_hosts
+from xdit_launcher.cluster.fleet import Fleet
+from xdit_launcher.cluster.rendezvous import parse_rendezvous
 from xdit_launcher.printing import print_lines
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def doctor(on: Backend, plan: Plan | None, as_json: bool = False) -> int:
         UsageError: the hosts cannot be read.
     """
     with on.connect() as fleet:
-        found, problems = check(fleet, plan)
+        found, problems = check_hosts(fleet, plan)
         names = {i: fleet.hosts[i].name for i in found}
         if not as_json:
             print_lines(machines(found, names))
@@ -112,7 +114,7 @@ def imports(fleet: Fleet, found: Mapping[int, Any], names: Mapping[int, str]) ->
 
 def ports(fleet: Fleet, found: Mapping[int, Any], rdzv: str | None) -> list[str]:
     """The port at which the ranks are to meet is taken."""
-    _, port = rendezvous(rdzv)
+    _, port = parse_rendezvous(rdzv)
     first = min(found, default=None)
     return [] if first is None else fleet.ask("serve", {first: {"port": port}})[1]
 

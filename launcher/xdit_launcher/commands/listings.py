@@ -41,9 +41,10 @@ def plugins_show(name: str, as_json: bool) -> None:
     """All about one of them: what it owns, its settings."""
     from xdit_core.registry.registry import STRATEGIES, Registry
     from xdit_launcher.commands import pages, show
+    from xdit_launcher.inspection import inspect_strategy
 
     if as_json:
-        print_lines(pages.as_json(pages.strategy(show.look(Registry().pick(STRATEGIES, name)))))
+        print_lines(pages.as_json(pages.strategy(inspect_strategy(Registry().pick(STRATEGIES, name)))))
     else:
         print_lines(show.plugin_page(name))
 

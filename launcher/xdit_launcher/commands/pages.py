@@ -10,7 +10,8 @@ from xdit_core.errors import XditError
 from xdit_core.registry.discovery import installed
 from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
 from xdit_launcher.commands import matrix
-from xdit_launcher.commands.show import Look, default_of, look, row, settings_fields, source, type_name
+from xdit_launcher.commands.show import default_of, row, settings_fields, source, type_name
+from xdit_launcher.inspection import Inspection, inspect_strategy
 
 SETTINGS = (
     "negative",
@@ -32,22 +33,22 @@ def as_json(data: object) -> list[str]:
 def strategies() -> list[dict[str, Any]]:
     """All installed strategies."""
     everyone = installed(STRATEGIES)
-    listed = [strategy(look(found)) for items in everyone.found.values() for found in items]
+    listed = [strategy(inspect_strategy(plugin)) for plugins in everyone.found.values() for plugin in plugins]
     return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
 
 
-def strategy(seen: Look) -> dict[str, Any]:
-    """What is known of one."""
-    found, declared = seen.found, seen.declaration
+def strategy(inspected: Inspection) -> dict[str, Any]:
+    """What is known of one strategy."""
+    plugin, declared = inspected.plugin, inspected.declaration
     about: dict[str, Any] = {
-        "name": found.name,
-        "distribution": found.distribution,
-        "version": found.version,
-        "error": seen.error,
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "error": inspected.error,
     }
-    if seen.error:
+    if inspected.error:
         return about
-    about |= {"summary": seen.summary, "settings": settings(seen.settings, f"{found.name}.")}
+    about |= {"summary": inspected.summary, "settings": settings(inspected.settings, f"{plugin.name}.")}
     if declared:
         about["axes"] = [
             {"name": a.name, "traffic": a.traffic.name.lower(), "setting": a.setting} for a in declared.axes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,16 +12,16 @@ from xdit_core.errors import XditError
 from xdit_core.outputs.metadata import FPS
 from xdit_core.planning import machine
 from xdit_core.planning.degrees import processes
-from xdit_core.planning.settings import check_class, fields_of
-from xdit_core.records import FIDELITIES, Declaration, ModelFacts, ModelSpec
-from xdit_core.registry.discovery import Found, installed
+from xdit_core.planning.settings import fields_of
+from xdit_core.records import FIDELITIES, ModelSpec
+from xdit_core.registry.discovery import installed
 from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
+from xdit_launcher.inspection import inspect_strategy
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
-    from xdit_launcher.backends.registry import Backend
+    from xdit_launcher.backends.base import Backend
 
-EXAMPLE = ModelFacts(model="a model", heads=24, blocks=24, rows=64, columns=64, text_tokens=333, pixels_per_token=16)
 WIDTH = 14
 MANY = 10  # prompts or files that are listed
 
@@ -163,55 +162,21 @@ def exactness_line(plan: Plan) -> str:
     return f"the {thing} of one process, within rounding" if plan.plugins else f"the {thing} of plain diffusers"
 
 
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """What can be said about an installed plugin.
-
-    Args:
-        error: why it cannot be loaded, else "".
-    """
-
-    found: Found
-    summary: str = ""
-    text: str = ""
-    settings: type[Any] | None = None
-    declaration: Declaration | None = None
-    error: str = ""
-
-
-def look(found: Found) -> Look:
-    """Load one strategy by itself, so that a broken one harms no other."""
-    registry, name = Registry(), found.name
-    try:
-        registry.select([name])
-        plugin = registry.manager.get_plugin(name)
-        text = inspect.getdoc(plugin) or ""
-        settings = registry.call("xdit_settings", {name: {}}).get(name)
-        if settings:
-            check_class(settings, name)
-        arguments = {name: {"settings": settings() if settings else None, "facts": EXAMPLE}}
-        declared = registry.call("xdit_declare", arguments).get(name)
-    except XditError as error:
-        return Look(found, error=str(error))
-    declaration = declared if isinstance(declared, Declaration) else None
-    return Look(found, text.strip().split("\n")[0], text, settings, declaration)
-
-
 def plugin_list() -> Iterator[str]:
     """A line or two for each strategy; behind them one for each that is broken, which changes nothing in the
     others'."""
     everyone = installed(STRATEGIES)
-    looks = [look(found) for items in everyone.found.values() if len(items) == 1 for found in items]
-    healthy = [seen for seen in looks if not seen.error]
-    wide = max((len(seen.found.name) for seen in healthy), default=0)
-    for seen in healthy:
-        found = seen.found
-        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {seen.summary}".rstrip()
-        if seen.declaration and seen.declaration.owns:
-            yield f"{'':<{wide}}  owns {', '.join(c.slot for c in seen.declaration.owns)}"
-    yield from (f"broken: {one_line(seen.error)}" for seen in looks if seen.error)
+    strategies = [inspect_strategy(plugins[0]) for plugins in everyone.found.values() if len(plugins) == 1]
+    healthy = [strategy for strategy in strategies if not strategy.error]
+    wide = max((len(strategy.plugin.name) for strategy in healthy), default=0)
+    for strategy in healthy:
+        plugin = strategy.plugin
+        yield f"{plugin.name:<{wide}}  {plugin.distribution} {plugin.version}  {strategy.summary}".rstrip()
+        if strategy.declaration and strategy.declaration.owns:
+            yield f"{'':<{wide}}  owns {', '.join(c.slot for c in strategy.declaration.owns)}"
+    yield from (f"broken: {one_line(strategy.error)}" for strategy in strategies if strategy.error)
     yield from (f"broken: {notice}." for notice in everyone.notices)
-    if not looks:
+    if not strategies:
         yield (
             "no plugin is installed; install xdit again, or a distribution with entry points in the group xdit.plugins."
         )
@@ -228,26 +193,25 @@ def plugin_page(name: str) -> Iterator[str]:
     Raises:
         XditError: it is not installed or broken.
     """
-    registry = Registry()
-    found = registry.pick(STRATEGIES, name)
-    seen = look(found)
+    plugin = Registry().pick(STRATEGIES, name)
+    strategy = inspect_strategy(plugin)
     yield row("plugin", name)
-    yield row("from", f"{found.distribution} {found.version} ({found.entry.value})")
-    if seen.error:
-        yield row("broken", seen.error)
+    yield row("from", f"{plugin.distribution} {plugin.version} ({plugin.entry.value})")
+    if strategy.error:
+        yield row("broken", strategy.error)
         return
-    if seen.text:
-        yield from ("", *seen.text.splitlines(), "")
-    if seen.declaration:
-        for axis in seen.declaration.axes:
+    if strategy.text:
+        yield from ("", *strategy.text.splitlines(), "")
+    if strategy.declaration:
+        for axis in strategy.declaration.axes:
             setting = f", set by {axis.setting}=" if axis.setting else ""
             yield row("axis", f"{axis.name} ({axis.traffic.name.lower().replace('_', ' ')}){setting}")
-        for claim in seen.declaration.owns:
+        for claim in strategy.declaration.owns:
             yield row("owns", f"{claim.slot}: {claim.why}")
-        yield row("fidelity", seen.declaration.fidelity.kind)
-        for wrap in seen.declaration.wraps:
+        yield row("fidelity", strategy.declaration.fidelity.kind)
+        for wrap in strategy.declaration.wraps:
             yield row("wraps", f"{wrap.point}, level {wrap.level}")
-    for line in settings_help(seen.settings, f"{name}."):
+    for line in settings_help(strategy.settings, f"{name}."):
         yield row("setting", line)
 
 
@@ -259,14 +223,15 @@ def source(spec: ModelSpec) -> str:
 def model_list() -> Iterator[str]:
     """A line for each model; behind them one for each that is broken."""
     everyone, healthy, broken = installed(MODELS), [], []
-    for found in (items[0] for items in everyone.found.values() if len(items) == 1):
+    for plugin in (plugins[0] for plugins in everyone.found.values() if len(plugins) == 1):
         try:
-            healthy.append((found, Registry().model(found.name)[0]))
+            healthy.append((plugin, Registry().model(plugin.name)[0]))
         except XditError as error:
             broken.append(one_line(str(error)))
-    wide = max((len(found.name) for found, _ in healthy), default=0)
-    for found, spec in healthy:
-        yield f"{found.name:<{wide}}  {found.distribution} {found.version}  {', '.join(spec.pipelines)}; {source(spec)}"
+    wide = max((len(plugin.name) for plugin, _ in healthy), default=0)
+    for plugin, spec in healthy:
+        origin = f"{plugin.distribution} {plugin.version}"
+        yield f"{plugin.name:<{wide}}  {origin}  {', '.join(spec.pipelines)}; {source(spec)}"
     yield from (f"broken: {text}" for text in broken)
     yield from (f"broken: {notice}." for notice in everyone.notices)
     if not healthy and not broken:

@@ -23,7 +23,7 @@ from xdit_core.planning.planner import make_plan
 from xdit_launcher.printing import print_lines
 
 if TYPE_CHECKING:
-    from xdit_launcher.backends.registry import Backend
+    from xdit_launcher.backends.base import Backend
     from xdit_launcher.commands.compare import Divergence, Likeness
 
 MISMATCH = 4  # exit code

@@ -21,19 +21,15 @@ from typing import TYPE_CHECKING, Any
 from xdit_core.errors import XditError
 from xdit_core.filesystem import atomically, make_folder
 from xdit_core.outputs.results import check_writable
-from xdit_launcher.backends.local import listening
 from xdit_launcher.cluster import bandwidth, host_facts
-from xdit_launcher.node import processes
+from xdit_launcher.cluster.protocol import ALIVE, MARK, SILENCE, status_message
+from xdit_launcher.node import processes, sockets
 from xdit_launcher.node.processes import Here, Share, Workers
 from xdit_launcher.node.watching import signals_interrupt
 from xdit_launcher.run_folders import remove_old
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
-
-SILENCE = 10.0  # seconds without a word after which the other side counts as gone
-ALIVE = 2.0  # seconds between signs of life
-MARK = "@xdit "  # before every line of ours: shells print greetings
 
 Send = Callable[[Mapping[str, Any]], None]
 
@@ -80,7 +76,7 @@ class Agent:
 
     def do_serve(self, port: int) -> int:
         """Listen for the other ranks; 0: on any free port, which is the answer."""
-        self._server = listening("", port, backlog=1024)
+        self._server = sockets.listen("", port, backlog=1024)
         return int(self._server.getsockname()[1])
 
     def do_reach(self, addresses: Sequence[str], port: int) -> dict[str, str]:
@@ -187,11 +183,10 @@ class Agent:
         for fd in list(self._screens):
             self._show(fd)
         news = {}
-        for rank, seen in self._here.look().items() if self._here else ():
-            pulse = [seen.pulse.count, seen.pulse.doing, seen.pulse.written] if seen.pulse else None
-            now = {"code": seen.code, "pulse": pulse, "error": seen.error, "log": seen.log}
-            if self._told.get(rank) != now:
-                news[rank] = self._told[rank] = now
+        for rank, status in self._here.look().items() if self._here else ():
+            message = status_message(status)
+            if self._told.get(rank) != message:
+                news[rank] = self._told[rank] = message
         if news or time.monotonic() - self._spoke > ALIVE:
             self._spoke = time.monotonic()
             self.send({"seen": news, "wall": time.time()})

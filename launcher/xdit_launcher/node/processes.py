@@ -23,6 +23,7 @@ from xdit_core.records import listed
 from xdit_core.worker.failure import HOST_VARIABLE
 from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
 from xdit_launcher.node.root_cause import RankStatus, read_error
+from xdit_launcher.node.sockets import interface_to
 from xdit_launcher.node.watching import undisturbed
 
 GRACE = 1.0  # seconds that a worker has to end by itself
@@ -133,21 +134,6 @@ def spawn(share: Share, workers: Workers, server: socket.socket | None, screen: 
 def log_path(folder: Path, rank: int) -> Path:
     """What a rank prints."""
     return folder / f"rank{rank}.log"
-
-
-def interface_to(address: str, port: int) -> str:
-    """The network interface that leads to an address, "" if none is known."""
-    import psutil  # type: ignore[import-untyped]
-
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, port or 9))  # sends nothing
-        mine = probe.getsockname()[0]
-        if mine.startswith("127."):
-            return "lo"
-        return next(
-            (name for name, found in psutil.net_if_addrs().items() if any(a.address == mine for a in found)), ""
-        )
-    return ""
 
 
 class Here:

@@ -364,7 +364,7 @@ def test_the_dry_run_shows_the_command_of_the_user(say: Callable[..., Result]) -
 def test_a_backend_of_another_distribution(
     say: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What `xdit_launcher.backends.registry` says is all that one needs."""
+    """What `xdit_launcher.backends.base` says is all that one needs."""
     info = tmp_path / "site" / "xdit_paper-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xdit-paper\nVersion: 1.0\n")

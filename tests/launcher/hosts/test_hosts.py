@@ -13,9 +13,13 @@ from xdit_core import Registry, make_plan
 from xdit_core.errors import UsageError
 from xdit_launcher.backends import ssh
 from xdit_launcher.backends.registry import choose
-from xdit_launcher.cluster import fleet, host_facts, placement
-from xdit_launcher.cluster.fleet import Host
+from xdit_launcher.cluster import host_facts, placement
+from xdit_launcher.cluster.checks import variables_to_pass
+from xdit_launcher.cluster.fleet import print_from
 from xdit_launcher.cluster.host_file import filtered, parse_hosts, read_hostfile
+from xdit_launcher.cluster.hosts import Host
+from xdit_launcher.cluster.protocol import read_message
+from xdit_launcher.cluster.rendezvous import parse_rendezvous
 from xdit_launcher.node.agent import located
 from xdit_launcher.node.watching import QUICK, STUCK, Pace
 
@@ -175,10 +179,10 @@ def test_what_ssh_says(code: int, said: list[str], part: str) -> None:
 def test_variables_are_passed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("SECRET", "x")
-    assert fleet.chosen(["NCCL_*"]) == {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
-    assert fleet.chosen(["SECRET"]) == {"SECRET": "x"}
+    assert variables_to_pass(["NCCL_*"]) == {k: v for k, v in os.environ.items() if k.startswith("NCCL_")}
+    assert variables_to_pass(["SECRET"]) == {"SECRET": "x"}
     with pytest.raises(UsageError, match="the variable NOT_HERE is to be passed on but is not set here"):
-        fleet.chosen(["NOT_HERE"])
+        variables_to_pass(["NOT_HERE"])
 
 
 def test_differences() -> None:
@@ -233,23 +237,21 @@ def test_a_plan_for_cpus_that_nobody_asked_for() -> None:
 
 
 def test_where_ranks_meet() -> None:
-    assert fleet.rendezvous(None) == ("", 0) and fleet.rendezvous("29500") == ("", 29500)
-    assert fleet.rendezvous("a:1") == ("a", 1) and fleet.rendezvous("[fe80::1]:2") == ("fe80::1", 2)
+    assert parse_rendezvous(None) == ("", 0) and parse_rendezvous("29500") == ("", 29500)
+    assert parse_rendezvous("a:1") == ("a", 1) and parse_rendezvous("[fe80::1]:2") == ("fe80::1", 2)
     for text in ("a", "a:0", "99999", "a:b"):
         with pytest.raises(UsageError, match="is not PORT or HOST:PORT"):
-            fleet.rendezvous(text)
+            parse_rendezvous(text)
 
 
 def test_a_broken_line_of_an_agent() -> None:
-    from xdit_launcher.cluster.pipe import read
-
-    assert read('{"did": 1}') == {"did": 1} and read('{"did": @xdit {') is None
+    assert read_message('{"did": 1}') == {"did": 1} and read_message('{"did": @xdit {') is None
 
 
 def test_what_rank_0_prints_comes_as_it_is(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     half = "\U0001f98a".encode()
-    fleet.show(1, half[:2])
-    fleet.show(1, half[2:])
+    print_from(1, half[:2])
+    print_from(1, half[2:])
     assert capfdbinary.readouterr().out == half
 
 

@@ -16,7 +16,7 @@ from click.testing import Result
 from xdit_core.errors import UsageError
 from xdit_core.worker.heartbeat import read_heartbeat
 from xdit_launcher.backends.local import Node, Settings
-from xdit_launcher.node.processes import interface_to
+from xdit_launcher.node.sockets import interface_to
 
 Launch = Callable[..., Any]
 

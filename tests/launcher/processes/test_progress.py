@@ -29,7 +29,8 @@ from xdit_core.worker.heartbeat import HeartbeatWriter
 from xdit_core.worker.progress import Progress, duration
 from xdit_core.worker.rendezvous import COLUMNS_VARIABLE, RankEnv
 from xdit_core.worker.writer import Writer
-from xdit_launcher.cluster import fleet
+from xdit_launcher.cluster.fleet import print_from
+from xdit_launcher.cluster.run import terminal_variables
 
 
 def frames(text: str) -> list[str]:
@@ -84,7 +85,7 @@ def test_a_bar_over_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
         os.set_blocking(near, False)
         fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
         monkeypatch.setattr(sys, "stderr", terminal)
-        env = fleet.terminal()
+        env = terminal_variables()
         assert env == {COLUMNS_VARIABLE: "50"}
         place = RankEnv.of({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1", **env}, 1)
         read, write = os.pipe()
@@ -96,13 +97,13 @@ def test_a_bar_over_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
             lines = frames(pipe.read())
         assert lines[2].startswith("[##########..........] step 2/4") and max(sum(map(columns, x)) for x in lines) < 50
         monkeypatch.setattr(sys, "stdout", io.StringIO())
-        fleet.show(
+        print_from(
             1, b"fox.png  1.0 s\n"
         )  # the bar is taken away before a line comes, whichever of the two pipes is faster
         assert os.read(near, 100) == b"\r\x1b[K" and sys.stdout.getvalue() == "fox.png  1.0 s\n"  # type: ignore[attr-defined]
     os.close(near)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert fleet.terminal() == {}
+    assert terminal_variables() == {}
 
 
 @pytest.fixture

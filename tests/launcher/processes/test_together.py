@@ -19,10 +19,12 @@ from helpers.launcher import FAULTY
 from xdit_core.worker.heartbeat import Heartbeat
 from xdit_core.worker.rendezvous import waiting_to_start
 from xdit_launcher.backends.local import Node, command_for
-from xdit_launcher.cluster import host_facts, pipe
-from xdit_launcher.cluster.fleet import Fleet, Host, check
-from xdit_launcher.cluster.pipe import Pipe
-from xdit_launcher.node.agent import MARK
+from xdit_launcher.cluster import host_facts
+from xdit_launcher.cluster.checks import check_hosts
+from xdit_launcher.cluster.connection import PipeConnection
+from xdit_launcher.cluster.fleet import Fleet
+from xdit_launcher.cluster.hosts import Host
+from xdit_launcher.cluster.protocol import MARK, read_message
 from xdit_launcher.node.root_cause import RankStatus
 from xdit_launcher.node.watching import watch
 
@@ -110,7 +112,7 @@ def test_a_fleet_that_was_stopped_takes_nobody_for_lost() -> None:
             pass
 
     with Fleet([Host("a")], lambda i, deliver: Link()) as fleet:
-        fleet.places, fleet.seen = [range(1)], {0: RankStatus("a")}
+        fleet.ranks_of, fleet.statuses = [range(1)], {0: RankStatus("a")}
         with fleet.suspension.installed():
             fleet.heard[0] -= 100  # as after a long stop
             fleet.suspension.pause()
@@ -176,7 +178,7 @@ def test_a_peer_that_never_comes(launch: Launch, tiny: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("answer", ["[1, 2]", "7", "[" * 100000, '{"did": ', "null"])
 def test_a_line_that_is_no_map(answer: str) -> None:
-    assert pipe.read(answer) is None
+    assert read_message(answer) is None
 
 
 ODD_ANSWERS = {
@@ -197,8 +199,10 @@ def test_a_host_that_answers_oddly_is_named(name: str) -> None:
     line = MARK + ODD_ANSWERS[name].replace("TYPES", types).replace("N", "1") + "\n"
     code = f"import sys; sys.stdin.readline(); sys.stdout.write({line!r}); sys.stdout.flush(); sys.stdin.read()"
     command = [sys.executable, "-c", code]
-    with Fleet([Host("far")], lambda i, deliver: Pipe(command, i, "far", deliver, lambda *_: "gone")) as fleet:
-        found, problems = check(fleet, None)
+    with Fleet(
+        [Host("far")], lambda i, deliver: PipeConnection(command, i, "far", deliver, lambda *_: "gone")
+    ) as fleet:
+        found, problems = check_hosts(fleet, None)
     assert found == {} and len(problems) == 1
     assert problems[0].startswith("far: ") and ("is not understood" in problems[0] or name == "failed")
 

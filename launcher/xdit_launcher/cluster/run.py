@@ -1,0 +1,163 @@
+"""One run over agents on several machines, however they were started: check, place, start, watch, report, end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdit_core.errors import UsageError, XditError
+from xdit_core.filesystem import write_text
+from xdit_core.outputs.results import RECORD
+from xdit_core.records import listed
+from xdit_core.worker.rendezvous import COLUMNS_VARIABLE
+from xdit_launcher.cluster import placement
+from xdit_launcher.cluster.checks import check_hosts, variables_to_pass
+from xdit_launcher.cluster.hosts import slots
+from xdit_launcher.cluster.protocol import SILENCE
+from xdit_launcher.cluster.rendezvous import meet
+from xdit_launcher.node import root_cause
+from xdit_launcher.node.processes import log_path
+from xdit_launcher.node.root_cause import RankStatus
+from xdit_launcher.node.watching import CAUSE, INTERRUPTED, say, signals_interrupt, stay_deaf, watch
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+    from xdit_launcher.cluster.fleet import Fleet
+
+
+def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: str | None = None) -> int:
+    """Run a plan over a fleet.
+
+    Args:
+        folder: the run folder here; the hosts make one of the same name.
+        env: names of variables to pass on.
+        rdzv: ``[HOST:]PORT`` at which the ranks meet.
+
+    Returns:
+        0, the exit code of the rank that is the cause of a failure, or 130 after Ctrl-C and SIGTERM.
+
+    Raises:
+        UsageError: something would not work; says what, before any rank starts.
+    """
+    variables = variables_to_pass(env)
+    write_text(folder / "plan.json", plan.to_json(), "runs")
+    try:
+        with signals_interrupt(), fleet.suspension.installed():
+            facts, problems = check_hosts(fleet, plan)
+            if problems:
+                raise UsageError(*problems)
+            place_ranks(fleet, plan, facts)
+            start_ranks(fleet, plan, folder, variables, rdzv, facts)
+            patience = CAUSE if len(fleet.hosts) == 1 else SILENCE + CAUSE  # so long a silent host may go unnoticed
+            cause = watch(fleet.look, plan.run.timeout, patience, lambda: ask_for_stacks(fleet))
+    except KeyboardInterrupt:
+        stay_deaf()
+        say("\n".join([f"interrupted; {fleet.end()}.", *root_cause.progress(fleet.statuses, plan)]))
+        return INTERRUPTED
+    except XditError:
+        fleet.end()
+        raise
+    shared_disk = cause is None or log_path(folder, cause.rank).exists()
+    if cause is not None:
+        cause = replace(cause, log=copy_log(fleet, cause.rank, folder) or cause.log)
+    fleet.end()
+    for _ in fleet.news(0.0):  # the last words of rank 0
+        pass
+    if cause is None:
+        return 0
+    report = root_cause.lines(cause, plan.world, together=shared_disk)
+    say("\n".join([*report, *root_cause.progress(fleet.statuses, plan)]))
+    return cause.code
+
+
+def place_ranks(fleet: Fleet, plan: Plan, facts: Mapping[int, Any]) -> None:
+    """Decide which ranks each host runs; say which axes then talk over the network, and which hosts stay idle.
+
+    Raises:
+        UsageError: the hosts have too few slots.
+    """
+    room = [slots(host, facts[i], plan.run.device) for i, host in enumerate(fleet.hosts)]
+    fleet.ranks_of = placement.spread(plan.world, room, placement.together(plan))
+    machines: dict[str, list[int]] = {}
+    for host, ranks in zip(fleet.hosts, fleet.ranks_of, strict=True):
+        machines.setdefault(host.name, []).extend(ranks)
+    for line in placement.warnings(plan, list(machines.values())):
+        say(line)
+    if idle := [host.name for host, ranks in zip(fleet.hosts, fleet.ranks_of, strict=True) if not ranks]:
+        have = "has" if len(idle) == 1 else "have"
+        say(f"{listed(idle)} {have} nothing to do in a plan of {plan.world} processes.")
+
+
+def start_ranks(
+    fleet: Fleet, plan: Plan, folder: Path, variables: Mapping[str, str], rdzv: str | None, facts: Mapping[int, Any]
+) -> None:
+    """Find an address at which all hosts reach the first one, and start the ranks.
+
+    Args:
+        variables: environment of the ranks of every host.
+        rdzv: ``[HOST:]PORT`` at which to meet, None for any.
+        facts: what the hosts said of themselves.
+
+    Raises:
+        UsageError: the hosts do not reach each other, or one cannot start its ranks.
+    """
+    used = [i for i, ranks in enumerate(fleet.ranks_of) if ranks]
+    address, port = meet(fleet, used, rdzv, facts)
+    fleet.statuses = {rank: RankStatus(fleet.hosts[i].name) for i in used for rank in fleet.ranks_of[i]}
+    each = {
+        i: {
+            "ranks": [fleet.ranks_of[i].start, fleet.ranks_of[i].stop],
+            "host": fleet.hosts[i].name,
+            "devices": fleet.hosts[i].devices,
+            "sharing": fleet.hosts[i].sharing,
+        }
+        for i in used
+    }
+    marks = [RECORD] if (folder / RECORD).exists() else []
+    fleet.must(
+        "go",
+        each,
+        plan=plan.to_json(),
+        folder=str(folder),
+        address=address,
+        port=port,
+        env={**variables, **terminal_variables()},
+        marks=marks,
+    )
+
+
+def terminal_variables() -> dict[str, str]:
+    """Variables that tell rank 0, which sees a pipe, how wide the terminal is; none if there is no terminal."""
+    try:
+        return {COLUMNS_VARIABLE: str(os.get_terminal_size(sys.stderr.fileno()).columns or 80)}
+    except (OSError, ValueError):  # ValueError: there is no such stream
+        return {}
+
+
+def ask_for_stacks(fleet: Fleet) -> None:
+    """Let every rank write the stacks of its threads into its log."""
+    fleet.ask("stacks", patience=3.0)
+
+
+def copy_log(fleet: Fleet, rank: int, folder: Path) -> str:
+    """Copy the end of the log of a rank to this machine, unless both share a disk.
+
+    Returns:
+        Its path here, "" if it could not be copied.
+    """
+    path = log_path(folder, rank)
+    if path.exists():
+        return str(path)
+    host = next(i for i, ranks in enumerate(fleet.ranks_of) if rank in ranks)
+    answers, _ = fleet.ask("bring", {host: {"rank": rank}}, patience=3.0, kind=str)
+    if not answers.get(host):
+        return ""
+    try:
+        path.write_text(answers[host], encoding="utf-8")
+    except OSError:  # the report must come all the same
+        return ""
+    return str(path)
