@@ -51,15 +51,19 @@ from xdit_core.registry.registry import Registry
 if TYPE_CHECKING:
     from xdit_core.engine.engine import Engine
     from xdit_core.outputs.preview import Preview
+    from xdit_core.parallel.axis_world import AxisWorld
     from xdit_core.parallel.channel import Channel, Message, Receive
     from xdit_core.parallel.mesh import Mesh
     from xdit_core.parallel.patch_tensor import LocalWorld, PatchTensor, PatchWorld, materialized, patchwise
-    from xdit_core.parallel.rank import ForwardContext, Rank
-    from xdit_core.points.attention import AttentionCall, positions, refuse_mask, spans_of
+    from xdit_core.parallel.rank import Rank
+    from xdit_core.parallel.row_set import RowSet
+    from xdit_core.points.attention import AttentionCall, refuse_mask
     from xdit_core.points.attention import Kernel as AttentionRun
-    from xdit_core.points.branches import Branch
+    from xdit_core.points.branches import BranchState
+    from xdit_core.points.context import ForwardContext
     from xdit_core.points.forward import ForwardCall
     from xdit_core.points.forward import Run as ForwardRun
+    from xdit_core.points.kv_cache import KVCache
     from xdit_core.points.request import Job, Output, Request, joined, share
     from xdit_core.points.request import Run as RequestRun
     from xdit_core.points.trunk import Absent, Rows, Selector
@@ -71,7 +75,11 @@ _WITH_TORCH = {
     "Absent": ("points.trunk", "Absent"),
     "AttentionCall": ("points.attention", "AttentionCall"),
     "AttentionRun": ("points.attention", "Kernel"),
-    "Branch": ("points.branches", "Branch"),
+    "AxisWorld": ("parallel.axis_world", "AxisWorld"),
+    "BranchState": ("points.branches", "BranchState"),
+    "ForwardContext": ("points.context", "ForwardContext"),
+    "KVCache": ("points.kv_cache", "KVCache"),
+    "RowSet": ("parallel.row_set", "RowSet"),
     "ForwardCall": ("points.forward", "ForwardCall"),
     "Channel": ("parallel.channel", "Channel"),
     "Engine": ("engine.engine", "Engine"),
@@ -79,7 +87,6 @@ _WITH_TORCH = {
     "LocalWorld": ("parallel.patch_tensor", "LocalWorld"),
     "Mesh": ("parallel.mesh", "Mesh"),
     "Message": ("parallel.channel", "Message"),
-    "ForwardContext": ("parallel.rank", "ForwardContext"),
     "Job": ("points.request", "Job"),
     "Output": ("points.request", "Output"),
     "Request": ("points.request", "Request"),
@@ -96,9 +103,7 @@ _WITH_TORCH = {
     "TrunkRun": ("points.trunk", "Run"),
     "materialized": ("parallel.patch_tensor", "materialized"),
     "patchwise": ("parallel.patch_tensor", "patchwise"),
-    "positions": ("points.attention", "positions"),
     "refuse_mask": ("points.attention", "refuse_mask"),
-    "spans_of": ("points.attention", "spans_of"),
 }
 
 
@@ -116,8 +121,9 @@ __all__ = [
     "AttentionCall",
     "AttentionRun",
     "Axis",
+    "AxisWorld",
     "Blocks",
-    "Branch",
+    "BranchState",
     "Built",
     "Channel",
     "Claim",
@@ -129,6 +135,7 @@ __all__ = [
     "ForwardRun",
     "GuardError",
     "Job",
+    "KVCache",
     "LazyError",
     "LocalWorld",
     "LockstepError",
@@ -151,6 +158,7 @@ __all__ = [
     "Registry",
     "Request",
     "RequestRun",
+    "RowSet",
     "Rows",
     "Selector",
     "Stream",
@@ -174,8 +182,6 @@ __all__ = [
     "make_plan",
     "materialized",
     "patchwise",
-    "positions",
     "refuse_mask",
     "share",
-    "spans_of",
 ]

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from xdit_core import Channel, ForwardCall, ForwardRun, LocalWorld, Message, PatchTensor, Rank, Receive, UnsupportedCall
+from xdit_core import (
+    Channel,
+    ForwardCall,
+    ForwardContext,
+    ForwardRun,
+    LocalWorld,
+    Message,
+    PatchTensor,
+    Rank,
+    Receive,
+    UnsupportedCall,
+)
 
 
 class Guidance:
@@ -24,7 +35,7 @@ class Guidance:
     """
 
     def __init__(self, rank: Rank) -> None:
-        self.rank, self.now, self.spec = rank, rank.now, rank.spec
+        self.rank, self.spec = rank, rank.spec
         self.index = rank.index("cfg")
         self.peer = rank.mesh.ranks("cfg")[1 - self.index]
         groups = (rank.group("cfg"), rank.mesh.second_group("cfg"))  # one for each direction
@@ -52,33 +63,36 @@ class Guidance:
         """
         for channel in (self.there, self.here):
             channel.turn()
-        batch, pictures = call.latents.shape[0], self.now.pictures
+        context, batch, pictures = call.context, call.latents.shape[0], call.context.pictures
         if batch == 2 * pictures:
-            return self.each_patch(self.gather, inner(self.half(call)), 2)
+            return self.each_patch(self.gather, context, inner(self.half(call)), 2)
         if batch != pictures:
             raise UnsupportedCall(
                 f"the pipeline calls its {self.spec.denoiser} with a batch of {batch} for {pictures} pictures, which "
                 f"cfg cannot tell into "
                 "a conditional and an unconditional half; drop cfg."
             )
-        if self.now.branch.number % 2 == self.index:
-            return self.each_patch(self.send, inner(call), 1)
+        if context.branch.number % 2 == self.index:
+            return self.each_patch(self.send, context, inner(call), 1)
         blank = inner(call.but(elsewhere=True))
         if isinstance(blank, PatchTensor):
-            return self.each_patch(self.receive, blank, 1)
-        rows = blank.shape[self.now.row_dim]
+            return self.each_patch(self.receive, context, blank, 1)
         return PatchTensor.make(
-            [self.post(blank, Message(self.now.call)).wait],  # posted now: the other rank waits for its sends
+            [self.post(blank, Message(context.number)).wait],  # posted now: the other rank waits for its sends
             shape=blank.shape,
-            dim=self.now.row_dim,
-            bounds=(0, rows),
+            dim=context.row_dim,
+            bounds=(0, blank.shape[context.row_dim]),
             dtype=blank.dtype,
             device=blank.device,
             world=LocalWorld(),
         )
 
     def each_patch(
-        self, exchange: Callable[[torch.Tensor, Message], torch.Tensor], out: torch.Tensor, times: int
+        self,
+        exchange: Callable[[torch.Tensor, Message], torch.Tensor],
+        context: ForwardContext,
+        out: torch.Tensor,
+        times: int,
     ) -> torch.Tensor:
         """Exchange a prediction with the other rank: now, or each patch when it is asked for, under a name that both
         ranks know.
@@ -88,12 +102,12 @@ class Guidance:
             times: by how much the batch grows.
         """
         if not isinstance(out, PatchTensor):
-            return exchange(out, Message(self.now.call))
+            return exchange(out, Message(context.number))
 
         def one(patch: int, message: Message) -> torch.Tensor:
             return exchange(out.patch(patch), message)
 
-        cells = [partial(one, patch, Message(self.now.call, patch)) for patch in range(out.patches)]
+        cells = [partial(one, patch, Message(context.number, patch)) for patch in range(out.patches)]
         shape = (times * out.shape[0], *out.shape[1:])
         made: torch.Tensor = PatchTensor.make(
             cells,
@@ -142,5 +156,4 @@ class Guidance:
 
     def post(self, like: torch.Tensor, message: Message) -> Receive:
         """Post the receive of what the other rank sends under that name."""
-        dim = self.now.row_dim
-        return self.here.receive(like, like.shape[dim], dim, self.peer, message)
+        return self.here.receive(like, like.shape[-2], -2, self.peer, message)

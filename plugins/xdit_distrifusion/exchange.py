@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xdit_core import Branch, Rank
+from xdit_core import ForwardContext, Rank
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
     """One thing that the patches share, by patch; ``fresh`` is on its way or of this step, ``old`` of the step
     before."""
@@ -32,36 +32,33 @@ class Exchange:
     """
 
     def __init__(self, warmup: int, rank: Rank) -> None:
-        self.warmup, self.rank, self.now = warmup, rank, rank.now
-        self.group, self.degree, self.index = (
-            rank.group("distrifusion"),
-            rank.degree("distrifusion"),
-            rank.index("distrifusion"),
-        )
-        self.shared: dict[Branch, dict[Any, Kept]] = {}
+        self.warmup, self.rank, self.group = warmup, rank, rank.group("distrifusion")
+        self.degree, self.index = rank.degree("distrifusion"), rank.index("distrifusion")
+        self.pending: set[Kept] = set()
 
-    def kept(self, key: Any) -> Kept:
-        """What is shared under that key in the branch in hand."""
-        return self.shared.setdefault(self.now.branch, {}).setdefault(key, Kept())
+    def kept(self, context: ForwardContext, key: Any) -> Kept:
+        """What is shared under a key in the branch of a call."""
+        return context.branch.keep((self, key), Kept)
 
     @contextmanager
     def request(self) -> Iterator[None]:
         """Around a call of the pipeline: nothing is shared before it or behind it."""
         try:
             yield
-            for shared in self.shared.values():
-                for kept in shared.values():
-                    self.arrived(kept)
+            for kept in tuple(self.pending):
+                self.arrived(kept)
         finally:
-            self.shared.clear()
+            self.pending.clear()
 
-    def whole(self, key: Any, cut: Callable[[], dict[int, torch.Tensor]]) -> None:
+    def whole(self, context: ForwardContext, key: Any, cut: Callable[[], dict[int, torch.Tensor]]) -> None:
         """In warm-up on one rank all patches are computed at once; the last time, keep what the next step will want of
         each."""
-        if self.now.branch.age == self.warmup - 1:
-            self.kept(key).old = cut()
+        if context.branch.steps_done == self.warmup - 1:
+            self.kept(context, key).old = cut()
 
-    def parts(self, key: Any, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> dict[int, torch.Tensor]:
+    def parts(
+        self, context: ForwardContext, key: Any, mine: torch.Tensor, sizes: Sequence[int], dim: int
+    ) -> dict[int, torch.Tensor]:
         """What this rank gives for its patch and has of the others, by patch.
 
         Args:
@@ -69,19 +66,19 @@ class Exchange:
             mine: of the patch in hand, fresh.
             sizes: of each patch along ``dim``.
         """
-        now, kept = self.now, self.kept(key)
-        if now.branch.age < self.warmup:
+        kept, patch = self.kept(context, key), context.patch or 0
+        if context.branch.steps_done < self.warmup:
             parts = dict(enumerate(self.gather(mine, sizes, dim, "distrifusion")))
-            if now.branch.age == self.warmup - 1:
+            if context.branch.steps_done == self.warmup - 1:
                 kept.old = parts
             return parts
         if self.degree > 1:
             self.arrived(kept)
-        elif kept.fresh.keys() >= set(range(now.layout.patches)):
+        elif kept.fresh.keys() >= set(range(context.layout.patches)):
             kept.old, kept.fresh = kept.fresh, {}
-        parts = {**kept.old, now.patch or 0: mine}
+        parts = {**kept.old, patch: mine}
         if self.degree == 1:
-            kept.fresh[now.patch or 0] = mine
+            kept.fresh[patch] = mine
         else:
             self.post(kept, mine, sizes, dim)
         return dict(sorted(parts.items()))
@@ -92,6 +89,7 @@ class Exchange:
         kept.pending = (dist.all_gather(parts, padded, group=self.group, async_op=True), padded, self.rank.began())
         kept.fresh = {m: part.narrow(dim, 0, n) for m, (part, n) in enumerate(zip(parts, sizes, strict=True))}
         self.rank.sent["distrifusion"] += mine.nbytes * (self.degree - 1)
+        self.pending.add(kept)
 
     def arrived(self, kept: Kept) -> None:
         """What was sent in the step before is here."""
@@ -102,6 +100,7 @@ class Exchange:
             ):
                 work.wait()
             kept.old, kept.fresh, kept.pending = kept.fresh, {}, None
+            self.pending.discard(kept)
 
     def gather(self, mine: torch.Tensor, sizes: Sequence[int], dim: int, name: str) -> list[torch.Tensor]:
         """The parts of all ranks, now; ``sizes`` along ``dim`` of each."""

@@ -5,6 +5,7 @@ Shapes: latents ``[B, C, h, w]``, keys and values ``[B, H, S, D]``, both togethe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +18,8 @@ from xdit_core import (
     ForwardCall,
     ForwardRun,
     Rank,
-    length,
     materialized,
-    positions,
     refuse_mask,
-    spans_of,
 )
 from xdit_distrifusion.exchange import Exchange
 
@@ -38,7 +36,7 @@ class Patches:
     """
 
     def __init__(self, exchange: Exchange, cuts_input: bool) -> None:
-        self.exchange, self.now, self.cuts_input = exchange, exchange.now, cuts_input
+        self.exchange, self.cuts_input = exchange, cuts_input
 
     def __call__(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:
         """One call of the denoiser.
@@ -49,25 +47,22 @@ class Patches:
         Returns:
             The prediction at full shape, on every rank.
         """
-        now, exchange = self.now, self.exchange
-        dim = now.row_dim
-        if call.elsewhere or now.layout.patches == 1:
+        context, exchange = call.context, self.exchange
+        dim, patches = context.row_dim, context.layout.patches
+        if call.elsewhere or patches == 1:
             return inner(call)
         call = call.but(latents=materialized(call.latents))
-        if exchange.degree == 1 and now.branch.age < exchange.warmup:
+        if exchange.degree == 1 and context.branch.steps_done < exchange.warmup:
             return inner(call)
         parts = []
-        try:
-            for patch in range(now.layout.patches) if exchange.degree == 1 else [exchange.index]:
-                now.patch = patch
-                top, bottom = now.cuts[patch : patch + 2]
-                mine = call.but(latents=call.latents.narrow(dim, top, bottom - top)) if self.cuts_input else call
-                out = inner(mine)
-                parts.append(out if self.cuts_input else out.narrow(dim, top, bottom - top).contiguous())
-        finally:
-            now.patch = None
+        for patch in range(patches) if exchange.degree == 1 else [exchange.index]:
+            top, bottom = context.cuts[patch : patch + 2]
+            latents = call.latents.narrow(dim, top, bottom - top) if self.cuts_input else call.latents
+            prediction = inner(call.of_patch(patch, latents))
+            parts.append(prediction if self.cuts_input else prediction.narrow(dim, top, bottom - top).contiguous())
         if exchange.degree > 1:
-            parts = exchange.gather(parts[0], [b - a for a, b in pairwise(now.cuts)], dim, "distrifusion.latents")
+            sizes = [bottom - top for top, bottom in pairwise(context.cuts)]
+            parts = exchange.gather(parts[0], sizes, dim, "distrifusion.latents")
         return torch.cat(parts, dim=dim)
 
 
@@ -79,7 +74,7 @@ class KeysAndValues:
     """
 
     def __init__(self, exchange: Exchange) -> None:
-        self.exchange, self.now = exchange, exchange.now
+        self.exchange = exchange
 
     def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
         """One attention call.
@@ -87,38 +82,32 @@ class KeysAndValues:
         Args:
             call: q, k, v with the rows of the patch in hand; text rows come with patch 0.
         """
-        now, key = self.now, (call.block, call.ordinal)
-        if now.layout.patches == 1:
+        context, key = call.context, (call.block, call.ordinal)
+        if context.layout.patches == 1:
             return inner(call)
         refuse_mask(call, "distrifusion")
         kv = torch.stack((call.k, call.v))
-        if now.patch is None:
-            self.exchange.whole(key, lambda: self.cut(kv, call))
+        rows = [call.keys.but(patches=(patch,)) for patch in range(context.layout.patches)]
+        if context.patch is None:
+            self.exchange.whole(
+                context,
+                key,
+                lambda: {m: kv.index_select(3, part.index_in(call.keys).to(kv.device)) for m, part in enumerate(rows)},
+            )
             return inner(call)
-        rows = [sum(length(spans_of(now, call.kind, m, s)) for s in call.shards) for m in range(now.layout.patches)]
-        parts = self.exchange.parts(key, kv, rows, 3)
+        parts = self.exchange.parts(context, key, kv, [len(part) for part in rows], 3)
         k, v = torch.cat(list(parts.values()), dim=3)
-        order = tuple(parts)
-
-        def rows(shards: tuple[int, ...]) -> torch.Tensor:
-            return torch.cat([positions(now, call.kind, m, shards) for m in order])
-
-        return inner(call.but(k=k, v=v, patches=order, rows=rows))
-
-    def cut(self, kv: torch.Tensor, call: AttentionCall) -> dict[int, torch.Tensor]:
-        """Keys and values of the whole picture by patch."""
-        here = positions(self.now, call.kind, None, call.shards)
-        place = torch.empty(int(here.max()) + 1, dtype=torch.int64)
-        place[here] = torch.arange(len(here))
-        index = [place[positions(self.now, call.kind, m, call.shards)] for m in range(self.now.layout.patches)]
-        return {m: kv.index_select(3, i.to(kv.device)) for m, i in enumerate(index)}
+        return inner(call.but(k=k, v=v, keys=call.keys.but(patches=tuple(parts))))
 
 
 def build(warmup: int, rank: Rank) -> Built:
     """The wraps of one rank, for a stack of transformer blocks or for a U-Net."""
     exchange = Exchange(warmup, rank)
     if rank.plan.facts.blocks:
-        wraps = {"forward/patches": Patches(exchange, False), "attention/cache": KeysAndValues(exchange)}
+        wraps: dict[str, Callable[..., Any]] = {
+            "forward/patches": Patches(exchange, False),
+            "attention/cache": KeysAndValues(exchange),
+        }
         return Built(wraps=wraps, request=exchange.request)
     from xdit_distrifusion.unet import neighbours
 

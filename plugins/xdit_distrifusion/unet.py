@@ -31,13 +31,18 @@ def neighbours(denoiser: nn.Module, exchange: Exchange) -> None:
                 raise ModelError(
                     f"{name} is a convolution that distrifusion cannot cut into patches; drop distrifusion."
                 )
-            module.forward = Halo(name, module, exchange)
+            replace_forward(module, Halo(name, module, exchange))
         elif isinstance(module, nn.GroupNorm):
-            module.forward = GroupNorm(name, module, exchange)
+            replace_forward(module, GroupNorm(name, module, exchange))
         elif getattr(module, "is_cross_attention", None) is False:
             for part in ("to_k", "to_v"):
                 linear = module.get_submodule(part)
-                linear.forward = AllRows(f"{name}.{part}", linear.forward, exchange)
+                replace_forward(linear, AllRows(f"{name}.{part}", linear.forward, exchange))
+
+
+def replace_forward(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let a module do something else; its weights stay."""
+    module.__dict__["forward"] = forward
 
 
 class Halo:
@@ -52,15 +57,15 @@ class Halo:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, C, h, w]`` to what the convolution makes of it."""
-        now = self.exchange.now
-        if now.layout.patches == 1:
+        context = self.exchange.rank.context
+        if context.layout.patches == 1:
             return self.original(x)
-        if now.patch is None:
-            patches = x.split(rows_of(now, x.shape[-2]), dim=-2)
-            self.exchange.whole(self.name, lambda: {m: self.edges(part) for m, part in enumerate(patches)})
+        if context.patch is None:
+            patches = torch.split(x, rows_of(context, x.shape[-2]), dim=-2)
+            self.exchange.whole(context, self.name, lambda: {m: self.edges(part) for m, part in enumerate(patches)})
             return self.original(x)
-        parts = self.exchange.parts(self.name, self.edges(x), [2] * now.layout.patches, 0)
-        above, below = parts.get(now.patch - 1), parts.get(now.patch + 1)
+        parts = self.exchange.parts(context, self.name, self.edges(x), [2] * context.layout.patches, 0)
+        above, below = parts.get(context.patch - 1), parts.get(context.patch + 1)
         nothing = x.new_zeros(*x.shape[:-2], self.rows, x.shape[-1])
         wide = torch.cat((nothing if above is None else above[1], x, nothing if below is None else below[0]), dim=-2)
         conv = self.conv
@@ -84,32 +89,33 @@ class GroupNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, C, h, w]`` to the same shape."""
-        now, norm = self.exchange.now, self.norm
-        if now.layout.patches == 1:
+        context, norm = self.exchange.rank.context, self.norm
+        if context.layout.patches == 1:
             return self.original(x)
-        rows = rows_of(now, x.shape[-2])
-        if now.patch is None:
-            patches = x.split(rows, dim=-2)
-            self.exchange.whole(self.name, lambda: {m: self.moments(part) for m, part in enumerate(patches)})
+        rows = rows_of(context, x.shape[-2])
+        if context.patch is None:
+            patches = torch.split(x, rows, dim=-2)
+            self.exchange.whole(context, self.name, lambda: {m: self.moments(part) for m, part in enumerate(patches)})
             return self.original(x)
-        parts = self.exchange.parts(self.name, self.moments(x), [2] * now.layout.patches, 0)
+        parts = self.exchange.parts(context, self.name, self.moments(x), [2] * context.layout.patches, 0)
         share = torch.tensor(rows, dtype=torch.float32, device=x.device)[list(parts)]
         share = (share / share.sum()).view(-1, 1, 1)
         means, variances = torch.stack(list(parts.values()), dim=1)
         mean = (share * means).sum(0)
         variance = (share * (variances + (means - mean) ** 2)).sum(0)
-        grouped = x.unflatten(1, (norm.num_groups, -1)).float()
+        grouped = torch.unflatten(x, 1, (norm.num_groups, -1)).float()
         shape = (*mean.shape, *[1] * (grouped.dim() - 2))
         out = ((grouped - mean.view(shape)) * torch.rsqrt(variance.view(shape) + norm.eps)).flatten(1, 2)
         if norm.affine:
             across = (1, -1, *[1] * (x.dim() - 2))
             out = out * norm.weight.float().view(across) + norm.bias.float().view(across)
-        return out.to(x.dtype)
+        result: torch.Tensor = out.to(x.dtype)
+        return result
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Mean and variance of each group, ``[2, B, groups]`` in float32."""
         variance, mean = torch.var_mean(
-            x.unflatten(1, (self.norm.num_groups, -1)).flatten(2).float(), dim=2, correction=0
+            torch.unflatten(x, 1, (self.norm.num_groups, -1)).flatten(2).float(), dim=2, correction=0
         )
         return torch.stack((mean, variance))
 
@@ -125,19 +131,23 @@ class AllRows:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, n of the patch, D]`` to ``[B, n of all, D]``."""
-        now, out = self.exchange.now, self.original(x)
-        if now.layout.patches == 1:
+        context, out = self.exchange.rank.context, self.original(x)
+        if context.layout.patches == 1:
             return out
-        here = now.layout.rows if now.patch is None else now.cuts[now.patch + 1] - now.cuts[now.patch]
+        here = (
+            context.layout.rows
+            if context.patch is None
+            else context.cuts[context.patch + 1] - context.cuts[context.patch]
+        )
         factor = 1
-        while halved(here, factor) * halved(now.layout.columns, factor) > out.shape[1]:
+        while halved(here, factor) * halved(context.layout.columns, factor) > out.shape[1]:
             factor *= 2
-        width = halved(now.layout.columns, factor)
-        sizes = [n * width for n in rows_of(now, halved(here, factor))]
-        if now.patch is None:
-            self.exchange.whole(self.name, lambda: dict(enumerate(out.split(sizes, dim=1))))
+        width = halved(context.layout.columns, factor)
+        sizes = [n * width for n in rows_of(context, halved(here, factor))]
+        if context.patch is None:
+            self.exchange.whole(context, self.name, lambda: dict(enumerate(torch.split(out, sizes, dim=1))))
             return out
-        return torch.cat(list(self.exchange.parts(self.name, out, sizes, 1).values()), dim=1)
+        return torch.cat(list(self.exchange.parts(context, self.name, out, sizes, 1).values()), dim=1)
 
 
 def halved(side: int, factor: int) -> int:
@@ -145,10 +155,10 @@ def halved(side: int, factor: int) -> int:
     return -(-side // factor)
 
 
-def rows_of(now: ForwardContext, rows: int) -> list[int]:
+def rows_of(context: ForwardContext, rows: int) -> list[int]:
     """Rows of each patch at the level where the patch in hand, or the whole picture, has ``rows`` rows."""
-    lengths = [b - a for a, b in pairwise(now.cuts)]
-    here, factor = now.layout.rows if now.patch is None else lengths[now.patch], 1
+    lengths = [b - a for a, b in pairwise(context.cuts)]
+    here, factor = context.layout.rows if context.patch is None else lengths[context.patch], 1
     while halved(here, factor) > rows:
         factor *= 2
     return [halved(n, factor) for n in lengths]

@@ -3,11 +3,26 @@
 The blocks are divided into stages over ranks, the picture into patches over time. After ``warmup`` synchronous steps a
 patch attends to fresh keys and values of the patches before it and to those of the step before of the patches behind
 it. The result depends on patches, warmup and steps only, never on the number of stages.
+
+Two stages, two patches, past the warm-up; time runs down, and the code of a line is in the file at its left::
+
+    file         stage 0 (first blocks, scheduler)         stage 1 (last blocks, head)
+    patches.py   patch 0 of step t: its latents are there
+    stage.py     blocks on patch 0, rows sent      ---->   rows of patch 0 received
+    cache.py     (attends to patch 0 of step t,            blocks on patch 0
+                  patch 1 of step t - 1)
+    patches.py   patch 1 of step t begins                  head, prediction of patch 0 sent
+    stage.py     blocks on patch 1, rows sent      ---->   rows of patch 1 received
+    patches.py   prediction returned: a patch      <----   prediction of patch 0 arrives
+                 tensor whose patches are on their way
+                 the scheduler steps; patch 0 of           blocks on patch 1, prediction sent
+                 step t + 1 waits for patch 0 only
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -122,6 +137,20 @@ def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Pr
 @hookimpl
 def xdit_build(settings: Settings, rank: Rank) -> Built:
     """The wraps, on this rank's groups."""
-    from xdit_pipefusion.strategy import PipeFusion
+    from xdit_pipefusion.cache import DisplacedAttention
+    from xdit_pipefusion.patches import PatchLoop
+    from xdit_pipefusion.stage import Stage
 
-    return PipeFusion(settings.warmup, rank).built()
+    stage = Stage(rank)
+    loop = PatchLoop(settings.warmup, stage)
+
+    @contextmanager
+    def request() -> Iterator[None]:
+        with stage.request():
+            try:
+                yield
+            finally:
+                loop.forget()
+
+    cache = DisplacedAttention(settings.warmup)
+    return Built(wraps={"forward/patches": loop, "trunk/stage": stage, "attention/cache": cache}, request=request)

@@ -63,7 +63,7 @@ def test_age_counts_steps_and_not_evaluations():
     """A scheduler of second order evaluates twice a step."""
     branches, ages = Branches(), []
     for step in (0, 0, 1, 1, 4):
-        ages.append(branches.find(("transformer",), texts(1), step).age)
+        ages.append(branches.find(("transformer",), texts(1), step).steps_done)
         branches.stepped()
     assert ages == [0, 0, 1, 1, 2]
 

@@ -249,7 +249,7 @@ def test_reading_latents_on_one_rank_is_an_error_and_no_hang(tiny_sd3_folder):
 
     pool = Pool()  # of its own: these ranks lose each other
     with pytest.raises(
-        PoolError, match=r"LazyError: .*were read on this rank, and the other stages did not join within 1.5 s"
+        PoolError, match=r"LazyError: .*were read on this rank, and the others did not join within 1.5 s"
     ):
         pool.run(read_on_one_rank, str(tiny_sd3_folder), world=2, timeout=100)
     pool.close()

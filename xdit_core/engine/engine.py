@@ -35,8 +35,9 @@ from xdit_core.plan import Plan
 from xdit_core.planning.requests import plan_of_request
 from xdit_core.planning.settings import ModelSettings, build, parse_loras
 from xdit_core.points.attention import AttentionPoint
-from xdit_core.points.branches import Branches, watched
+from xdit_core.points.branches import watched
 from xdit_core.points.compose import OwnedWrap, compose
+from xdit_core.points.context import ForwardContext, RequestState
 from xdit_core.points.contracts import contract, given_contract
 from xdit_core.points.forward import ForwardPoint
 from xdit_core.points.request import Done, Job, Output, Request, Started, jobs_for, joined
@@ -103,7 +104,6 @@ class Engine:
         self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing, trace=trace)
         if trace:
             trace.look_at(self.rank)
-        self.rank.now.shard = shard_index(plan, mesh)
         self.owner = all(mesh.index(a.name) == 0 for a in plan.axes if not a.own_outputs)
         self._built = self._build(registry)
         doing("loading the model")
@@ -210,13 +210,13 @@ class Engine:
         self._decoders = len(chains.get("decode", []))
         if trace:
             chains = trace.chains(plan, chains, woven)
-        now, branches = self.rank.now, Branches()
-        self.trunks, self.forwards, self.branches = [], [], branches
+        running, self._state = self.rank.running, RequestState()
+        self.trunks, self.forwards = [], []
         for name, denoiser in denoisers_of(self.pipe, spec).items():
             if woven:
-                attention = AttentionPoint(now, chains.get("attention", []), chains.get("kernel", []))
-                self.trunks += replace_blocks(denoiser, spec, now, attention, chains.get("trunk", []))
-            self.forwards.append(ForwardPoint(self.rank, name, denoiser, chains.get("forward", []), branches, woven))
+                attention = AttentionPoint(running, chains.get("attention", []), chains.get("kernel", []))
+                self.trunks += replace_blocks(denoiser, spec, running, attention, chains.get("trunk", []))
+            self.forwards.append(ForwardPoint(self.rank, name, denoiser, chains.get("forward", []), self._state, woven))
         if trace:
             for trunk in self.trunks:
                 trunk.traced(trace)
@@ -307,18 +307,16 @@ class Engine:
         texts = {**call_arguments(run, spec, job.numbers), spec.call.get(spec.subject, spec.subject): subject}
         arguments = {**without_texts(texts, request.more), **call_values(request.more, job.numbers, run.images)}
         side = self.plan.facts.pixels_per_token
-        self.rank.now.grid = ((run.height or 0) // side, (run.width or 0) // side)
-        self.rank.now.pictures = len(job.numbers)
+        grid = ((run.height or 0) // side, (run.width or 0) // side)
         self.rank.seconds.clear()
-        self.rank.now.step = 0
         self.rank.doing("encoding the prompt")
         self._wants_latents = run.output_type == "latent"
         seeds = [run.seed_of(i) % 2**63 for i in job.numbers]
         streams = PictureStreams(seeds, self.rank.device) if len(seeds) > 1 else None
         with (
-            self._request(),
+            self._request(len(job.numbers), grid),
             torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
-            watched(self.pipe.scheduler, self.branches.stepped, streams),
+            watched(self.pipe.scheduler, self._state.branches.stepped, streams),
         ):
             torch.manual_seed(seeds[0])  # stochastic schedulers draw from the default generator
             try:
@@ -338,12 +336,13 @@ class Engine:
         return output
 
     @contextmanager
-    def _request(self) -> Iterator[None]:
+    def _request(self, pictures: int, grid: tuple[int, int]) -> Iterator[None]:
         """Around a call of the pipeline: strategies release behind it what they acquired before it, and nothing of it
         is kept."""
         with ExitStack() as stack:
             stack.callback(self._forget_request)
             self._forget_request()
+            self._state.begin(pictures, grid)
             for name, built in self._built.items():
                 if built.request:
                     stack.enter_context(OwnedRequest(built.request, self._owner_of(name)))
@@ -351,7 +350,8 @@ class Engine:
 
     def _forget_request(self) -> None:
         """Drop the tensors of a request."""
-        self.branches.clear()
+        self._state.clear()
+        self.rank.running.context = ForwardContext()
         for point in self.forwards:
             point.clear()
 
@@ -400,7 +400,7 @@ class Engine:
 
     def _step(self, done: int, steps: int) -> None:
         """A step of the pipeline is done."""
-        self.rank.now.step = done
+        self._state.step = done
         if self.rank.trace:
             self.rank.trace.step(done)
         if self.progress:
@@ -469,15 +469,6 @@ def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
 def alone(job: Job) -> tuple[Job, ...]:
     """A job for each picture of a job."""
     return tuple(dataclasses.replace(job, numbers=job.numbers[i : i + 1]) for i in range(len(job.numbers)))
-
-
-def shard_index(plan: Plan, mesh: Mesh) -> int:
-    """This rank's coordinate over all axes that divide the tokens, outermost first."""
-    index = 0
-    for axis in plan.axes:
-        if axis.shards_tokens:
-            index = index * (axis.degree or 1) + mesh.index(axis.name)
-    return index
 
 
 __all__ = ["Engine", "Output"]

@@ -80,7 +80,7 @@ class Lockstep(TorchDispatchMode):
         entry = {
             "op": op,
             "tensors": [[list(x.shape), str(x.dtype).removeprefix("torch.")] for x in tensors],
-            "step": self._rank.now.step,
+            "step": self._rank.context.step,
             "place": place(self._rank),
         }
         self._store.set(f"{key}/{self._me}", json.dumps(entry))
@@ -109,7 +109,7 @@ class Lockstep(TorchDispatchMode):
 
     def stand(self, op: str, ranks: list[int], key: str, waiting: bool) -> None:
         """Tell the others where this rank is."""
-        at = {"op": op, "tensors": [], "step": self._rank.now.step, "place": place(self._rank)}
+        at = {"op": op, "tensors": [], "step": self._rank.context.step, "place": place(self._rank)}
         self._store.set(f"at/{self._me}", json.dumps({**at, "ranks": ranks, "key": key, "waiting": waiting}))
 
     def entry_of(self, other: int, key: str, mine: dict[str, Any]) -> dict[str, Any]:
@@ -165,12 +165,12 @@ def place(rank: Rank) -> str:
     while frame is not None:
         code: CodeType = frame.f_code
         if code is BLOCKS:
-            return f"block {rank.now.block}"
+            return f"block {rank.running.block}"
         if code is DENOISER:
             return "the denoiser beside its blocks"
         owned = frame.f_locals.get("owned") if code in BOUND else None
         if isinstance(owned, OwnedWrap):
-            block = f", block {rank.now.block}" if owned.place.startswith("attention/") else ""
+            block = f", block {rank.running.block}" if owned.place.startswith("attention/") else ""
             return f"{owned.place} of {owned.owner.name}{block}"
         frame = frame.f_back  # type: ignore[assignment]
     return "the pipeline"

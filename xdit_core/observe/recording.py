@@ -74,7 +74,7 @@ class Recorder:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.now = engine, engine.rank.now
+        self.engine = engine
         self.arrays: dict[str, Any] = {}
         self._job, self._step, self._times = "", 1, 0
         for index, block, stream in blocks_of(engine):
@@ -109,14 +109,15 @@ class Recorder:
 
     def look(self, place: int, stream: Stream, rows: torch.Tensor) -> None:
         """Take the fingerprints of rows ``[B, n, D]``."""
-        layout = self.now.layout
-        spans = layout.picture(self.now.patch, self.now.shard)
+        context = self.engine.rank.context
+        layout = context.layout
+        spans = layout.picture(context.patch, context.shard)
         if stream.joined:
             rows = rows[:, : length(spans)]
         if rows.shape[1] != length(spans):  # text and picture in one: the adapter takes them apart elsewhere
             return
         means = rows.detach().double().abs().mean(-1).float().cpu().numpy()
-        key = f"blocks/{self._job}/{self._step}/{self.now.branch.number}"
+        key = f"blocks/{self._job}/{self._step}/{context.branch.number}"
         shape = (1 + self.engine.plan.facts.blocks, rows.shape[0], layout.tokens)
         array = self.arrays.get(key)
         if array is None or array.shape != shape:

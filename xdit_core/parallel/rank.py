@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,8 +15,7 @@ import torch.distributed as dist
 
 from xdit_core.errors import LockstepError, PluginError
 from xdit_core.parallel.mesh import Mesh
-from xdit_core.parallel.tokens import TokenLayout
-from xdit_core.points.branches import Branch
+from xdit_core.points.context import ForwardContext, Running
 from xdit_core.records import ModelSpec
 
 if TYPE_CHECKING:
@@ -36,56 +36,6 @@ def ignore(doing: str) -> None:
 
 
 @dataclass
-class ForwardContext:
-    """What this rank is working on at this moment; strategies read it, the owner of a field writes it.
-
-    Args:
-        layout: tokens of the current call of the denoiser (written by the core).
-        row_dim: dim of the latents along which patches are cut (written by the core).
-        cuts: where, ``patches + 1`` rows of the latents (written by the core).
-        patch: the patch in hand, None for the whole picture (written by whoever owns the slot ``patches``).
-        shard: this rank's part of every patch.
-        grid: rows and columns of tokens at the size asked for (written by the core).
-        pictures: how many pictures this call of the pipeline makes (written by the core).
-        call: counts the calls of the denoiser by the pipeline; the patches of one call share it. The same on all ranks
-            that work on one picture, so it names what they send each other.
-        step: steps of the pipeline that are done in this request (written by the core).
-        branch: the condition of this call (written by the core).
-        block: index of the block that runs.
-        segment: indices of all blocks of the list, or lists, that run.
-        frames: latent frames of this call of the denoiser (written by the core).
-        known: the shape of the denoiser's result is known, so that its head need not run for it.
-        skip: blocks that the pipeline asked to leave out in this call.
-        placeholder: the latents given to the denoiser have no values, as the rows come from another rank (written by
-            whoever gives them).
-        shape_only: only the shape of the denoiser's result is wanted; its blocks are left out (written by the core).
-        row_local: layouts and patches for which embedding and head were seen to work on each row alone (written by the
-            core).
-        proving_head: the head is being given rows without values beside those of the patch (written by the core).
-    """
-
-    layout: TokenLayout = field(default_factory=lambda: TokenLayout(1, 1))
-    row_dim: int = -2
-    cuts: tuple[int, ...] = (0, 1)
-    patch: int | None = None
-    shard: int = 0
-    grid: tuple[int, int] = (1, 1)
-    pictures: int = 1
-    call: int = 0
-    step: int = 0
-    branch: Branch = field(default_factory=Branch)
-    block: int = -1
-    segment: range = range(0)
-    frames: int = 1
-    known: bool = False
-    skip: frozenset[int] = frozenset()
-    placeholder: bool = False
-    shape_only: bool = False
-    row_local: set[tuple[TokenLayout, int]] = field(default_factory=set)
-    proving_head: bool = False
-
-
-@dataclass
 class Rank:
     """One rank of one engine.
 
@@ -94,7 +44,7 @@ class Rank:
         spec: the model adapter's record.
         mesh: process groups by axis.
         device, dtype: where and in what the denoiser runs.
-        now: the work in hand.
+        running: the call of the denoiser that runs; see `context`.
         sent: bytes that this rank sent, by axis name.
         slow: operations that made every rank wait although a strategy could have gone on, with their number.
         seconds: wall time of a request that is to be shown apart from encoding, denoising and decoding, by name.
@@ -108,7 +58,7 @@ class Rank:
     mesh: Mesh
     device: torch.device
     dtype: torch.dtype
-    now: ForwardContext = field(default_factory=ForwardContext)
+    running: Running = field(default_factory=Running)
     sent: Counter[str] = field(default_factory=Counter)
     slow: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -116,6 +66,23 @@ class Rank:
     pipe: Any = None
     trace: Trace | None = None
     _deciders: tuple[dist.ProcessGroup | None] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def context(self) -> ForwardContext:
+        """What is known of the call of the denoiser that runs, or of the last one; for modules inside the denoiser.
+
+        Wraps have it in what they are called with.
+        """
+        return self.running.context
+
+    @cached_property
+    def shard(self) -> int:
+        """This rank's coordinate over all axes that divide the tokens, outermost first."""
+        index = 0
+        for axis in self.plan.axes:
+            if axis.shards_tokens:
+                index = index * (axis.degree or 1) + self.mesh.index(axis.name)
+        return index
 
     def began(self) -> int:
         """The moment at which something is begun that will be waited for later, if a trace wants to know."""
@@ -180,7 +147,7 @@ class Rank:
         (group,) = self._deciders
         if group is None:
             return choose([value])
-        mine = torch.tensor([value, self.now.step], dtype=torch.float64)
+        mine = torch.tensor([value, self.context.step], dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         patience = timedelta(seconds=self.plan.run.patience / 2)
         with self.waiting("all ranks of a picture to agree", "agree", group):
@@ -191,7 +158,7 @@ class Rank:
                 if "time" not in str(error).lower():
                     raise  # a rank has gone
                 raise LockstepError(
-                    f"rank {self.mesh.rank} asked in step {self.now.step + 1} for an agreement that others did not "
+                    f"rank {self.mesh.rank} asked in step {self.context.step + 1} for an agreement that others did not "
                     f"ask for within "
                     f"{patience.total_seconds():g} s; call rank.agree on every rank equally often, in a wrap of the "
                     f"forward."

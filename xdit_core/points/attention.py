@@ -19,59 +19,48 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from xdit_core.errors import GuardError, UnsupportedCall
-from xdit_core.parallel.rank import ForwardContext
+from xdit_core.parallel.row_set import RowSet
 from xdit_core.points.compose import compose
+from xdit_core.points.context import ForwardContext, Running
 
 Kernel = Callable[["AttentionCall"], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One attention call on its way through the chain.
+    """One attention call on its way through the wraps.
 
     Args:
-        q, k, v: ``[B, H, S, D]``.
-        kind: ``joint`` (picture and text rows) or ``self`` (picture rows only).
-        block, ordinal: which call this is.
+        q, k, v: queries, keys and values ``[B, H, S, D]``.
+        queries: which rows ``q`` has.
+        keys: which rows ``k`` and ``v`` have.
+        block, ordinal: index of the block, and which of its attention calls this is.
         options: further arguments of ``scaled_dot_product_attention``.
-        shards: whose rows q has, in order.
-        patches: which patches k and v hold; None stands for the rows of the work in hand.
-        with_lse: the caller needs ``(out, lse [B, H, S])`` instead of ``out``.
-        mask: which keys may be attended to, ``[B or 1, 1, 1, rows of the whole call]`` in the call's own numbering;
-            None for all.
-        key_shards: whose rows k and v have, if not those of q.
-        rows: given shards, the numbers of the rows of k and v in their order; None for those of the work in hand.
+        context: of the call of the denoiser.
+        with_lse: the caller needs ``(out, log-sum-exp [B, H, S])`` instead of ``out``.
+        mask: which keys may be attended to, ``[B or 1, 1, 1, rows of the whole call]``; None for all.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    kind: str
+    queries: RowSet
+    keys: RowSet
     block: int
     ordinal: int
     options: dict[str, Any]
-    shards: tuple[int, ...]
-    patches: tuple[int, ...] | None = None
+    context: ForwardContext
     with_lse: bool = False
     mask: torch.Tensor | None = None
-    key_shards: tuple[int, ...] | None = None
-    rows: Callable[[tuple[int, ...]], torch.Tensor] | None = None
+
+    @property
+    def kind(self) -> str:
+        """``joint`` (picture and text rows) or ``self`` (picture rows only)."""
+        return self.queries.kind
 
     def but(self, **changes: Any) -> AttentionCall:
         """A copy with other values."""
         return replace(self, **changes)
-
-
-def spans_of(now: ForwardContext, kind: str, patch: int | None, shard: int | None) -> tuple[tuple[int, int], ...]:
-    """Rows of an attention call of that kind, in its own numbering."""
-    return now.layout.joint(patch, shard) if kind == "joint" else now.layout.picture(patch, shard)
-
-
-def positions(now: ForwardContext, kind: str, patch: int | None, shards: Sequence[int]) -> torch.Tensor:
-    """Numbers of the rows of a patch (None: of all) of some shards, in the order in which an exchange brings them:
-    shard after shard."""
-    parts = [torch.arange(a, b) for s in shards for a, b in spans_of(now, kind, patch, s)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def refuse_mask(call: AttentionCall, who: str) -> None:
@@ -109,18 +98,19 @@ class AttentionPoint:
     """Counts and redirects the attention calls of the blocks.
 
     Args:
-        now: the work in hand.
+        running: told which block runs.
         chain: wraps ``f(inner, call) -> out``, outermost first.
         kernels: those of them that compute.
     """
 
     def __init__(
         self,
-        now: ForwardContext,
+        running: Running,
         chain: Sequence[Callable[[Kernel, AttentionCall], Any]],
         kernels: Sequence[Callable[[Kernel, AttentionCall], Any]] = (),
     ) -> None:
-        self.now = now
+        self._running, self._context = running, running.context
+        self._rows: dict[str, RowSet] = {}
         wraps = [*chain, self.select_mask, *kernels]
         self.run: Kernel = compose(wraps, sdpa, checked=False)
         self._run_checked: Kernel = compose(wraps, sdpa)
@@ -130,13 +120,14 @@ class AttentionPoint:
         self.pattern: tuple[str, ...] = ()
         self.calls = 0
 
-    def enter_blocks(self, *size: Any) -> None:
-        """The blocks run on rows of some size; each of their calls is checked the first time that it has it."""
-        self._checked = self._sizes.setdefault(size, set())
+    def enter_blocks(self, context: ForwardContext, *size: Any) -> None:
+        """The blocks run on rows of some size; each of their calls is checked the first time that it has this size."""
+        self._context, self._rows = context, {kind: context.rows(kind) for kind in ("joint", "self")}
+        self._checked = self._sizes.setdefault((*size, context.patch), set())
 
     def enter_block(self, index: int, pattern: tuple[str, ...]) -> None:
         """Expect the attention calls of one block."""
-        self.now.block, self.pattern, self.calls = index, pattern, 0
+        self._running.block, self.pattern, self.calls = index, pattern, 0
 
     def leave_block(self) -> None:
         """Check that all of them came.
@@ -146,7 +137,7 @@ class AttentionPoint:
         """
         if self.calls != len(self.pattern):
             raise GuardError(
-                f"block {self.now.block} made {self.calls} attention calls through the engine where the adapter "
+                f"block {self._running.block} made {self.calls} attention calls through the engine where the adapter "
                 f"declares "
                 f"{len(self.pattern)}; the result would be wrong, so the run stops. Correct `attention` in the "
                 f"adapter, "
@@ -162,13 +153,14 @@ class AttentionPoint:
         kind = self.pattern[ordinal]
         if kind == "cross":  # keys and values come from the text, which every rank has
             return F.scaled_dot_product_attention(q, k, v, **options)
-        mask, layout = options.get("attn_mask"), self.now.layout
+        mask, layout = options.get("attn_mask"), self._context.layout
         everything = layout.tokens + (layout.text if kind == "joint" else 0)
         if mask is not None and mask.dim() == 4 and tuple(mask.shape[1:]) == (1, 1, everything):
             options = {**options, "attn_mask": None}
         else:
             mask = None
-        call = AttentionCall(q, k, v, kind, self.now.block, ordinal, options, (self.now.shard,), mask=mask)
+        rows = self._rows[kind]
+        call = AttentionCall(q, k, v, rows, rows, self._running.block, ordinal, options, self._context, mask=mask)
         use = (call.block, ordinal)
         if use in self._checked:
             out: torch.Tensor = self.run(call)
@@ -181,9 +173,7 @@ class AttentionPoint:
         """Give the kernel the mask of the keys that are there."""
         if call.mask is None:
             return inner(call)
-        shards = call.shards if call.key_shards is None else call.key_shards
-        index = call.rows(shards) if call.rows else positions(self.now, call.kind, self.now.patch, shards)
-        mask = call.mask.index_select(-1, index.to(call.mask.device))
+        mask = call.mask.index_select(-1, call.keys.positions().to(call.mask.device))
         if call.with_lse:  # every key of a part may be masked: its log-sum-exp must stay a number
             bias = torch.zeros(mask.shape, dtype=call.q.dtype, device=call.q.device)
             mask = bias.masked_fill(~mask, torch.finfo(bias.dtype).min / 2) if mask.dtype == torch.bool else mask

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -20,23 +20,40 @@ from xdit_core.errors import UnsupportedCall
 
 MOST = 16  # branches of a request; no pipeline has more conditions
 
+Kept = TypeVar("Kept")
+
 
 @dataclass(eq=False)
-class Branch:
-    """One condition over the steps of a request; compared and hashed by identity.
+class BranchState:
+    """One condition over the steps of a request, and what strategies keep for it from step to step.
+
+    The core drops it when the request ends. It is compared and hashed by identity.
 
     Args:
-        number: counted from 0, in the order of first use, over all denoisers of the pipeline.
-        age: in how many earlier steps of the request the denoiser was called with it.
+        number: counted from 0 in the order of first use, over all denoisers of the pipeline.
+        steps_done: in how many earlier steps of the request the denoiser was called with this condition.
     """
 
     number: int = 0
-    age: int = 0
+    steps_done: int = 0
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def keep(self, key: Any, make: Callable[[], Kept]) -> Kept:
+        """What is kept under a key in this request; made on first use.
+
+        Args:
+            key: hashable; begins with the object that owns it, so that strategies do not meet: ``(self, block)``.
+            make: called without arguments if there is nothing yet.
+        """
+        if key not in self._kept:
+            self._kept[key] = make()
+        kept: Kept = self._kept[key]
+        return kept
 
 
 @dataclass
 class _Entry:
-    branch: Branch
+    branch: BranchState
     key: tuple[Any, ...]
     condition: list[torch.Tensor]
     step: int
@@ -64,7 +81,7 @@ class Branches:
         """The scheduler made a step; another evaluation begins."""
         self._evaluation += 1
 
-    def find(self, key: tuple[Any, ...], condition: Any, step: int) -> Branch:
+    def find(self, key: tuple[Any, ...], condition: Any, step: int) -> BranchState:
         """The branch of a call.
 
         Args:
@@ -79,7 +96,7 @@ class Branches:
         for entry in self._entries:
             if entry.key == key and entry.evaluation != self._evaluation and equal(entry.condition, tensors):
                 entry.condition, entry.evaluation = tensors, self._evaluation
-                entry.branch.age += entry.step != step
+                entry.branch.steps_done += entry.step != step
                 entry.step = step
                 return entry.branch
         if len(self._entries) >= MOST:
@@ -89,7 +106,7 @@ class Branches:
                 "steps cannot be told apart; pass the same condition at every step, and call scheduler.step once for "
                 "each step."
             )
-        self._entries.append(_Entry(Branch(len(self._entries)), key, tensors, step, self._evaluation))
+        self._entries.append(_Entry(BranchState(len(self._entries)), key, tensors, step, self._evaluation))
         return self._entries[-1].branch
 
 

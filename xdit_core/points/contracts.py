@@ -90,7 +90,7 @@ def attention_contract(call: AttentionCall, out: Any) -> str:
 
 def trunk_contract(rank: Rank, level: str) -> Check:
     """Rows; behind the level ``gather`` those of all shards. None only from stages whose rows go on to another one."""
-    now, stages = rank.now, rank.plan.stages
+    stages = rank.plan.stages
     may_be_nothing = level != "reuse" and bool(stages) and rank.index(stages) < rank.degree(stages) - 1
 
     def check(rows: Rows, out: Any) -> str:
@@ -98,7 +98,9 @@ def trunk_contract(rank: Rank, level: str) -> Check:
             return ""
         if not isinstance(out, Rows):
             return f"{kind(out)} where Rows are expected"
-        count = length(now.layout.picture(now.patch, None)) if level == "gather" else rows.tokens.shape[1]
+        context = rows.context
+        whole = length(context.layout.picture(context.patch, None))
+        count = whole if level == "gather" else rows.tokens.shape[1]
         shape = (rows.tokens.shape[0], count, rows.tokens.shape[2])
         if not isinstance(out.tokens, torch.Tensor) or out.tokens.shape != shape:
             return f"Rows whose tokens are {kind(out.tokens)} where shape {shape} is expected"

@@ -6,16 +6,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from xdit_core.errors import UnsupportedCall, UsageError
-from xdit_core.parallel.rank import ForwardContext, Rank
+from xdit_core.parallel.rank import Rank
 from xdit_core.parallel.tokens import TokenLayout, length
-from xdit_core.points.branches import Branches
 from xdit_core.points.compose import compose
+from xdit_core.points.context import ForwardContext, HeadCheck, RequestState, Running
 from xdit_core.points.trunk import NothingHere
 
 
@@ -26,16 +26,30 @@ class ForwardCall:
     Args:
         latents: ``[B, C, h, w]``; may be a patch tensor.
         rest: every other argument given, by name.
+        context: what is known of the call.
         elsewhere: other ranks compute the result; only its shape is wanted here.
     """
 
     latents: torch.Tensor
     rest: Mapping[str, Any]
+    context: ForwardContext
     elsewhere: bool = False
 
     def but(self, **changes: Any) -> ForwardCall:
         """A copy with other values."""
         return replace(self, **changes)
+
+    def of_patch(
+        self, patch: int | None, latents: torch.Tensor, rows: Literal["all", "patch", "none"] = "all"
+    ) -> ForwardCall:
+        """The call for one patch of the picture.
+
+        Args:
+            patch: its index, None for the whole picture.
+            latents: at full shape.
+            rows: which of them are true, see ``ForwardContext.latents``.
+        """
+        return replace(self, latents=latents, context=self.context.but(patch=patch, latents=rows))
 
 
 Run = Callable[[ForwardCall], torch.Tensor]
@@ -49,7 +63,7 @@ class ForwardPoint:
         name: of the denoiser in the pipeline.
         denoiser: the transformer.
         chain: wraps ``f(inner, call) -> prediction``, outermost first.
-        branches: of the request, shared by all denoisers.
+        request: what is counted over the request, shared by all denoisers.
         trunk: the blocks are a trunk; without one the denoiser does everything as shipped.
     """
 
@@ -59,23 +73,28 @@ class ForwardPoint:
         name: str,
         denoiser: nn.Module,
         chain: Sequence[Callable[[Run, ForwardCall], torch.Tensor]],
-        branches: Branches,
+        request: RequestState,
         trunk: bool = True,
     ) -> None:
         self.rank, self.spec, self.name, self.denoiser = rank, rank.spec, name, denoiser
-        self._original, self._trunk, self._branches = denoiser.forward, trunk, branches
+        self._original, self._trunk, self._request = denoiser.forward, trunk, request
+        self._running = rank.running
         parameters = inspect.signature(self._original).parameters
         self._names = tuple(parameters)
         config: Any = denoiser.config
         self._patch_frames, self._patch = self.spec.patch_sizes(config)
         self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.fixed.items()} if trunk else {}
         self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
+        self._layout = TokenLayout(1, 1)
+        self._cuts: tuple[int, ...] = (0, 1)
+        # layouts and patches for which the embedding, or the head, was seen to work on each row alone
+        self._row_local: set[tuple[str, TokenLayout, int]] = set()
         self._run: Run = compose(chain, self.base)
         patterns = self.spec.conditioning if rank.plan.patches > 1 else ()
         shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in patterns))
         self._memoized = [Memoized(module) for module in shared]
         embeddings = self.spec.embeddings if rank.plan.patches > 1 else ()
-        self._embeddings = [PlaceholderEmbedding(denoiser.get_submodule(name), rank.now) for name in embeddings]
+        self._embeddings = [PlaceholderEmbedding(denoiser.get_submodule(name), rank.running) for name in embeddings]
         denoiser.forward = self.forward
 
     def clear(self) -> None:
@@ -87,59 +106,85 @@ class ForwardPoint:
     def base(self, call: ForwardCall) -> torch.Tensor:
         """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no
         values."""
-        key, now = (call.latents.shape, call.latents.dtype), self.rank.now
+        key, context = (call.latents.shape, call.latents.dtype), call.context
         if call.elsewhere:
             if key not in self._shapes:
                 self._shapes[key] = self.shape_of(call)
             shape, dtype = self._shapes[key]
             return call.latents.new_empty((), dtype=dtype).expand(shape)
-        now.known = key in self._shapes
+        call = self.with_checks(call.but(context=context.but(shape_known=key in self._shapes)))
         try:
-            whole = self.original(call.latents, call.rest)
+            whole = self.original(call)
         except NothingHere:
             shape, dtype = self._shapes[key]
             return call.latents.new_empty((), dtype=dtype).expand(shape)
         self._shapes[key] = (whole.shape, whole.dtype)
-        if self._trunk and now.patch is not None and (now.layout, now.patch) not in now.row_local:
-            self.prove_row_local(whole, now.patch)
+        self.checked(call.context, whole)
         return whole
 
-    def original(self, latents: torch.Tensor, rest: Mapping[str, Any]) -> torch.Tensor:
+    def original(self, call: ForwardCall) -> torch.Tensor:
         """The denoiser as shipped, its blocks being a trunk."""
+        latents, before = call.latents, self._running.context
         for module in self._memoized:
             module.begin_patch()
         given: Any = list(latents.unbind(0)) if self.spec.listed else latents
-        out = self._original(**{self.spec.latents: given}, **rest, return_dict=False)[0]
+        self._running.context = call.context
+        try:
+            out = self._original(**{self.spec.latents: given}, **call.rest, return_dict=False)[0]
+        finally:
+            self._running.context = before
         whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
         return whole
 
     def shape_of(self, call: ForwardCall) -> tuple[torch.Size, torch.dtype]:
         """What a prediction for these latents looks like: embedding and head are run, the blocks are not."""
-        now = self.rank.now
-        now.shape_only = True
-        try:
-            out = self.original(call.latents.new_zeros(call.latents.shape), call.rest)
-        finally:
-            now.shape_only = False
+        blank = call.latents.new_zeros(call.latents.shape)
+        out = self.original(call.but(latents=blank, context=call.context.but(shape_only=True)))
         return out.shape, out.dtype
 
-    def prove_row_local(self, out: torch.Tensor, patch: int) -> None:
-        """Patches are right only if embedding and head work on each row alone: the rows beside a patch were given no
-        numbers.
+    def with_checks(self, call: ForwardCall) -> ForwardCall:
+        """The call; where it is the first of its patch and size, one that shows whether embedding and head work on each
+        row alone.
+
+        Patches are right only if they do. So the rows beside the patch are given no numbers: if one of these comes into
+        the patch, rows are mixed.
+        """
+        context = call.context
+        if not self._trunk or context.patch is None:
+            return call
+        latents = call.latents
+        check_embedding = context.latents == "patch" and not self.known_row_local("embedding", context)
+        if check_embedding:
+            top, bottom = context.latent_rows
+            latents = torch.full_like(call.latents, torch.nan)
+            latents.narrow(context.row_dim, top, bottom - top).copy_(
+                call.latents.narrow(context.row_dim, top, bottom - top)
+            )
+        check_head = None if self.known_row_local("head", context) else HeadCheck()
+        return call.but(latents=latents, context=context.but(check_embedding=check_embedding, check_head=check_head))
+
+    def known_row_local(self, part: str, context: ForwardContext) -> bool:
+        """The embedding, or the head, was seen to work on each row alone for a patch of this size."""
+        return (part, context.layout, context.patch) in self._row_local
+
+    def checked(self, context: ForwardContext, prediction: torch.Tensor) -> None:
+        """Remember what was checked and found right.
 
         Raises:
-            UnsupportedCall: some of what is not a number came into the patch.
+            UnsupportedCall: rows beside the patch came into it.
         """
-        now = self.rank.now
-        if now.proving_head:
-            now.proving_head = False
-            top, bottom = now.cuts[patch : patch + 2]
-            if out.narrow(now.row_dim, top, bottom - top).isnan().any():
+        if context.patch is None:
+            return
+        if context.check_embedding:
+            self._row_local.add(("embedding", context.layout, context.patch))
+        if context.check_head:
+            top, bottom = context.latent_rows
+            if context.check_head.given_nan and prediction.narrow(context.row_dim, top, bottom - top).isnan().any():
                 raise UnsupportedCall(
                     f"the head of {self.name} mixes rows of the picture, so its patches cannot be computed one by one; "
                     f"run {self.spec.name} without strategies that cut the picture into patches."
                 )
-        now.row_local.add((now.layout, patch))
+            self._row_local.add(("head", context.layout, context.patch))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls; same signature and result as the denoiser's own."""
@@ -159,9 +204,9 @@ class ForwardPoint:
         latents = given.pop(self.spec.latents)
         if self.spec.listed:
             latents = torch.stack(list(latents))
-        self.look(latents, given, frozenset(skipped or ()))
+        context = self._running.context = self.context_of(latents, given, frozenset(skipped or ()))
         try:
-            whole = self._run(ForwardCall(latents, given))
+            whole = self._run(ForwardCall(latents, given, context))
         finally:
             for module in self._memoized:
                 module.clear()
@@ -196,7 +241,7 @@ class ForwardPoint:
         if latents.dim() == (4 if self.spec.frame_dim is None else 5):
             size = self._patch
             return -(-frames // self._patch_frames), latents.shape[-2] // size, latents.shape[-1] // size, size
-        rows, columns = self.rank.now.grid
+        rows, columns = self._request.grid
         if latents.dim() != 3 or latents.shape[1] != rows * columns:
             raise UnsupportedCall(
                 f"latents of shape {tuple(latents.shape)} where [B, C, h, w] or [B, {rows} x {columns}, C] is "
@@ -204,11 +249,21 @@ class ForwardPoint:
             )
         return 1, rows, columns, columns
 
-    def look(self, latents: torch.Tensor, given: Mapping[str, Any], skip: frozenset[int]) -> None:
-        """Work out the token layout and the branch of this call."""
-        now, plan, spec = self.rank.now, self.rank.plan, self.spec
-        now.frames, rows, columns, unit = self.grid(latents)
-        frames = 1 if spec.stream.frames else now.frames
+    def context_of(self, latents: torch.Tensor, given: Mapping[str, Any], skipped: frozenset[int]) -> ForwardContext:
+        """Work out the token layout and the branch of a call.
+
+        Args:
+            latents: as the pipeline gives them.
+            given: the other arguments by name.
+            skipped: blocks that are left out.
+
+        Raises:
+            UsageError: the picture is too small for the patches and shards of the plan.
+            UnsupportedCall: the latents are not what the adapter says, or the branches cannot be told apart.
+        """
+        plan, spec, request = self.rank.plan, self.spec, self._request
+        latent_frames, rows, columns, unit = self.grid(latents)
+        frames = 1 if spec.stream.frames else latent_frames
         condition = given.get(spec.text_input)
         words = 0
         if spec.text_rows:
@@ -227,11 +282,20 @@ class ForwardPoint:
             tail=spec.tail(frames * rows * columns) if spec.tail else 0,
             unit=plan.facts.row_unit,
         )
-        if layout != now.layout:
+        if layout != self._layout:
             self.check(layout)
-            now.layout, now.cuts = layout, tuple(b * unit for b in layout.bounds)
-        now.branch, now.skip = self._branches.find((self.name, skip, latents.shape[0]), condition, now.step), skip
-        now.call += 1
+            self._layout, self._cuts = layout, tuple(bound * unit for bound in layout.bounds)
+        return ForwardContext(
+            number=request.next_call(),
+            step=request.step,
+            branch=request.branches.find((self.name, skipped, latents.shape[0]), condition, request.step),
+            layout=self._layout,
+            cuts=self._cuts,
+            pictures=request.pictures,
+            frames=latent_frames,
+            shard=self.rank.shard,
+            skipped_blocks=skipped,
+        )
 
 
 class Memoized:
@@ -276,8 +340,8 @@ class PlaceholderEmbedding:
         module: embeds the latents, its one argument.
     """
 
-    def __init__(self, module: nn.Module, now: ForwardContext) -> None:
-        self._original, self._now = module.forward, now
+    def __init__(self, module: nn.Module, running: Running) -> None:
+        self._original, self._running = module.forward, running
         self._known: tuple[Any, Any] = (None, None)
         module.forward = self.forward
 
@@ -287,7 +351,7 @@ class PlaceholderEmbedding:
 
     def forward(self, latents: torch.Tensor) -> Any:
         """The module's result; of a placeholder any that has its shape."""
-        if not self._now.placeholder or torch.compiler.is_compiling():
+        if self._running.context.latents != "none" or torch.compiler.is_compiling():
             return self._original(latents)
         key = (latents.shape, latents.dtype)
         if self._known[0] != key:

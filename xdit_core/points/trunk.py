@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import ModelError, UnsupportedCall
-from xdit_core.parallel.rank import ForwardContext
 from xdit_core.parallel.tokens import Span, length
 from xdit_core.points.attention import AttentionPoint, Redirect
 from xdit_core.points.compose import compose
+from xdit_core.points.context import ForwardContext, Running
 from xdit_core.records import ModelSpec, Stream
 
 if TYPE_CHECKING:
@@ -36,12 +36,16 @@ class Rows:
         tokens: picture rows ``[B, n, D]``.
         text: text rows ``[B, t, D]`` (t may be 0), None if the model has no text in its trunk or is done with it.
         rest: the other arguments of a block.
+        context: of the call of the denoiser.
+        segment: indices of all blocks of the list, or lists, that run.
         skips: the tokens behind earlier blocks that later ones take again, by the index of the block that gave them.
     """
 
     tokens: torch.Tensor
     text: torch.Tensor | None
     rest: Mapping[str, Any]
+    context: ForwardContext
+    segment: range
     skips: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> Rows:
@@ -107,7 +111,7 @@ class Trunk(nn.Module):
         segment: indices of all blocks that stood there.
         spec: how they are called.
         stream: how these are called.
-        now: the work in hand.
+        running: holds the context of the call of the denoiser.
         point: the attention point.
         chain: wraps ``f(inner, rows) -> rows or None``, outermost first. None means that this rank holds nothing of the
             result.
@@ -122,7 +126,7 @@ class Trunk(nn.Module):
         segment: range,
         spec: ModelSpec,
         stream: Stream,
-        now: ForwardContext,
+        running: Running,
         point: AttentionPoint,
         chain: Sequence[Callable[[Run, Rows], Rows | None]],
         skips: Mapping[int, int],
@@ -134,7 +138,7 @@ class Trunk(nn.Module):
         self._order: tuple[tuple[int, Callable[..., Any], tuple[str, ...]], ...]
         self._order = tuple((i, block, spec.attention(block)) for i, block in blocks.items())
         self.stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
-        self._now, self._point = now, point
+        self._running, self._point = running, point
         self.select = Selector()
         self._redirect = Redirect(point)
         self._names, self._later = names, later
@@ -147,17 +151,18 @@ class Trunk(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        stream, layout, now = self.stream, self._now.layout, self._now
-        if now.shape_only:
+        stream, context = self.stream, self._running.context
+        layout = context.layout
+        if context.shape_only:
             parts = {"tokens": given[stream.tokens], "text": given.get(stream.text)}
             return parts["tokens"] if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
-        now.segment = self._segment
         tokens = whole = given.pop(stream.tokens)
         text = given.pop(stream.text) if stream.text else None
         if stream.joined:
             tokens, text = whole[:, : layout.tokens], whole[:, layout.tokens :]
             if text.shape[1] != layout.text:  # a part of the batch may have shorter texts than the whole
-                layout = now.layout = replace(layout, text=text.shape[1])
+                layout = replace(layout, text=text.shape[1])
+                context = context.but(layout=layout)
         if tokens.shape[1] != layout.tokens or (text is not None and text.shape[1] != layout.text):
             raise ModelError(
                 f"the trunk got {tokens.shape[1]} picture rows and {0 if text is None else text.shape[1]} text rows "
@@ -165,37 +170,42 @@ class Trunk(nn.Module):
                 f"{layout.tokens} and {layout.text} were expected; the adapter does not describe this checkpoint."
             )
         if not self._order:  # this rank has its blocks in other lists
-            if now.known and not self._later:
+            if context.shape_known and not self._later:
                 raise NothingHere
             parts = {"tokens": whole, "text": text}
             return whole if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
-        picture, words = layout.picture(now.patch, now.shard), layout.words(now.patch, now.shard)
+        patch, shard = context.patch, context.shard
+        picture, words = layout.picture(patch, shard), layout.words(patch, shard)
         self.cut(given, stream.aligned, picture)
         self.cut(given, stream.words, words)
-        self.cut(given, stream.joint, layout.joint(now.patch, now.shard))
+        self.cut(given, stream.joint, layout.joint(patch, shard))
         if stream.frames:
-            given[stream.frames] = now.frames
+            given[stream.frames] = context.frames
         mine = Rows(
             self.select.take(tokens, picture, 1),
             None if text is None else self.select.take(text, words, 1),
             given,
+            context,
+            self._segment,
         )
-        proving = now.patch is not None and (layout, now.patch) not in now.row_local
-        if proving and not now.placeholder and mine.tokens.isnan().any():
+        if context.check_embedding and mine.tokens.isnan().any():
             raise UnsupportedCall(
                 "the embedding of the latents mixes rows of the picture, so its patches cannot be computed one by "
                 "one; run this model "
                 "without strategies that cut the picture into patches."
             )
         out = self._run(mine)
-        if out is None and now.known:
+        if out is None and context.shape_known:
             raise NothingHere
         full = tokens
         if out is not None:
-            now.proving_head = proving and not bool(out.tokens.isnan().any())
+            check = context.check_head
+            if check:
+                check.given_nan = not bool(out.tokens.isnan().any())
             # what lies beside the patch has no numbers until it is known that the head does not look at it
-            like = torch.full_like(tokens, torch.nan) if now.proving_head else tokens
-            full = self.select.put(like, out.tokens, layout.picture(now.patch, None), 1, fresh=now.proving_head)
+            nothing_beside = check is not None and check.given_nan
+            like = torch.full_like(tokens, torch.nan) if nothing_beside else tokens
+            full = self.select.put(like, out.tokens, layout.picture(patch, None), 1, fresh=nothing_beside)
         if stream.joined and text is not None:
             return torch.cat((full, text), dim=1)
         answer = [full if name == "tokens" else text for name in stream.returns]
@@ -220,8 +230,8 @@ class Trunk(nn.Module):
 
     def run_blocks(self, rows: Rows) -> Rows:
         """The blocks of this rank, one after the other, on the rows in hand."""
-        stream, point, skip = self.stream, self._point, self._now.skip
-        point.enter_blocks(rows.tokens.shape, None if rows.text is None else rows.text.shape[1], self._now.patch)
+        stream, point, skip = self.stream, self._point, rows.context.skipped_blocks
+        point.enter_blocks(rows.context, rows.tokens.shape, None if rows.text is None else rows.text.shape[1])
         with self._redirect if point.active else nullcontext():
             for index, block, pattern in self._order:
                 if index in skip:
@@ -251,7 +261,7 @@ class Trunk(nn.Module):
 def replace_blocks(
     denoiser: nn.Module,
     spec: ModelSpec,
-    now: ForwardContext,
+    running: Running,
     point: AttentionPoint,
     chain: Sequence[Callable[[Run, Rows], Rows | None]],
 ) -> list[Trunk]:
@@ -271,7 +281,7 @@ def replace_blocks(
                     held[start + i] = part.make(denoiser, i, *blocks) if part.make else blocks[0]
             start += len(getattr(denoiser, part.attribute))
         names = arguments_of(everything[begin])
-        trunk = Trunk(held, range(begin, start), spec, stream, now, point, chain, skips, names, last >= start)
+        trunk = Trunk(held, range(begin, start), spec, stream, running, point, chain, skips, names, last >= start)
         for k, part in enumerate(parts):
             setattr(denoiser, part.attribute, nn.ModuleList([trunk] if k == 0 else []))
             for name in part.beside:

@@ -32,7 +32,7 @@ class Skips:
     @hookimpl
     def xdit_build(self, settings, rank):
         def decide(inner, call):
-            self.skip = rank.now.step == 1 and rank.mesh.rank == 1
+            self.skip = rank.context.step == 1 and rank.mesh.rank == 1
             if self.agrees:
                 self.skip = rank.agree(self.skip, any)
             return inner(call)
@@ -118,7 +118,7 @@ def alone(folder):
             return Built(
                 wraps={
                     "forward/reuse": lambda inner, call: inner(call),
-                    "trunk/reuse": lambda inner, rows: rows if rank.now.step == 1 else inner(rows),
+                    "trunk/reuse": lambda inner, rows: rows if rank.context.step == 1 else inner(rows),
                 }
             )
 
@@ -151,7 +151,7 @@ def not_agreeing(folder):
     """Ranks that ask in different steps, and a rank that does not ask."""
     engine = Engine(plan_for(["usp"], folder, {**USP, "timeout": 4}))
     me, errors = dist.get_rank(), []
-    engine.rank.now.step = me
+    engine.rank.running.context = engine.rank.context.but(step=me)
     for ask in (True, me == 0):
         try:
             if ask:

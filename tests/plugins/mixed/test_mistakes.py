@@ -127,7 +127,7 @@ def test_a_size_that_comes_later_is_checked_too(tiny_sd3_folder):
 
     def odd_in_patches(inner, call):
         out = inner(call)
-        return out if call.patches is None or call.block < 2 else out[..., :-1]
+        return out if call.context.patch is None or call.block < 2 else out[..., :-1]
 
     with pytest.raises(PluginError, match=r"plugin odd returned a tensor of shape .* from its wrap at attention/ring"):
         generate(tiny_sd3_folder, "attention/ring", odd_in_patches, ["pipefusion"], PIPE, steps=3)

@@ -1,0 +1,117 @@
+"""What a call of the denoiser carries with it, frozen; and where modules inside the denoiser find it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from xdit_core.parallel.row_set import RowSet
+from xdit_core.parallel.tokens import TokenLayout
+from xdit_core.points.branches import Branches, BranchState
+
+
+@dataclass
+class HeadCheck:
+    """Whether the head was given rows without numbers beside those of the patch; one for each call that is checked."""
+
+    given_nan: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What is known of one call of the denoiser by the pipeline, or of one patch of it.
+
+    Args:
+        number: counts the calls by the pipeline; the patches of a call share it. It is the same on all ranks that work
+            on one picture, so it names the messages that they send each other.
+        step: steps of the pipeline that are done in this request.
+        branch: the condition of this call, and what is kept for it from step to step.
+        layout: the picture's and the text's tokens.
+        row_dim: dim of the latents along which patches are cut.
+        cuts: rows of the latents at which patches begin and end, ``patches + 1`` numbers.
+        pictures: pictures that this call of the pipeline makes.
+        frames: latent frames.
+        shard: this rank's part of every patch.
+        skipped_blocks: blocks that the pipeline asked to leave out.
+        patch: the patch that is computed, None for the whole picture.
+        latents: which rows of the latents are true: ``all``, those of the ``patch``, or ``none`` because the rows come
+            from another rank behind the embedding.
+        shape_known: the shape of the prediction is known, so that the head need not run for it.
+        shape_only: only the shape of the prediction is wanted, and the blocks are left out.
+        check_embedding: it must be seen that the embedding works on each row alone.
+        check_head: the same of the head; None if that is known.
+    """
+
+    number: int = 0
+    step: int = 0
+    branch: BranchState = field(default_factory=BranchState)
+    layout: TokenLayout = field(default_factory=lambda: TokenLayout(1, 1))
+    row_dim: int = -2
+    cuts: tuple[int, ...] = (0, 1)
+    pictures: int = 1
+    frames: int = 1
+    shard: int = 0
+    skipped_blocks: frozenset[int] = frozenset()
+    patch: int | None = None
+    latents: Literal["all", "patch", "none"] = "all"
+    shape_known: bool = False
+    shape_only: bool = False
+    check_embedding: bool = False
+    check_head: HeadCheck | None = None
+
+    def but(self, **changes: Any) -> ForwardContext:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+    @property
+    def latent_rows(self) -> tuple[int, int]:
+        """First row of the latents that belongs to the patch, and the first that no longer does."""
+        if self.patch is None:
+            return self.cuts[0], self.cuts[-1]
+        return self.cuts[self.patch], self.cuts[self.patch + 1]
+
+    def rows(self, kind: str) -> RowSet:
+        """The rows that this rank computes in attention calls of a kind (``joint`` or ``self``)."""
+        return RowSet(self.layout, kind, (self.patch,), (self.shard,))
+
+
+@dataclass
+class Running:
+    """What runs at this moment, for modules inside the denoiser: the model calls them with its own arguments only.
+
+    Args:
+        context: of the call of the denoiser; written by the forward point.
+        block: index of the block; written by the trunk.
+    """
+
+    context: ForwardContext = field(default_factory=ForwardContext)
+    block: int = -1
+
+
+class RequestState:
+    """What is counted over one call of the pipeline: branches, steps, calls of the denoisers.
+
+    Attributes:
+        pictures: that this call of the pipeline makes.
+        grid: rows and columns of tokens at the size asked for.
+        step: steps that are done.
+    """
+
+    def __init__(self) -> None:
+        self.branches = Branches()
+        self.pictures, self.grid, self.step = 1, (1, 1), 0
+        self._calls = 0
+
+    def begin(self, pictures: int, grid: tuple[int, int]) -> None:
+        """A call of the pipeline begins."""
+        self.clear()
+        self.pictures, self.grid, self.step = pictures, grid, 0
+
+    def clear(self) -> None:
+        """Drop what was kept for the branches of the last request."""
+        self.branches.clear()
+
+    def next_call(self) -> int:
+        """The number of another call of a denoiser; numbers are not used again, so that late messages find no taker."""
+        self._calls += 1
+        return self._calls
