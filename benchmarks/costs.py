@@ -141,21 +141,25 @@ def main() -> None:
 
 PAGE = """# What each strategy sends and holds
 
-Counted by `python benchmarks/costs.py`, not estimated: an SD3 with random weights, 8 blocks, {tokens} picture tokens
-and {text} text tokens, no guidance, one step past the warm-up. The unit of the bytes is tokens x hidden, all ranks
-together; beside it is what the table of the methods says (TP 4 L, DistriFusion 2 L, Ring 2 L, Ulysses 4/N L,
-PipeFusion 2, each for a rank), with the text's rows counted as tokens. Parameters are those of the blocks on the rank
-that has most, against all. Kept are keys and values from step to step, in units of KV L (both, of all blocks).
+Counted by `python benchmarks/costs.py`, not estimated. The model is an SD3 with random weights, 8 blocks,
+{tokens} picture tokens and {text} text tokens, without guidance; the counts are those of one step after the
+warm-up. L is the number of blocks, N the number of ranks, P the parameters of all blocks, KV the keys and
+values of one block.
 
 | strategy | N | sent | expected | besides | parameters | kept |
 |---|---|---|---|---|---|---|
 {table}
 
-- **besides**: `gather` and `distrifusion.latents` bring the rows together at the end of a step; `stages.text` is the
-  text on its way with the first patch; `latents` is the prediction on its way back to the first stage; `tp.modulation`
-  is the modulation of the blocks.
-- **parameters**: under `tp` biases behind row-wise matrices and norms stay whole.
-- **kept**: DistriFusion holds the keys and values of the step before and those that arrive, hence twice KV L.
+- **sent**: bytes that all ranks send together, in units of tokens x hidden size.
+- **expected**: the same from the formula of the paper in brackets (TP 4 L, DistriFusion 2 L, Ring 2 L,
+  Ulysses 4/N L, PipeFusion 2, each for one rank), with the text counted as tokens.
+- **besides**: `gather` and `distrifusion.latents` collect the tokens at the end of a step. `stages.text` is
+  the text, sent with the first patch. `latents` is the prediction on its way back to the first stage.
+  `tp.modulation` is the modulation of the blocks.
+- **parameters**: parameters of the blocks on the rank that holds most, as a part of P. Under `tp`, norms and
+  the biases of row-wise matrices are not divided.
+- **kept**: keys and values that are kept from step to step, in units of KV L. DistriFusion holds those of the
+  step before and those that arrive, so up to twice KV L.
 """
 
 

@@ -20,10 +20,14 @@ from xdit_emoji.training.data import chosen_names, load
 from xdit_emoji.training.evaluate import questions, score, serial, to_tensor
 
 PATCHES, WARMUPS = (2, 4, 8), (1, 2, 4)
-NOTE = """The warm-up makes no difference to a tenth of a decibel here: the first steps are mostly noise, in which
-neighbours have little to say, and what staleness costs comes from the later ones (largest difference of the latents of
-one picture, M=8: 0.098 between W=1 and serial, 0.001 between W=1 and W=4). A model of 64 tokens that has memorized its
-pictures says little about models that compose; there, choose W by looking."""
+NOTE = """Warm-up makes no difference of a tenth of a decibel here. The first steps are mostly noise, in which
+neighbouring patches say little about each other, and what staleness costs comes from the later steps. For one
+picture with M=8, the largest difference of the latents is 0.098 between W=1 and serial, and 0.001 between W=1
+and W=4. This model has 64 tokens and has memorized its pictures, so it says little about models that compose
+new ones; for those, choose W by looking at the pictures."""
+HEAD = """The bundled emoji model under PipeFusion, 20 steps, {names} names drawn at random with fixed seeds. PSNR
+compares the displaced picture with the serial one of the same seed. Retrieval says how often the nearest
+training picture is the one that was named. Made by `python benchmarks/staleness.py --count {count}`."""
 SHOWN = ("red heart", "fox", "pizza", "rocket", "octopus", "grinning face", "sunflower", "guitar")
 
 
@@ -67,10 +71,7 @@ def main() -> None:
     lines = [
         "# What staleness costs",
         "",
-        f"The bundled emoji model, 20 steps, {len(asked)} names drawn at random with fixed seeds; PSNR of the "
-        f"displaced picture against",
-        "the serial one with the same seed, and how often the nearest training picture is the named one. Made by",
-        f"`python benchmarks/staleness.py --count {args.count}`.",
+        HEAD.format(names=len(asked), count=args.count),
         "",
         "| patches M | warm-up W | PSNR mean (dB) | PSNR worst (dB) | retrieval |",
         "|---|---|---|---|---|",
@@ -92,7 +93,7 @@ def main() -> None:
             )
             rows.append((f"M={m} W={w}", [got[q] for q in shown]))
             print(lines[-1], f"{time.monotonic() - started:.0f} s", flush=True)
-    lines += ["", NOTE, "", "![serial and displaced pictures](../pictures/staleness.png)", ""]
+    lines += ["", NOTE, "", "![Serial and displaced pictures](../pictures/staleness.png)", ""]
     out = Path(args.out)
     (out / "measured" / "staleness.md").write_text("\n".join(lines), encoding="utf-8")
     grid(rows, out / "pictures" / "staleness.png")

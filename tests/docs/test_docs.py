@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 
-from xdit_core import Registry, hookspecs
+from xdit_core import Engine, Registry, hookspecs
 from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
+from xdit_core.testing.runs import plan_for
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
+DOCS = ROOT / "docs"
 HOOKS = [f for n, f in vars(hookspecs).items() if n.startswith("xdit_")]
 
 pytestmark = pytest.mark.skipif(not README, reason="needs the source tree")
@@ -34,27 +38,68 @@ def test_every_hook_is_used_by_a_plugin_of_ours(hook):
     assert any(f"@hookimpl\ndef {hook.__name__}(" in p.read_text(encoding="utf-8") for p in sources)
 
 
-def test_the_readme_names_every_plugin_model_and_setting():
+def test_the_readme_names_every_plugin_and_model():
     registry = Registry()
     for group in ("xdit.plugins", "xdit.models"):
         for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][group]:
             assert f"| `{name}` |" in README
             assert name in registry.names(group)
-    for name in fields_of(RunSettings):
-        if name not in ("prompt", "prompts", "max_sequence_length", "runs"):
-            assert re.search(rf"\b{name}\b", README), name
 
 
-def test_files_that_the_readme_links_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"^\| `([\w/]+\.py)` \|", README, re.M):
+def test_the_page_of_settings_has_a_row_for_every_setting():
+    rows = re.findall(r"^\| (`[^|]*`) \|", (DOCS / "use" / "command-line.md").read_text(encoding="utf-8"), re.M)
+    shown = {name for row in rows for name in re.findall(r"`([a-z_.]+)`", row)}
+    assert shown >= {name.rstrip("_") for name in fields_of(RunSettings)}
+    assert shown >= {f"model.{name}" for name in fields_of(ModelSettings)}
+
+
+PAGES = sorted(p for p in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_page_links_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"`((?:xdit_core|launcher|plugins|models|tests|benchmarks)/[\w/.-]*\w/?)`", text):
         assert (ROOT / target).exists(), target
+
+
+def test_the_index_links_every_page():
+    linked = {
+        (DOCS / target).resolve()
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", DOCS.joinpath("README.md").read_text())
+    }
+    assert linked >= {page.resolve() for page in PAGES if page != DOCS / "README.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_lines_of_text_are_short_enough_for_a_diff(page):
+    code = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        code ^= line.startswith("```")
+        assert code or len(line) <= 112 or line.startswith("|") or line.startswith("!["), line
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    exec(compile(code.replace('{"model"', '{"steps": 3, "model"'), "README.md", "exec"), {})
+    code = re.search(r"```python\n(.*?)```", (DOCS / "use" / "python.md").read_text(encoding="utf-8"), re.S)[1]
+    exec(compile(code.replace("seed=3", "seed=3, steps=3"), "python.md", "exec"), {})
     assert (tmp_path / "rocket.png").stat().st_size > 500
+
+
+def test_the_example_of_a_strategy_runs(tiny_sd3_folder, monkeypatch, capsys):
+    code = re.search(
+        r"```python\n(.*?)```", (DOCS / "inside" / "adding-a-strategy.md").read_text(encoding="utf-8"), re.S
+    )[1]
+    plugin = types.ModuleType("slow_calls")
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    exec(compile(code, "adding-a-strategy.md", "exec"), plugin.__dict__)
+    changes = {"slow_calls.limit": 0.0}
+    plan = plan_for(["slow_calls"], str(tiny_sd3_folder), changes, extra={"slow_calls": plugin})
+    with Engine(plan, Registry({"slow_calls": plugin})) as engine:
+        engine.generate("a red fox")
+    assert capsys.readouterr().out.count("a call of the denoiser took") == plan.run.steps
 
 
 def test_constraints_pin_what_the_project_needs():
@@ -98,7 +143,7 @@ OPTIONS = [
 
 
 def test_every_option_of_xdit_has_a_row_and_every_setting_there_exists():
-    page = (ROOT / "docs" / "use" / "coming-from-xdit.md").read_text(encoding="utf-8")
+    page = (DOCS / "use" / "coming-from-xdit.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| `--")]
     for option in OPTIONS:
         assert any(re.search(rf"`--{option}`", row.split("|")[1]) for row in rows), option
@@ -118,6 +163,7 @@ def test_every_option_of_xdit_has_a_row_and_every_setting_there_exists():
 def test_the_page_of_combinations_is_what_the_plans_say():
     from xdit_launcher.commands import matrix
 
-    page = (ROOT / "docs" / "use" / "combinations.md").read_text(encoding="utf-8")
+    page = (DOCS / "use" / "combinations.md").read_text(encoding="utf-8")
     names = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["xdit.plugins"])
-    assert "\n".join(matrix.lines({"model": "emoji", "device": "cuda"}, names)) in page
+    shown = " ".join(matrix.lines({"model": "emoji", "device": "cuda"}, names))
+    assert shown.split() == page[page.index("|") :].split()  # the page wraps the reasons

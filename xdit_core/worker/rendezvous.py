@@ -172,7 +172,7 @@ def connect(place: RankEnv, digest: str, device: str, timeout: float, doing: Cal
         if place.parent is not None:  # the launcher knows better what became of rank 0
             raise
         where = (
-            f"port {place.port} cannot be had here"
+            f"port {place.port} is not available on this machine"
             if serves
             else f"rank 0 does not answer at {place.address}:{place.port}"
         )

@@ -105,7 +105,7 @@ def choose(
         if option not in fields_of(cls):
             who = [other for other in installed() if takes(other, (option,))]
             fix = f"add --on {' or '.join(who)}, or leave it out" if who else "leave it out"
-            raise UsageError(f"--{option.replace('_', '-')} is nothing for the backend {name}; {fix}.")
+            raise UsageError(f"the backend {name} does not take --{option.replace('_', '-')}; {fix}.")
         if f"{name}.{option}" in own:
             raise UsageError(f"--{option.replace('_', '-')} and {name}.{option}= say the same; keep one.")
         own[f"{name}.{option}"] = flags[option]

@@ -24,7 +24,8 @@ def listen(address: str, port: int, backlog: int) -> socket.socket:
         return socket.create_server((address, port), backlog=backlog)
     except OSError as error:
         raise UsageError(
-            f"port {port} cannot be had here ({os.strerror(error.errno or 0)}); choose another with --rdzv HOST:PORT."
+            f"port {port} is not available on this machine ({os.strerror(error.errno or 0)}); choose another with "
+            "--rdzv HOST:PORT."
         ) from error
 
 

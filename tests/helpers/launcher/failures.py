@@ -230,7 +230,7 @@ CASES = (
         "the port is taken",
         code=2,
         who="",
-        parts=("alpha: port 29517 cannot be had here (Address already in use)",),
+        parts=("alpha: port 29517 is not available on this machine (Address already in use)",),
         setup=port_taken,
     ),
     Case(

@@ -1,10 +1,11 @@
 """The page of models and strategies, made from the parity tests.
 
-python tests/helpers/models/table.py --write
+``python tests/helpers/models/table.py --write`` writes the page, and the number of lines that the README quotes.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,30 @@ XDIT = {  # lines of the files that are there for a model alone: pipeline, trans
 }
 
 
+HEAD = """# Models and strategies
+
+Made from the tests by `python tests/helpers/models/table.py --write`. Each model is a tiny pipeline of the real
+diffusers and transformers classes with random weights, which is saved to disk and loaded as users load
+theirs. The tests compare latents in float32, within 1e-5 of the largest value:
+
+- *serial*: with the unmodified diffusers pipeline;
+- *displaced*: with the same schedule in one process.
+
+Without a plugin, and in warm-up, the latents are those of diffusers bit for bit. A cell counts the
+combinations with that strategy that are compared. An empty cell means that the model has nothing for the
+strategy to divide; such a plan is refused. Of models that are alike, only one runs all combinations.
+`tests/combos` also runs every strategy, pair and triple for SD3 and PixArt-Sigma.
+"""
+NOTE = """Each case takes three steps and two pictures or videos, with guidance.
+
+The published configurations of all models (`tests/models/published.json`) are built without weights. The
+tests check that every block is found, that 2 to 8 stages differ by one block at most, that the numbers of
+parameters are the published ones, and that the usual sizes of pictures pass the plan.
+
+## Lines
+"""
+
+
 def cell(name: str, column: str) -> str:
     """How many combinations with a strategy are compared with the serial run, and with the displaced reference."""
     if column not in FAMILIES[name].strategies:
@@ -47,20 +72,7 @@ def lines_of(package: str) -> int:
 def page() -> str:
     """The page as Markdown."""
     out = [
-        "# Models and strategies",
-        "",
-        "Made from the tests by `python tests/helpers/models/table.py --write`. Every tiny pipeline consists of "
-        "the real diffusers and transformers classes with",
-        "random weights, is saved to disk and loaded through the public path. Compared are latents in float32, to "
-        "1e-5 of the largest value: *serial*, with",
-        "the unmodified diffusers pipeline; *displaced*, with the same schedule in one process. Without a plugin, and "
-        "in warm-up, the latents are those of",
-        "diffusers bit for bit. A cell counts the combinations with that strategy that are compared; an empty one "
-        "means that the architecture has nothing",
-        "for it to divide, and the plan refuses it. Of near relatives a few are run; of SD3 and PixArt-Sigma "
-        "`tests/combos` runs all singles, pairs and",
-        "triples.",
-        "",
+        HEAD,
         "| model | " + " | ".join(f"`{c}`" for c in COLUMNS) + " | another scheduler | odd size | without guidance |",
         "|---" * (len(COLUMNS) + 4) + "|",
     ]
@@ -79,23 +91,16 @@ def page() -> str:
     ]
     for table, oracle in (
         (EXACT, "serial"),
-        (DISPLACED, "its schedule in one process, warm-up of 1 step (some: 0 too)"),
+        (DISPLACED, "its schedule in one process, with a warm-up of 1 step, and of 0 in some cases"),
     ):
         for label, (plugins, settings, world) in table.items():
             shown = " ".join([f"`{','.join(plugins)}`", *(f"`{k}={v}`" for k, v in settings.items())])
             out.append(f"| {label} | {shown} | {world} | {oracle} |")
     out += [
-        "| decoded | `cfg,parallel_vae` | 2 | pictures of one process, to 1 of 255; CogVideoX with diffusers' own "
-        "tiles |",
+        "| decoded | `cfg,parallel_vae` | 2 | pictures of one process, to 1 of 255; for CogVideoX with "
+        "diffusers' tiles |",
         "",
-        "Three steps, two pictures or videos, guidance on. The published configurations "
-        "(`tests/models/published.json`) are built without weights:",
-        "every block is found, 2 to 8 stages are balanced to one block, the numbers of parameters are those that were "
-        "published, the sizes that",
-        "users ask for pass the plan.",
-        "",
-        "## Lines",
-        "",
+        NOTE,
         "| | lines here | lines of xDiT for this model alone |",
         "|---|---|---|",
     ]
@@ -105,8 +110,7 @@ def page() -> str:
     out += [f"| {name} | {lines_of(name)} | |" for name in others]
     out += [
         "",
-        "Latte has a second file: a module that runs a spatial and a temporal block as one, as the loop of its "
-        "denoiser does.",
+        "Latte has a second file: a module that runs a spatial and a temporal block as one, as its denoiser does.",
     ]
     return "\n".join(out) + "\n"
 
@@ -114,5 +118,8 @@ def page() -> str:
 if __name__ == "__main__":
     if "--write" in sys.argv:
         PAGE.write_text(page(), encoding="utf-8")
+        readme = ROOT / "README.md"
+        sums = re.sub(r"\d+ lines together", f"{sum(map(lines_of, XDIT))} lines together", readme.read_text("utf-8"))
+        readme.write_text(sums, encoding="utf-8")
     else:
         print(page())

@@ -137,7 +137,7 @@ def test_the_backend_that_takes_an_option() -> None:
     assert choose("slurm", {"nnodes": "2"}, {})[0].settings.nnodes == 2
     for name, options, values, part in (
         ("nothing", {}, {}, "unknown backend 'nothing' in --on"),
-        ("local", {"hosts": "a"}, {}, "--hosts is nothing for the backend local; add --on ssh"),
+        ("local", {"hosts": "a"}, {}, "the backend local does not take --hosts; add --on ssh"),
         (None, {}, {"ssh.hosts": "a"}, "ssh.hosts belongs to the backend ssh; add --on ssh"),
         ("ssh", {"hosts": "a"}, {"ssh.hosts": "b"}, "say the same"),
         ("ssh", {}, {"ssh.host": "b"}, "unknown setting ssh.host; did you mean ssh.hosts?"),

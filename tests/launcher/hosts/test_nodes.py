@@ -90,7 +90,7 @@ def test_refusals(say: Callable[..., Result], tiny: tuple[str, ...]) -> None:
     with socket.create_server(("", 0)) as server:
         taken = ("--rdzv", f"127.0.0.1:{server.getsockname()[1]}")
         text = told("--nnodes", "2", "--node-rank", "0", *taken, "--plugins", "usp", "usp.ulysses=2")
-    assert "cannot be had here" in text and "choose another with --rdzv HOST:PORT." in text
+    assert "is not available on this machine" in text and "choose another with --rdzv HOST:PORT." in text
 
 
 def test_places() -> None:
