@@ -23,6 +23,18 @@ from xdit_core.errors import (
     XditError,
 )
 from xdit_core.hookspecs import hookimpl
+from xdit_core.model_spec import (
+    Aligned,
+    Blocks,
+    Caching,
+    Checkpoint,
+    Latents,
+    ModelSpec,
+    RequestSpec,
+    Stream,
+    Text,
+    TrunkSpec,
+)
 from xdit_core.parallel.tokens import TokenLayout, length
 from xdit_core.plan import Plan
 from xdit_core.planning.machine import cuda_capability
@@ -31,20 +43,17 @@ from xdit_core.planning.settings import did_you_mean
 from xdit_core.records import (
     EXACT,
     Axis,
-    Blocks,
     Built,
     Claim,
     Declaration,
     Fidelity,
     ModelFacts,
-    ModelSpec,
     Problem,
-    Stream,
     Traffic,
     Transform,
     Wrap,
     divisors,
-    listed,
+    join_words,
 )
 from xdit_core.registry.registry import Registry
 
@@ -118,6 +127,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "EXACT",
     "Absent",
+    "Aligned",
     "AttentionCall",
     "AttentionRun",
     "Axis",
@@ -125,7 +135,9 @@ __all__ = [
     "Blocks",
     "BranchState",
     "Built",
+    "Caching",
     "Channel",
+    "Checkpoint",
     "Claim",
     "Declaration",
     "Engine",
@@ -136,6 +148,7 @@ __all__ = [
     "GuardError",
     "Job",
     "KVCache",
+    "Latents",
     "LazyError",
     "LocalWorld",
     "LockstepError",
@@ -158,14 +171,17 @@ __all__ = [
     "Registry",
     "Request",
     "RequestRun",
+    "RequestSpec",
     "RowSet",
     "Rows",
     "Selector",
     "Stream",
+    "Text",
     "TokenLayout",
     "Traffic",
     "Transform",
     "TrunkRun",
+    "TrunkSpec",
     "UnsupportedCall",
     "UsageError",
     "Wrap",
@@ -175,10 +191,10 @@ __all__ = [
     "did_you_mean",
     "divisors",
     "hookimpl",
+    "join_words",
     "joined",
     "latent_factor",
     "length",
-    "listed",
     "make_plan",
     "materialized",
     "patchwise",

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from xdit_core.records import Built, Declaration, ModelFacts, ModelSpec, Problem
+from xdit_core.model_spec import ModelSpec
+from xdit_core.records import Built, Declaration, ModelFacts, Problem
 
 if TYPE_CHECKING:
     from xdit_core.parallel.rank import Rank

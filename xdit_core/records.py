@@ -198,177 +198,6 @@ class Declaration:
 
 
 @dataclass(frozen=True)
-class Stream(Record):
-    """How one block is called: names of its arguments and the order of what it returns.
-
-    Where arguments are named with a dim, ``NAME.1`` stands for item 1 of a tuple, and ``(dim, dims)`` for a tensor that
-    is aligned only if it has so many dims.
-
-    Args:
-        tokens: argument with the picture's tokens ``[B, n, D]``.
-        text: argument with the text tokens ``[B, t, D]`` that go through the blocks, "" if none do.
-        joined: the text tokens lie behind the picture's in ``tokens``.
-        aligned: other arguments that are aligned with the picture's tokens, with the dim along which (rotary tables).
-        words: arguments that are aligned with the text tokens.
-        joint: arguments that are aligned with the rows of joint attention.
-        returns: which of ``tokens`` / ``text`` the block returns, in order.
-        text_first: in joint attention the text rows precede the picture's rows.
-        skip: argument that takes the tokens of an earlier block, see ``ModelSpec.long_skips``.
-        frames: argument that takes the number of frames, which then lie in the batch: ``[B x frames, n, D]``.
-    """
-
-    tokens: str = "hidden_states"
-    text: str = ""
-    joined: bool = False
-    aligned: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
-    words: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
-    joint: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
-    returns: tuple[str, ...] = ("tokens",)
-    text_first: bool = False
-    skip: str = ""
-    frames: str = ""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """One block list of the denoiser.
-
-    Args:
-        attribute: name of the ``nn.ModuleList`` on the denoiser.
-        count: key of the denoiser's config that holds its length.
-        beside: lists of the same length whose blocks run with those of this one.
-        make: given the denoiser, the index in the list and the blocks of all these lists at that index, what runs as
-            one block; without it the block itself.
-        stream: how a block of this list is called, if not as ``ModelSpec.stream`` says. Between lists with different
-            streams the denoiser does something of its own.
-    """
-
-    attribute: str
-    count: str
-    beside: tuple[str, ...] = ()
-    make: Callable[..., Any] | None = None
-    stream: Stream | None = None
-
-
-@dataclass(frozen=True)
-class ModelSpec(Record):
-    """A model family, as data. An adapter builds one of these and nothing else.
-
-    Args:
-        name: the word for ``model=``.
-        pipelines: names of the diffusers pipeline classes that it fits; the first is the usual one.
-        more_pipelines: names of diffusers classes that take the denoiser in the same way and pictures beside the text;
-            they can be given to an Engine ready-made.
-        hub: hub id used when no path is given; "" if the model is bundled (then ``path``).
-        path: folder of a bundled checkpoint, "" if none.
-        denoiser: component that holds the trunk.
-        blocks: its block lists in the order in which they run.
-        stream: how a block is called.
-        attention: for a block module, the kinds of its attention calls in order: ``joint`` (picture and text rows),
-            ``self`` (picture rows only), or ``cross`` (keys and values that every rank has, of the text or of the other
-            frames at the same place; left alone).
-        more_denoisers: components of the same kind as the denoiser that the pipeline calls in its place at some steps.
-        long_skips: given the number of blocks, which of them take the tokens behind which earlier block, as
-            ``Stream.skip``.
-        kept: submodules of the first block that the denoiser's own forward uses as well.
-        latents: argument of the denoiser's forward with the latents ``[B, C, h, w]``, with frames ``[B, C, f, h, w]``,
-            or packed: ``[B, rows x columns, C]``.
-        listed: latents and prediction are lists of tensors without the batch dim, and so may be other arguments.
-        frame_dim: dim of the latents along which the frames lie, None without frames.
-        frame_step: from the component configs, how many frames of the video a latent frame stands for; None if it makes
-            pictures. A video of ``n`` frames has ``(n - 1) / step + 1`` latent frames.
-        row_unit: from the denoiser's config, how many rows of tokens a cut must leave together; 1 if it is None.
-        tail: for a number of picture tokens, how many rows the denoiser puts behind them.
-        text_input: argument of forward whose identity tells the branches of a step apart.
-        text_rows: from the arguments of forward, how many text rows go through the blocks; by default those of
-            ``text_input``.
-        fixed: arguments of forward that are given these values where blocks are a trunk; the pipeline must leave them
-            at their defaults.
-        unbatched: arguments of forward without a batch dim (rotary tables, position ids).
-        guided: given the shared settings and ``call.*``, whether a step has a conditional and an unconditional half; by
-            default if ``guidance`` is above 1.
-        skips: argument of forward that lists blocks to leave out, "" if it has none.
-        refused: arguments of forward that cannot be honoured, each with the reason.
-        heads, patch: keys of the denoiser's config: number of attention heads, latent elements a side of a token: one
-            number, or those of frames, rows and columns. "" if it has none.
-        patch_frames: key of the denoiser's config: latent frames of a token, "" if ``patch`` says it or it is one.
-        token_pixels: pixels a side that a token covers, from the component configs; by default those of a latent times
-            ``patch``.
-        text_tokens: most text tokens that enter the trunk, from the component configs and the call settings.
-        matrices: for tensor parallelism, patterns (as of ``fnmatch``) of names of linear layers, each ``colwise``,
-            ``rowwise`` or ``gathered``; None if there is no such plan, empty if the denoiser's class brings its own
-            (``_tp_plan``).
-        embeddings: submodules of the denoiser that embed the latents, their one argument; where the rows come from
-            another stage, they are not run again.
-        conditioning: patterns (as of ``fnmatch``) of names of submodules whose result depends on the step and its
-            conditions (time, text) and not on the picture; computed once a call of the denoiser, not once a patch.
-        defaults: values for the shared settings (``steps``, ``guidance``, ``height``, ``width``, ``prompt`` ...).
-        call: what each shared setting is called in the pipeline's ``__call__``, "" if it takes none. ``images`` is the
-            number of pictures of a call; if it takes none, every picture is a call.
-        subject: the setting that says what to draw, ``prompt`` or ``class``.
-        drawn: from the component configs, the subject and the number of pictures, the value for the pipeline; by
-            default the subject. Raises ValueError with what is wrong and what to give.
-        check: from the component configs and what was asked, what this model cannot do.
-        notes: from the component configs and the subject, a line for the user about what is to be expected, "" if there
-            is nothing to say.
-        latent_output: the pipeline knows ``output_type=latent``; if not, latents are what its VAE is given.
-    """
-
-    name: str
-    pipelines: tuple[str, ...]
-    blocks: tuple[Blocks, ...] = ()
-    attention: Callable[[Any], tuple[str, ...]] = lambda block: ("self",)
-    stream: Stream = field(default_factory=Stream)
-    more_pipelines: tuple[str, ...] = ()
-    hub: str = ""
-    path: str = ""
-    denoiser: str = "transformer"
-    more_denoisers: tuple[str, ...] = ()
-    long_skips: Callable[[int], Mapping[int, int]] | None = None
-    kept: tuple[str, ...] = ()
-    latents: str = "hidden_states"
-    listed: bool = False
-    frame_dim: int | None = None
-    frame_step: Callable[[Mapping[str, Any]], int] | None = None
-    row_unit: Callable[[Mapping[str, Any]], int] | None = None
-    tail: Callable[[int], int] | None = None
-    text_input: str = "encoder_hidden_states"
-    text_rows: Callable[[Mapping[str, Any]], int] | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    unbatched: tuple[str, ...] = ()
-    guided: Callable[[Mapping[str, Any]], bool] | None = None
-    skips: str = ""
-    refused: Mapping[str, str] = field(default_factory=dict)
-    heads: str = "num_attention_heads"
-    patch: str = "patch_size"
-    patch_frames: str = ""
-    token_pixels: Callable[[Mapping[str, Any]], int] | None = None
-    text_tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], int] | None = None
-    matrices: Mapping[str, str] | None = None
-    embeddings: tuple[str, ...] = ()
-    conditioning: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    call: Mapping[str, str] = field(default_factory=dict)
-    subject: str = "prompt"
-    drawn: Callable[[Mapping[str, Any], str, int], Any] | None = None
-    check: Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[Problem]] | None = None
-    notes: Callable[[Mapping[str, Any], str], str] | None = None
-    latent_output: bool = True
-
-    @property
-    def denoisers(self) -> tuple[str, ...]:
-        """The components that may denoise."""
-        return (self.denoiser, *self.more_denoisers)
-
-    def patch_sizes(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Latent frames, and latent elements a side, of a token."""
-        value = config[self.patch] if self.patch else 1
-        sizes = list(value) if isinstance(value, (list, tuple)) else [value]
-        frames = (config.get(self.patch_frames) if self.patch_frames else sizes[0] if len(sizes) == 3 else None) or 1
-        return int(frames), int(sizes[-1])
-
-
-@dataclass(frozen=True)
 class ModelFacts:
     """What a plan needs to know of a model, read from its JSON files before anything is loaded.
 
@@ -378,8 +207,8 @@ class ModelFacts:
         rows, columns, frames: the token grid at the size asked for.
         text_tokens: most text tokens in the trunk.
         pixels_per_token: pixels a side that one token covers.
-        matrices: the adapter says how the matrices of a block can be divided.
-        guided: every step has a conditional and an unconditional half.
+        has_tp_plan: the adapter says how the linear layers of a block can be divided.
+        uses_cfg: every step has a conditional and an unconditional prediction (classifier-free guidance).
         frame_step: frames of the video for a latent frame, 0 if the model makes pictures.
         row_unit: rows of tokens that a cut must leave together.
         loras: fingerprints of the files that are added to the weights.
@@ -392,8 +221,8 @@ class ModelFacts:
     columns: int
     text_tokens: int
     pixels_per_token: int
-    matrices: bool = False
-    guided: bool = True
+    has_tp_plan: bool = False
+    uses_cfg: bool = True
     frames: int = 1
     frame_step: int = 0
     row_unit: int = 1
@@ -435,7 +264,7 @@ def divisors(n: int) -> tuple[int, ...]:
     return tuple(d for d in range(1, n + 1) if n % d == 0)
 
 
-def listed(values: Sequence[object]) -> str:
+def join_words(values: Sequence[object]) -> str:
     """``1, 2 and 3`` for a message."""
     texts = [str(v) for v in values]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
-from xdit_core import Blocks, ModelSpec, Problem, default_size, hookimpl
-
-MATRICES = MappingProxyType(
-    {
-        "transformer_blocks.*.attn1.to_[qkv]": "colwise",
-        "transformer_blocks.*.attn1.to_out.0": "rowwise",
-        "transformer_blocks.*.ff.net.0.proj": "colwise",
-        "transformer_blocks.*.ff.net.2": "rowwise",
-    }
-)
-NOT_TAKEN = ("images", "height", "width", "negative", "max_sequence_length")
+from xdit_core import ModelSpec, Problem, default_size, hookimpl
+from xdit_core.model_spec import Blocks, Caching, Checkpoint, RequestSpec, Text, TrunkSpec
 
 
 def labels(configs: Mapping[str, Any], word: str, pictures: int) -> list[int]:
@@ -44,17 +34,27 @@ def xdit_model() -> ModelSpec:
     """The adapter."""
     return ModelSpec(
         name="dit",
-        pipelines=("DiTPipeline",),
-        hub="facebook/DiT-XL-2-256",
-        blocks=(Blocks("transformer_blocks", "num_layers"),),
-        kept=("norm1.emb",),
-        text_input="class_labels",
-        matrices=MATRICES,
-        conditioning=("transformer_blocks.*.norm1.emb", "transformer_blocks.*.norm1.linear"),
-        subject="class",
-        drawn=labels,
-        check=one_size,
-        latent_output=False,
-        defaults={"steps": 50, "guidance": 4.0, "prompt": ("207",)},
-        call={"class": "class_labels", **dict.fromkeys(NOT_TAKEN, "")},
+        checkpoint=Checkpoint(("DiTPipeline",), hub="facebook/DiT-XL-2-256"),
+        trunk=TrunkSpec(
+            blocks=(Blocks("transformer_blocks", "num_layers"),),
+            shared_submodules=("norm1.emb",),
+            tp_plan={
+                "transformer_blocks.*.attn1.to_[qkv]": "colwise",
+                "transformer_blocks.*.attn1.to_out.0": "rowwise",
+                "transformer_blocks.*.ff.net.0.proj": "colwise",
+                "transformer_blocks.*.ff.net.2": "rowwise",
+            },
+        ),
+        text=Text("class_labels"),
+        caching=Caching(conditioning=("transformer_blocks.*.norm1.emb", "transformer_blocks.*.norm1.linear")),
+        request=RequestSpec(
+            defaults={"steps": 50, "guidance": 4.0},
+            example="207",
+            renamed={"class": "class_labels"},
+            not_taken=("images", "height", "width", "negative", "max_sequence_length"),
+            subject="class",
+            encode_subject=labels,
+            check=one_size,
+            latent_output=False,
+        ),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from xdit_core import Blocks, ModelSpec, Stream, hookimpl
+from xdit_core import ModelSpec, hookimpl
+from xdit_core.model_spec import Aligned, Blocks, Caching, Checkpoint, RequestSpec, Stream, TrunkSpec
 
-MATRICES = MappingProxyType(
+TP_PLAN = MappingProxyType(
     {
         "blocks.*.attn[12].to_[qkv]": "colwise",
         "blocks.*.attn[12].to_out.0": "rowwise",
@@ -28,21 +29,21 @@ def xdit_model() -> ModelSpec:
     """The adapter."""
     return ModelSpec(
         name="hunyuandit",
-        pipelines=("HunyuanDiTPipeline",),
-        hub="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
-        blocks=(Blocks("blocks", "num_layers"),),
-        stream=Stream(aligned={"image_rotary_emb": 0}, skip="skip"),
-        attention=lambda block: ("self", "cross"),
-        long_skips=long_skips,
-        matrices=MATRICES,
-        conditioning=("time_extra_emb", "text_embedder", "blocks.*.norm1.linear", "blocks.*.attn2.to_[kv]"),
-        refused={"controlnet_block_samples": "ControlNet residuals are not divided over ranks yet"},
-        defaults={
-            "steps": 50,
-            "guidance": 5.0,
-            "height": 1024,
-            "width": 1024,
-            "prompt": ("an astronaut riding a horse",),
-        },
-        call={"max_sequence_length": ""},
+        checkpoint=Checkpoint(("HunyuanDiTPipeline",), hub="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"),
+        trunk=TrunkSpec(
+            blocks=(Blocks("blocks", "num_layers"),),
+            stream=Stream(image_aligned=(Aligned("image_rotary_emb"),), skip="skip"),
+            attention=lambda block: ("self", "cross"),
+            long_skips=long_skips,
+            tp_plan=TP_PLAN,
+        ),
+        caching=Caching(
+            conditioning=("time_extra_emb", "text_embedder", "blocks.*.norm1.linear", "blocks.*.attn2.to_[kv]")
+        ),
+        request=RequestSpec(
+            defaults={"steps": 50, "guidance": 5.0, "height": 1024, "width": 1024},
+            example="an astronaut riding a horse",
+            not_taken=("max_sequence_length",),
+        ),
+        unsupported={"controlnet_block_samples": "ControlNet residuals are not divided over ranks yet"},
     )

@@ -1,5 +1,4 @@
-"""Latte (Ma et al. 2024, arXiv:2401.03048): blocks over the tokens of a frame in turn with blocks over the frames at a
-place."""
+"""Latte (Ma et al. 2024, arXiv:2401.03048): blocks over space and blocks over time in turn."""
 
 from __future__ import annotations
 
@@ -7,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from xdit_core import Blocks, ModelSpec, Problem, Stream, hookimpl
+from xdit_core import ModelSpec, Problem, hookimpl
+from xdit_core.model_spec import Blocks, Caching, Checkpoint, Latents, RequestSpec, Stream, TrunkSpec
 
-MATRICES = MappingProxyType(
+TP_PLAN = MappingProxyType(
     {
         "*transformer_blocks.*.attn[12].to_[qkv]": "colwise",
         "*transformer_blocks.*.attn[12].to_out.0": "rowwise",
@@ -40,21 +40,21 @@ def xdit_model() -> ModelSpec:
     """The adapter."""
     return ModelSpec(
         name="latte",
-        pipelines=("LattePipeline",),
-        hub="maxin-cn/Latte-1",
-        blocks=(Blocks("transformer_blocks", "num_layers", beside=("temporal_transformer_blocks",), make=make),),
-        stream=Stream(frames="frames"),
-        attention=lambda pair: ("self", "cross", "cross"),
-        frame_dim=2,
-        frame_step=lambda configs: 1,
-        fixed={"enable_temporal_attentions": False},
-        matrices=MATRICES,
-        conditioning=("caption_projection", "adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
-        check=length,
-        defaults={"steps": 50, "guidance": 7.5, "frames": 16, "fps": 8, "prompt": ("a dog in a park",)},
-        call={
-            "frames": "video_length",
-            "max_sequence_length": "",
-            "images": "",
-        },  # several at once mask the text in another way
+        checkpoint=Checkpoint(("LattePipeline",), hub="maxin-cn/Latte-1"),
+        trunk=TrunkSpec(
+            blocks=(Blocks("transformer_blocks", "num_layers", beside=("temporal_transformer_blocks",), make=make),),
+            stream=Stream(frames="frames"),
+            attention=lambda pair: ("self", "cross", "cross"),
+            forced_args={"enable_temporal_attentions": False},
+            tp_plan=TP_PLAN,
+        ),
+        latents=Latents(frame_dim=2, frame_step=lambda configs: 1),
+        caching=Caching(conditioning=("caption_projection", "adaln_single", "transformer_blocks.*.attn2.to_[kv]")),
+        request=RequestSpec(
+            {"steps": 50, "guidance": 7.5, "frames": 16, "fps": 8},
+            example="a dog in a park",
+            renamed={"frames": "video_length"},
+            not_taken=("max_sequence_length", "images"),  # a call for several videos masks the text in another way
+            check=length,
+        ),
     )

@@ -4,11 +4,11 @@ cross-attention."""
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
-from xdit_core import Blocks, ModelSpec
+from xdit_core import ModelSpec
+from xdit_core.model_spec import Blocks, Caching, Checkpoint, RequestSpec, TrunkSpec
 
-MATRICES = MappingProxyType(
+TP_PLAN = MappingProxyType(
     {
         "transformer_blocks.*.attn[12].to_[qkv]": "colwise",
         "transformer_blocks.*.attn[12].to_out.0": "rowwise",
@@ -18,22 +18,20 @@ MATRICES = MappingProxyType(
 )
 
 
-def spec(name: str, pipeline: str, hub: str, **more: Any) -> ModelSpec:
+def spec(name: str, pipeline: str, hub: str) -> ModelSpec:
     """What the two have in common."""
     return ModelSpec(
         name=name,
-        pipelines=(pipeline,),
-        hub=hub,
-        blocks=(Blocks("transformer_blocks", "num_layers"),),
-        attention=lambda block: ("self", "cross"),
-        matrices=MATRICES,
-        embeddings=("pos_embed",),
-        conditioning=("caption_projection", "adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
-        refused={"attention_mask": "a mask over the picture's tokens is not divided over ranks"},
-        defaults={
-            "steps": 20,
-            "guidance": 4.5,
-            "prompt": ("a small cactus with a happy face in the Sahara desert",),
-            **more,
-        },
+        checkpoint=Checkpoint((pipeline,), hub=hub),
+        trunk=TrunkSpec(
+            (Blocks("transformer_blocks", "num_layers"),), attention=lambda block: ("self", "cross"), tp_plan=TP_PLAN
+        ),
+        caching=Caching(
+            embeddings=("pos_embed",),
+            conditioning=("caption_projection", "adaln_single", "transformer_blocks.*.attn2.to_[kv]"),
+        ),
+        request=RequestSpec(
+            {"steps": 20, "guidance": 4.5}, example="a small cactus with a happy face in the Sahara desert"
+        ),
+        unsupported={"attention_mask": "a mask over the image tokens is not divided over ranks"},
     )

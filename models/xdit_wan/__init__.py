@@ -1,5 +1,4 @@
-"""Wan 2.1 and 2.2, text to video (Wan Team 2025, arXiv:2503.20314): self-attention over all frames, text by
-cross-attention."""
+"""Wan 2.1 and 2.2, text to video (Wan Team 2025, arXiv:2503.20314): text by cross-attention."""
 
 from __future__ import annotations
 
@@ -7,9 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from xdit_core import Blocks, ModelSpec, Stream, hookimpl
+from xdit_core import ModelSpec, hookimpl
+from xdit_core.model_spec import Aligned, Blocks, Caching, Checkpoint, Latents, RequestSpec, Stream, TrunkSpec
 
-MATRICES = MappingProxyType(
+TP_PLAN = MappingProxyType(
     {
         "blocks.*.attn[12].to_[qkv]": "colwise",
         "blocks.*.attn[12].norm_[qk]": "normed",
@@ -18,6 +18,11 @@ MATRICES = MappingProxyType(
         "blocks.*.ffn.net.2": "rowwise",
     }
 )
+CONDITIONING = (
+    *("condition_embedder.text_embedder", "condition_embedder.time_*", "rope"),
+    *("blocks.*.attn2.to_[kv]", "blocks.*.attn2.norm_k"),
+)
+DEFAULTS = MappingProxyType({"steps": 50, "guidance": 5.0, "height": 480, "width": 832, "frames": 81, "fps": 16})
 
 
 def vae(configs: Mapping[str, Any], key: str, otherwise: int) -> int:
@@ -30,29 +35,25 @@ def xdit_model() -> ModelSpec:
     """The adapter."""
     return ModelSpec(
         name="wan",
-        pipelines=("WanPipeline",),
-        hub="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        blocks=(Blocks("blocks", "num_layers"),),
-        stream=Stream(aligned={"rotary_emb": 1, "temb": (1, 4)}),
-        attention=lambda block: ("self", "cross"),
-        more_denoisers=("transformer_2",),
-        frame_dim=2,
-        frame_step=lambda configs: vae(configs, "scale_factor_temporal", 4),
-        token_pixels=lambda configs: 2 * vae(configs, "scale_factor_spatial", 8),
-        matrices=MATRICES,
-        conditioning=(
-            "condition_embedder.text_embedder",
-            "condition_embedder.time_*",
-            "rope",
-            "blocks.*.attn2.to_[kv]",
-            "blocks.*.attn2.norm_k",
+        checkpoint=Checkpoint(
+            ("WanPipeline",), hub="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", more_denoisers=("transformer_2",)
         ),
-        refused={
+        trunk=TrunkSpec(
+            blocks=(Blocks("blocks", "num_layers"),),
+            stream=Stream(image_aligned=(Aligned("rotary_emb", dim=1), Aligned("temb", dim=1, dims=4))),
+            attention=lambda block: ("self", "cross"),
+            tp_plan=TP_PLAN,
+        ),
+        latents=Latents(
+            frame_dim=2,
+            frame_step=lambda configs: vae(configs, "scale_factor_temporal", 4),
+            token_pixels=lambda configs: 2 * vae(configs, "scale_factor_spatial", 8),
+        ),
+        caching=Caching(conditioning=CONDITIONING),
+        request=RequestSpec(
+            DEFAULTS, example="a cat walks on the grass, realistic", renamed={"images": "num_videos_per_prompt"}
+        ),
+        unsupported={
             "encoder_hidden_states_image": "the attention to an image is not told apart from that to the text yet"
         },
-        defaults={
-            **{"steps": 50, "guidance": 5.0, "height": 480, "width": 832, "frames": 81, "fps": 16},
-            "prompt": ("a cat walks on the grass, realistic",),
-        },
-        call={"images": "num_videos_per_prompt"},
     )

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from xdit_core import Blocks, ModelSpec, Stream, hookimpl
+from xdit_core import ModelSpec, hookimpl
+from xdit_core.model_spec import Aligned, Blocks, Caching, Checkpoint, Latents, RequestSpec, Stream, Text, TrunkSpec
 
 PADDED = 32  # picture and text are each filled up to a multiple of it
-MATRICES = MappingProxyType(
+TP_PLAN = MappingProxyType(
     {
         "*.attention.to_[qkv]": "colwise",
         "*.attention.to_out.0": "rowwise",
@@ -17,7 +18,8 @@ MATRICES = MappingProxyType(
         "*.feed_forward.w2": "rowwise",
     }
 )
-BOTH = ("noise_refiner", "layers")
+ROTARY = (Aligned("freqs_cis", dim=1),)
+CONDITIONING = ("t_embedder", "cap_embedder", "context_refiner.[0-9]", "noise_refiner.*.adaLN_*", "layers.*.adaLN_*")
 OMNI = "pictures as conditions are not divided over ranks yet"
 
 
@@ -31,28 +33,25 @@ def xdit_model() -> ModelSpec:
     """The adapter."""
     return ModelSpec(
         name="z_image",
-        pipelines=("ZImagePipeline",),
-        hub="Tongyi-MAI/Z-Image-Turbo",
-        blocks=(
-            Blocks("noise_refiner", "n_refiner_layers", stream=Stream(tokens="x", aligned={"freqs_cis": 1})),
-            Blocks("layers", "n_layers", stream=Stream(tokens="x", joined=True, joint={"freqs_cis": 1})),
+        checkpoint=Checkpoint(("ZImagePipeline",), hub="Tongyi-MAI/Z-Image-Turbo"),
+        trunk=TrunkSpec(
+            blocks=(
+                Blocks("noise_refiner", "n_refiner_layers", stream=Stream("x", image_aligned=ROTARY)),
+                Blocks("layers", "n_layers", stream=Stream("x", joined=True, joint_aligned=ROTARY)),
+            ),
+            attention=lambda block: ("self",) if block.layer_id >= 1000 else ("joint",),
+            heads="n_heads",
+            tp_plan=TP_PLAN,
         ),
-        attention=lambda block: ("self",) if block.layer_id >= 1000 else ("joint",),
-        latents="x",
-        listed=True,
-        frame_dim=2,
-        tail=lambda tokens: -tokens % PADDED,
-        text_input="cap_feats",
-        text_rows=text_rows,
-        heads="n_heads",
-        patch="all_patch_size",
-        text_tokens=lambda configs, asked: int(asked.get("max_sequence_length") or 512),
-        guided=lambda asked: (asked.get("guidance") or 0.0) > 0.0,
-        refused={"controlnet_block_samples": OMNI, "siglip_feats": OMNI, "image_noise_mask": OMNI},
-        matrices=MATRICES,
-        conditioning=("t_embedder", "cap_embedder", "context_refiner.[0-9]", *(f"{part}.*.adaLN_*" for part in BOTH)),
-        defaults={
-            **{"steps": 9, "guidance": 0.0, "height": 1024, "width": 1024},
-            "prompt": ("a young woman in red hanfu at night",),
-        },
+        latents=Latents(
+            "x", list_inputs=True, frame_dim=2, patch_size="all_patch_size", padding_tokens=lambda n: -n % PADDED
+        ),
+        text=Text("cap_feats", text_rows, lambda configs, asked: int(asked.get("max_sequence_length") or 512)),
+        caching=Caching(conditioning=CONDITIONING),
+        request=RequestSpec(
+            {"steps": 9, "guidance": 0.0, "height": 1024, "width": 1024},
+            example="a young woman in red hanfu at night",
+            uses_cfg=lambda asked: (asked.get("guidance") or 0.0) > 0.0,
+        ),
+        unsupported=dict.fromkeys(("controlnet_block_samples", "siglip_feats", "image_noise_mask"), OMNI),
     )

@@ -29,7 +29,7 @@ def xdit_declare(settings: None, facts: ModelFacts) -> Declaration:
 @hookimpl
 def xdit_check(settings: None, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """Without guidance there is one half only."""
-    if not facts.guided:
+    if not facts.uses_cfg:
         yield Problem(
             f"guidance={plan.run.guidance} makes {facts.model} predict once a step, which leaves nothing for the "
             f"second rank of cfg",

@@ -68,9 +68,8 @@ class Guidance:
             return self.each_patch(self.gather, context, inner(self.half(call)), 2)
         if batch != pictures:
             raise UnsupportedCall(
-                f"the pipeline calls its {self.spec.denoiser} with a batch of {batch} for {pictures} pictures, which "
-                f"cfg cannot tell into "
-                "a conditional and an unconditional half; drop cfg."
+                f"the pipeline calls its {self.spec.checkpoint.denoiser} with a batch of {batch} for {pictures} "
+                "pictures, which cfg cannot tell into a conditional and an unconditional half; drop cfg."
             )
         if context.branch.number % 2 == self.index:
             return self.each_patch(self.send, context, inner(call), 1)
@@ -129,9 +128,9 @@ class Guidance:
             return x if x.dim() == 0 or x.shape[0] != batch else x[start:stop]
 
         def part(name: str, value: Any) -> Any:
-            if name in self.spec.unbatched:
+            if name in self.spec.unbatched_args:
                 return value
-            if self.spec.listed and isinstance(value, list) and len(value) == batch:
+            if self.spec.latents.list_inputs and isinstance(value, list) and len(value) == batch:
                 return value[start:stop]
             return tree_map_only(torch.Tensor, cut, value)
 

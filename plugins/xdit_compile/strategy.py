@@ -40,15 +40,15 @@ class Compile:
     def __call__(self, pipe: Any) -> None:
         """Replace the calls of the blocks, or of the whole denoiser, by compiled ones."""
         chosen, spec = self.settings, self.rank.spec
-        denoisers = [part for name in spec.denoisers if (part := getattr(pipe, name, None)) is not None]
+        denoisers = [part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None]
         options = {"backend": chosen.backend, "fullgraph": chosen.fullgraph, "dynamic": chosen.dynamic}
         if chosen.mode is not None:
             options["mode"] = chosen.mode
-        if chosen.scope == "transformer" or not spec.blocks:
+        if chosen.scope == "transformer" or not spec.trunk.blocks:
             for denoiser in denoisers:
                 denoiser.forward = torch.compile(denoiser.forward, **options)
             return
-        lists = [name for part in spec.blocks for name in (part.attribute, *part.beside)]
+        lists = [name for part in spec.trunk.blocks for name in (part.attribute, *part.beside)]
         for block in (block for denoiser in denoisers for name in lists for block in getattr(denoiser, name)):
             if not isinstance(block, Absent):
                 block.compile(**options)

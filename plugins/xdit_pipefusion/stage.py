@@ -92,13 +92,13 @@ class Stage:
     def long_skips(self) -> tuple[list[Link], list[Link], list[Channel]]:
         """What this stage takes from, and gives to, stages that are not its neighbours; and all channels for it."""
         spec, split, mine = self.rank.spec, self.rank.plan.split, self.rank.blocks
-        if spec.long_skips is None:
+        if spec.trunk.long_skips is None:
             return [], [], []
         group = self.rank.mesh.second_group("stages")
         stage_of = [stage for stage, count in enumerate(split) for _ in range(count)]
         links = [Channel(self.rank, group, "skips", "stages") for _ in split]
         taken, given = [], []
-        for taker, giver in sorted(spec.long_skips(sum(split)).items()):
+        for taker, giver in sorted(spec.trunk.long_skips(sum(split)).items()):
             if taker in mine and giver not in mine:
                 taken.append((giver, links[stage_of[giver]], self.ranks[stage_of[giver]]))
             if giver in mine and taker not in mine:

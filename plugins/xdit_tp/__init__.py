@@ -65,7 +65,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 @hookimpl
 def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """Somebody must say which matrices go together."""
-    if not facts.matrices and plan.degree("tp") > 1:
+    if not facts.has_tp_plan and plan.degree("tp") > 1:
         yield Problem(
             f"the adapter of {facts.model} does not say how its matrices can be divided", "drop tp, or use usp instead"
         )

@@ -72,7 +72,7 @@ class Divide:
         if self.mesh is None:
             return
         self.forget()
-        plan = self.rank.spec.matrices or dict(getattr(type(denoiser), "_tp_plan", None) or {})
+        plan = self.rank.spec.trunk.tp_plan or dict(getattr(type(denoiser), "_tp_plan", None) or {})
         names = {name for name, _ in denoiser.named_modules()}
         for name, module in denoiser.named_modules():
             if isinstance(module, Absent):

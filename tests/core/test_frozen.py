@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 
-from xdit_core import Blocks, Built, ModelSpec, Plan, Stream
+from xdit_core import Built, Checkpoint, ModelSpec, Plan, RequestSpec
 from xdit_core.testing.runs import plan_for
 
 
@@ -19,7 +19,7 @@ def test_mappings_in_records_cannot_be_changed(tiny_sd3_folder):
         str(tiny_sd3_folder),
         {"pipefusion.stages": 1, "call.joint_attention_kwargs": {"deep": {"er": 1}}},
     )
-    spec = ModelSpec("m", ("P",), (Blocks("b", "n"),), defaults={"steps": 1}, stream=Stream(aligned={"rope": 1}))
+    spec = ModelSpec("m", Checkpoint(("P",)), request=RequestSpec({"steps": 1}, renamed={"steps": "n"}))
     for mapping in (
         *(
             plan.values,
@@ -29,7 +29,13 @@ def test_mappings_in_records_cannot_be_changed(tiny_sd3_folder):
             plan.reference,
             plan.values["call.joint_attention_kwargs"]["deep"],
         ),
-        *(spec.defaults, spec.call, spec.refused, spec.stream.aligned, Built(wraps={"a/b": print}).wraps),
+        *(
+            spec.request.defaults,
+            spec.request.renamed,
+            spec.unsupported,
+            spec.trunk.forced_args,
+            Built(wraps={"a/b": print}).wraps,
+        ),
     ):
         before = dict(mapping)
         for change in (
@@ -49,9 +55,9 @@ def test_mappings_in_records_cannot_be_changed(tiny_sd3_folder):
 
 def test_what_was_given_may_change_and_the_record_does_not():
     given = {"steps": 1, "nested": {"a": 1}}
-    spec = ModelSpec("m", ("P",), defaults=given)
+    spec = ModelSpec("m", Checkpoint(("P",)), request=RequestSpec(given))
     given["steps"] = given["nested"]["a"] = 2
-    assert spec.defaults == {"steps": 1, "nested": {"a": 1}}
+    assert spec.request.defaults == {"steps": 1, "nested": {"a": 1}}
 
 
 def test_frozen_plans_can_be_written_copied_and_sent(tiny_sd3_folder):

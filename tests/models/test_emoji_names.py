@@ -45,4 +45,4 @@ def test_an_unknown_word_says_what_is_near(typed, said):
 
 def test_the_pipeline_gets_the_name():
     spec, _ = Registry().model("emoji")
-    assert spec.drawn({}, "\U0001f680", 2) == "rocket"
+    assert spec.request.encode_subject({}, "\U0001f680", 2) == "rocket"

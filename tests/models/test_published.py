@@ -56,8 +56,8 @@ def spec_of(name):
 def denoiser_of(name, folder):
     """Shapes only."""
     spec = spec_of(name)
-    part = CHECKPOINTS[name]["components"][spec.denoiser]
-    return empty(part["class"], folder / spec.denoiser)
+    part = CHECKPOINTS[name]["components"][spec.checkpoint.denoiser]
+    return empty(part["class"], folder / spec.checkpoint.denoiser)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -74,33 +74,34 @@ def test_size(folder_of, name):
 def test_the_adapter_fits_every_block(folder_of, name):
     spec, denoiser = spec_of(name), denoiser_of(name, folder_of(name))
     modules = {n for n, _ in denoiser.named_modules()}
-    plan = spec.matrices or type(denoiser)._tp_plan
-    for pattern in (*plan, *spec.conditioning, *spec.embeddings):
+    plan = spec.trunk.tp_plan or type(denoiser)._tp_plan
+    for pattern in (*plan, *spec.caching.conditioning, *spec.caching.embeddings):
         assert any(fnmatch(n, pattern) for n in modules), f"{pattern} names nothing"
     forward = inspect.signature(denoiser.forward).parameters
     for argument in (
-        spec.latents,
-        spec.text_input,
-        *spec.fixed,
-        *spec.refused,
-        *spec.unbatched,
-        *filter(None, [spec.skips]),
+        spec.latents.argument,
+        spec.text.input,
+        *spec.trunk.forced_args,
+        *spec.unsupported,
+        *spec.unbatched_args,
+        *filter(None, [spec.trunk.skip_layers]),
     ):
         assert argument in forward
-    config = CHECKPOINTS[name]["components"][spec.denoiser]["config"]
-    for part in spec.blocks:
-        stream = part.stream or spec.stream
+    config = CHECKPOINTS[name]["components"][spec.checkpoint.denoiser]["config"]
+    for part in spec.trunk.blocks:
+        stream = spec.trunk.stream_of(part)
         arguments = inspect.signature(getattr(denoiser, part.attribute)[0].forward).parameters
-        named = (stream.tokens, stream.text, stream.skip, *stream.aligned, *stream.words, *stream.joint)
-        assert {n.split(".")[0] for n in named if n} <= set(arguments)
+        aligned = (*stream.image_aligned, *stream.text_aligned, *stream.joint_aligned)
+        named = (stream.tokens, stream.text, stream.skip, *(argument.argument for argument in aligned))
+        assert {name for name in named if name} <= set(arguments)
         assert len(getattr(denoiser, part.attribute)) == config[part.count]
     with init_empty_weights():
         trunks = replace_blocks(denoiser, spec, ForwardContext(), AttentionPoint(ForwardContext(), []), [])
     held = [int(i) for trunk in trunks for i in trunk.blocks]
-    assert held == list(range(sum(config[part.count] for part in spec.blocks)))
+    assert held == list(range(sum(config[part.count] for part in spec.trunk.blocks)))
     for trunk in trunks:
         for block in trunk.blocks.values():
-            calls = spec.attention(block)
+            calls = spec.trunk.attention(block)
             assert set(calls) <= {"joint", "self", "cross"} and calls
 
 

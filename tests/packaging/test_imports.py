@@ -13,7 +13,7 @@ import xdit_core
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for folder in ("xdit_core", "plugins", "models", "launcher") for p in (ROOT / folder).rglob("*.py")]
 EXTENSIONS = [p for p in SOURCES if p.is_relative_to(ROOT / "plugins") or p.is_relative_to(ROOT / "models")]
-PUBLIC_MODULES = {"xdit_core.parallel.tokens", "xdit_core.testing.models"}
+PUBLIC_MODULES = {"xdit_core.model_spec", "xdit_core.parallel.tokens", "xdit_core.testing.models"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "plugins").is_dir(), reason="needs the source tree")
 

@@ -102,8 +102,9 @@ def wrong_plan(folder):
 
     import xdit_sd3
 
-    wrong = {**xdit_sd3.MATRICES, "transformer_blocks.*.attn.to_qkv": "colwise"}
-    spec = dataclasses.replace(xdit_sd3.xdit_model(), matrices=wrong)
+    wrong = {**xdit_sd3.TP_PLAN, "transformer_blocks.*.attn.to_qkv": "colwise"}
+    spec = xdit_sd3.xdit_model()
+    spec = dataclasses.replace(spec, trunk=dataclasses.replace(spec.trunk, tp_plan=wrong))
     with (
         mock.patch.object(xdit_sd3, "xdit_model", lambda: spec),
         mock.patch("xdit_core.engine.engine.Registry.model", lambda *_: (spec, ("", ""))),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from xdit_core.errors import ModelError
 from xdit_core.filesystem import user_path
+from xdit_core.model_spec import Checkpoint, ModelSpec
 from xdit_core.planning.settings import ModelSettings
-from xdit_core.records import ModelSpec
 
 # Stands for whatever adapter fits the checkpoint that model.path names.
-AUTO = ModelSpec(name="auto", pipelines=(), blocks=(), attention=lambda block: ())
+AUTO = ModelSpec("auto", Checkpoint(pipelines=()))
 
 
 def looks_like_folder(path: str) -> bool:
@@ -22,7 +22,7 @@ def looks_like_folder(path: str) -> bool:
 
 def on_hub(spec: ModelSpec, settings: ModelSettings) -> bool:
     """The checkpoint is named by a hub id, and not by a folder or as part of a package."""
-    source = settings.path or ("" if spec.path else spec.hub)
+    source = settings.path or ("" if spec.checkpoint.path else spec.checkpoint.hub)
     return bool(source) and not looks_like_folder(source)
 
 
@@ -36,14 +36,14 @@ def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True, weights
     Raises:
         ModelError: the folder does not exist, or the hub is out of reach; says what was tried.
     """
-    if settings.path is None and spec.path:
-        if not Path(spec.path).is_dir():
+    if settings.path is None and spec.checkpoint.path:
+        if not Path(spec.checkpoint.path).is_dir():
             raise ModelError(
                 f"the bundled checkpoint of model={spec.name} is missing; install the package again, or give "
                 f"model.path=DIR."
             )
-        return Path(spec.path)
-    source = settings.path or spec.hub
+        return Path(spec.checkpoint.path)
+    source = settings.path or spec.checkpoint.hub
     if not source:
         raise ModelError(f"model={spec.name} needs a checkpoint; give its folder or hub id as model.path=.")
     if looks_like_folder(source):

@@ -10,7 +10,8 @@ from typing import Any
 
 from xdit_core.checkpoints.weights import check_weights, read_json, weight_files
 from xdit_core.errors import ModelError, PluginFailed
-from xdit_core.records import ModelFacts, ModelSpec
+from xdit_core.model_spec import ModelSpec
+from xdit_core.records import ModelFacts
 
 INDEX = "model_index.json"
 MOST_PIXELS = 65_536  # a side of a picture
@@ -44,8 +45,8 @@ def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict
         ModelError: no such folder, no pipeline, a pipeline of another class, damaged weights.
     """
     found, index = pipeline_class(folder), read_json(folder / INDEX)
-    if found not in spec.pipelines:
-        wanted = " or ".join(spec.pipelines)
+    if found not in spec.checkpoint.pipelines:
+        wanted = " or ".join(spec.checkpoint.pipelines)
         raise ModelError(
             f"{folder} holds a {found} but model={spec.name} needs a {wanted}; choose the model that fits."
         )
@@ -60,8 +61,10 @@ def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict
         there = weights or bool(weight_files(component, library))
         model = configs[name] if config.is_file() else {}
         check_layers(config, model, check_weights(component, library, model) if there else 0)
-    if spec.denoiser not in configs:
-        raise ModelError(f"{folder} has no {spec.denoiser}/config.json; model={spec.name} cannot run without it.")
+    if spec.checkpoint.denoiser not in configs:
+        raise ModelError(
+            f"{folder} has no {spec.checkpoint.denoiser}/config.json; model={spec.name} cannot run without it."
+        )
     return configs
 
 
@@ -204,30 +207,30 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
     Raises:
         ModelError: the configs lack a value, or hold one that means nothing.
     """
-    config, numbers = configs[spec.denoiser], {}
-    for key in filter(None, (spec.heads, *(b.count for b in spec.blocks))):
-        numbers[key] = whole_number(configs, spec.denoiser, key)
-    if spec.patch and spec.patch not in config:
-        whole_number(configs, spec.denoiser, spec.patch)
-    sizes = config[spec.patch] if spec.patch else 1
+    config, numbers = configs[spec.checkpoint.denoiser], {}
+    for key in (spec.trunk.heads, *(b.count for b in spec.trunk.blocks)) if spec.trunk.blocks else ():
+        numbers[key] = whole_number(configs, spec.checkpoint.denoiser, key)
+    if spec.latents.patch_size and spec.latents.patch_size not in config:
+        whole_number(configs, spec.checkpoint.denoiser, spec.latents.patch_size)
+    sizes = config[spec.latents.patch_size] if spec.latents.patch_size else 1
     for size in sizes if isinstance(sizes, (list, tuple)) and sizes else (sizes,):
-        natural(size, f"{spec.denoiser}/config.json", spec.patch)
+        natural(size, f"{spec.checkpoint.denoiser}/config.json", spec.latents.patch_size)
     with describing(spec):
-        patch_frames, patch = spec.patch_sizes(config)
-        pixels = spec.token_pixels(configs) if spec.token_pixels else latent_factor(configs) * patch
-        step = spec.frame_step(configs) if spec.frame_step else 0
-        latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.stream.frames else 1
+        patch_frames, patch = spec.latents.patch_sizes(config)
+        pixels = spec.latents.token_pixels(configs) if spec.latents.token_pixels else latent_factor(configs) * patch
+        step = spec.latents.frame_step(configs) if spec.latents.frame_step else 0
+        latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.trunk.stream.frames else 1
         return ModelFacts(
             model=spec.name,
-            heads=numbers[spec.heads] if spec.heads else 0,
-            blocks=sum(numbers[b.count] for b in spec.blocks),
+            heads=numbers.get(spec.trunk.heads, 0),
+            blocks=sum(numbers[b.count] for b in spec.trunk.blocks),
             rows=(asked.get("height") or 0) // pixels,
             columns=(asked.get("width") or 0) // pixels,
             frames=-(-latent_frames // patch_frames),
-            text_tokens=spec.text_tokens(configs, asked) if spec.text_tokens else 0,
+            text_tokens=spec.text.tokens(configs, asked) if spec.text.tokens else 0,
             pixels_per_token=pixels,
-            matrices=spec.matrices is not None,
-            guided=spec.guided(asked) if spec.guided else (asked.get("guidance") or 0.0) > 1.0,
+            has_tp_plan=spec.trunk.tp_plan is not None,
+            uses_cfg=spec.request.uses_cfg(asked) if spec.request.uses_cfg else (asked.get("guidance") or 0.0) > 1.0,
             frame_step=step,
-            row_unit=spec.row_unit(config) if spec.row_unit else 1,
+            row_unit=spec.latents.row_unit(config) if spec.latents.row_unit else 1,
         )

@@ -9,9 +9,9 @@ import torch
 
 from xdit_core.checkpoints.schedulers import check_scheduler
 from xdit_core.errors import PlanRefused, UsageError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.planning.settings import RunSettings
 from xdit_core.planning.signatures import argument_names
-from xdit_core.records import ModelSpec
 
 
 def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[str, Any]:
@@ -19,13 +19,13 @@ def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[st
     named = {
         key: word
         for key, word in argument_names(spec).items()
-        if key not in ("images", "seed", "output_type", spec.subject)
+        if key not in ("images", "seed", "output_type", spec.request.subject)
     }
-    images = spec.call.get("images", "num_images_per_prompt")
+    images = argument_names(spec)["images"]
     pictures = {images: len(numbers)} if images else {}
     found = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
     generators = [torch.Generator("cpu").manual_seed(run.seed_of(i) % 2**64) for i in numbers]
-    latent = run.output_type == "latent" and spec.latent_output
+    latent = run.output_type == "latent" and spec.request.latent_output
     return {**found, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}
 
 

@@ -26,6 +26,7 @@ from xdit_core.engine.loading import load_pipeline
 from xdit_core.engine.noise import PictureStreams
 from xdit_core.engine.pretrained import bar_for, plan_from
 from xdit_core.errors import UsageError, XditError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.lockstep import Lockstep
 from xdit_core.observe.trace import Trace
 from xdit_core.parallel.mesh import Mesh
@@ -34,6 +35,7 @@ from xdit_core.parallel.rank import Rank, ignore
 from xdit_core.plan import Plan
 from xdit_core.planning.requests import plan_of_request
 from xdit_core.planning.settings import ModelSettings, build, parse_loras
+from xdit_core.planning.signatures import argument_names
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.branches import watched
 from xdit_core.points.compose import OwnedWrap, compose
@@ -43,7 +45,7 @@ from xdit_core.points.forward import ForwardPoint
 from xdit_core.points.request import Done, Job, Output, Request, Started, jobs_for, joined
 from xdit_core.points.request import Run as RequestRun
 from xdit_core.points.trunk import Trunk, replace_blocks
-from xdit_core.records import PHASES, Built, ModelSpec
+from xdit_core.records import PHASES, Built
 from xdit_core.registry.owners import OwnedRequest, Owner
 from xdit_core.registry.registry import Registry
 from xdit_core.registry.validation import check_built
@@ -203,7 +205,7 @@ class Engine:
                 check = contract(self.rank, point, level, self.owner)
                 owned = OwnedWrap(wrap, self._owner_of(name), f"{point}/{level}", check, given_contract(point))
                 chains.setdefault("kernel" if level == "kernel" else point, []).append(owned)
-        woven = bool(spec.blocks) and bool(
+        woven = bool(spec.trunk.blocks) and bool(
             plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys()
         )
         trace = self.rank.trace
@@ -289,7 +291,9 @@ class Engine:
         """The jobs of this rank."""
         outputs, spec = [], self.rank.spec
         # one picture a call is all that some pipelines can do, and all that every pipeline can do with embeddings
-        single = (spec.call.get("images") == "" and spec.drawn is None) or request.more.get("prompt_embeds") is not None
+        single = (not spec.request.takes("images") and spec.request.encode_subject is None) or request.more.get(
+            "prompt_embeds"
+        ) is not None
         jobs = [part for job in request.jobs for part in (alone(job) if single else (job,))]
         for job in jobs:
             if request.started:
@@ -303,8 +307,11 @@ class Engine:
         """One call of the pipeline."""
         self._marks = {"start": time.perf_counter()}
         run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
-        subject = spec.drawn(self._configs, job.prompt, len(job.numbers)) if spec.drawn else job.prompt
-        texts = {**call_arguments(run, spec, job.numbers), spec.call.get(spec.subject, spec.subject): subject}
+        asks = spec.request
+        subject: Any = job.prompt
+        if asks.encode_subject:
+            subject = asks.encode_subject(self._configs, job.prompt, len(job.numbers))
+        texts = {**call_arguments(run, spec, job.numbers), argument_names(spec)[asks.subject]: subject}
         arguments = {**without_texts(texts, request.more), **call_values(request.more, job.numbers, run.images)}
         side = self.plan.facts.pixels_per_token
         grid = ((run.height or 0) // side, (run.width or 0) // side)
@@ -463,7 +470,7 @@ class _Bar:
 
 def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
     """The denoisers that the pipeline has, by name."""
-    return {name: part for name in spec.denoisers if (part := getattr(pipe, name, None)) is not None}
+    return {name: part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None}
 
 
 def alone(job: Job) -> tuple[Job, ...]:

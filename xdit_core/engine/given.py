@@ -21,7 +21,8 @@ from xdit_core.engine.loading import Change, Part, fill
 from xdit_core.engine.quiet import quiet
 from xdit_core.engine.tensors import ModuleTensors
 from xdit_core.errors import PlanRefused
-from xdit_core.records import ModelFacts, ModelSpec, Problem, listed
+from xdit_core.model_spec import ModelSpec
+from xdit_core.records import ModelFacts, Problem, join_words
 
 PLAIN = (bool, int, float, str)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -50,7 +51,7 @@ def adopt_pipeline(
         ModelError: a LoRA does not fit.
     """
     mine = copy.copy(pipe)
-    given = {name: part for name in spec.denoisers if (part := getattr(pipe, name, None)) is not None}
+    given = {name: part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None}
     shapes = {name: twin(part, hollow) for name, part in given.items()}
     others = {
         name: twin(part, shared) if isinstance(part, nn.Module) else copy.deepcopy(part)
@@ -87,7 +88,7 @@ def shared(parameter: nn.Parameter) -> nn.Parameter:
 def precision(pipe: Any, spec: ModelSpec) -> torch.dtype:
     """What most of the denoiser's numbers are in."""
     counts: dict[torch.dtype, int] = {}
-    for p in getattr(pipe, spec.denoiser).parameters():
+    for p in getattr(pipe, spec.checkpoint.denoiser).parameters():
         if p.is_floating_point():
             counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
     return max(counts, key=lambda dtype: counts[dtype])
@@ -104,14 +105,14 @@ def check_given(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[s
     Raises:
         PlanRefused: lists every problem.
     """
-    known, name = (*spec.pipelines, *spec.more_pipelines), type(pipe).__name__
+    known, name = (*spec.checkpoint.pipelines, *spec.checkpoint.more_pipelines), type(pipe).__name__
     if name not in known or not type(pipe).__module__.startswith("diffusers."):
-        what = f"pipe= is a {name}, and model={spec.name} knows only {listed(known)} as diffusers ships it"
+        what = f"pipe= is a {name}, and model={spec.name} knows only {join_words(known)} as diffusers ships it"
         raise PlanRefused([Problem(what, "give such a pipeline, or choose the model that fits")])
-    if getattr(pipe, spec.denoiser, None) is None:
-        raise PlanRefused([Problem(f"pipe= has no {spec.denoiser}", "give a whole pipeline")])
+    if getattr(pipe, spec.checkpoint.denoiser, None) is None:
+        raise PlanRefused([Problem(f"pipe= has no {spec.checkpoint.denoiser}", "give a whole pipeline")])
     problems = [*changed_pipeline(pipe), *changed_components(pipe)]
-    for part in spec.denoisers:
+    for part in spec.checkpoint.denoisers:
         if not problems and getattr(pipe, part, None) is not None:
             problems += changed_denoiser(part, getattr(pipe, part))
     if not problems:
@@ -133,7 +134,8 @@ def changed_pipeline(pipe: Any) -> Iterator[Problem]:
     ]
     if replaced:
         yield Problem(
-            f"{listed(replaced)} of pipe= was replaced, by another Engine or by hand", "give a freshly loaded pipeline"
+            f"{join_words(replaced)} of pipe= was replaced, by another Engine or by hand",
+            "give a freshly loaded pipeline",
         )
 
 
@@ -153,7 +155,7 @@ def changed_components(pipe: Any) -> Iterator[Problem]:
                 "merge them with pipe.fuse_lora() and pipe.unload_lora_weights(), or give them as lora=PATH to a "
                 "plain pipeline"
             )
-            yield Problem(f"{name} of pipe= has adapters ({listed(adapters)}), which cannot be divided", fix)
+            yield Problem(f"{name} of pipe= has adapters ({join_words(adapters)}), which cannot be divided", fix)
         elif any(hasattr(m, "_hf_hook") or getattr(m, "_diffusers_hook", NO_HOOKS).hooks for m in part.modules()):
             fix = "call pipe.remove_all_hooks(), or give a pipeline without them; the plugin offload does such work"
             yield Problem(f"{name} of pipe= has hooks of accelerate or diffusers (offloading, casting or caching)", fix)

@@ -27,9 +27,9 @@ from xdit_core.engine.lora import Delta, Deltas, load_loras
 from xdit_core.engine.quiet import quiet
 from xdit_core.engine.tensors import FileTensors, Tensors
 from xdit_core.errors import ModelError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.parallel.rank import ignore
 from xdit_core.points.trunk import Absent
-from xdit_core.records import ModelSpec
 
 Change = Callable[[nn.Module], None]
 
@@ -85,7 +85,9 @@ def load_pipeline(
         )
     absent: dict[str, Any] = absent_components(cls, index)
     listed = components(folder, index)
-    parts = {name: folder_part(folder, name, index[name][1], dtype) for name in spec.denoisers if name in listed}
+    parts = {
+        name: folder_part(folder, name, index[name][1], dtype) for name in spec.checkpoint.denoisers if name in listed
+    }
     # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
     shapes = {name: part.make() for name, part in parts.items()}
     models = load_components(folder, index, dtype, {**absent, **shapes}, doing)
@@ -191,9 +193,9 @@ def load_part(spec: ModelSpec, part: Part, blocks: range, changes: Sequence[Chan
     """
     model = part.make()
     start = 0
-    for listed in spec.blocks:
+    for block_list in spec.trunk.blocks:
         length = 0
-        for name in (listed.attribute, *listed.beside):
+        for name in (block_list.attribute, *block_list.beside):
             modules = getattr(model, name, None)
             if not isinstance(modules, nn.ModuleList):
                 raise ModelError(
@@ -202,7 +204,7 @@ def load_part(spec: ModelSpec, part: Part, blocks: range, changes: Sequence[Chan
             length = len(modules)
             for i in range(length):
                 if start + i not in blocks:
-                    modules[i] = Absent(modules[i], spec.kept if start + i == 0 else ())
+                    modules[i] = Absent(modules[i], spec.trunk.shared_submodules if start + i == 0 else ())
         start += length
     for change in changes:
         change(model)

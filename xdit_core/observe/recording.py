@@ -20,11 +20,11 @@ import torch
 
 from xdit_core.engine.engine import Engine, denoisers_of
 from xdit_core.filesystem import atomically
+from xdit_core.model_spec import Stream
 from xdit_core.outputs.results import RECORD
 from xdit_core.parallel.patch_tensor import materialized
 from xdit_core.parallel.tokens import length
 from xdit_core.points.request import Done, Job, Output, Started
-from xdit_core.records import Stream
 
 NOT_HELD = -1.0  # no mean of absolute values; a NaN stays one
 
@@ -147,8 +147,8 @@ def blocks_of(engine: Engine) -> Iterator[tuple[int, torch.nn.Module, Stream]]:
         yield from ((int(name), block, trunk.stream) for name, block in trunk.blocks.items())
     for denoiser in () if engine.trunks else denoisers_of(engine.pipe, spec).values():
         index = 0
-        for part in spec.blocks:
+        for part in spec.trunk.blocks:
             for block in getattr(denoiser, part.attribute):
                 if part.make is None:  # else the denoiser has no such module
-                    yield index, block, part.stream or spec.stream
+                    yield index, block, spec.trunk.stream_of(part)
                 index += 1

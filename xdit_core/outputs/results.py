@@ -15,7 +15,7 @@ from xdit_core.filesystem import atomically, behind_links, blaming, check_folder
 from xdit_core.outputs.metadata import FORMAT, FPS, KEY, about, embedded_settings, readable, same_result, save
 from xdit_core.outputs.names import all_files, first_free, has_sheet, json_path, sheet_path, targets
 from xdit_core.planning.settings import RunSettings
-from xdit_core.records import listed
+from xdit_core.records import join_words
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -89,7 +89,7 @@ def existing(files: Iterable[Iterable[Path]]) -> list[Path]:
 
 def some(paths: Sequence[Path]) -> str:
     """A few of the files, and how many more, for a message."""
-    return listed(
+    return join_words(
         [str(path) for path in paths] if len(paths) <= SOME else [*paths[: SOME - 1], f"{len(paths) - SOME + 1} more"]
     )
 

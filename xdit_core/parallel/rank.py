@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from xdit_core.errors import LockstepError, PluginError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.parallel.mesh import Mesh
 from xdit_core.points.context import ForwardContext, Running
-from xdit_core.records import ModelSpec
 
 if TYPE_CHECKING:
     from xdit_core.observe.trace import Trace

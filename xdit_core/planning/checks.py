@@ -11,9 +11,10 @@ from typing import Any
 from xdit_core.checkpoints import model_facts
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import read_text, user_path
+from xdit_core.model_spec import ModelSpec
 from xdit_core.planning.degrees import MOST_RANKS
 from xdit_core.planning.settings import RunSettings, parse_loras
-from xdit_core.records import Declaration, ModelFacts, ModelSpec, Problem, listed
+from xdit_core.records import Declaration, ModelFacts, Problem, join_words
 
 SUBJECTS: Mapping[str, str] = MappingProxyType(
     {"prompt": "prompt", "class": "class_"}
@@ -45,9 +46,9 @@ def prompts_in(text: str) -> tuple[str, ...]:
 
 def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> RunSettings:
     """The model's defaults where nothing was given; the size defaults to the pipeline's own."""
-    side = model_facts.default_size(configs[spec.denoiser], configs)
-    defaults: dict[str, Any] = {"steps": 28, "height": side, "width": side, **spec.defaults}
-    filled = {k: v for k, v in defaults.items() if k != "prompt" and getattr(run, k) is None}
+    side = model_facts.default_size(configs[spec.checkpoint.denoiser], configs)
+    defaults: dict[str, Any] = {"steps": 28, "height": side, "width": side, **spec.request.defaults}
+    filled = {k: v for k, v in defaults.items() if getattr(run, k) is None}
     prompt = run.prompt
     if run.prompts is not None:
         path = user_path(run.prompts, "prompts=")
@@ -55,28 +56,33 @@ def with_defaults(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any])
         prompt += prompts_in(text)
         if not prompt:
             raise UsageError(f"prompts={run.prompts} holds no prompt; write one a line.")
-    subjects = tuple(getattr(run, SUBJECTS[spec.subject])) if spec.subject != "prompt" else prompt
+    subjects = tuple(getattr(run, SUBJECTS[spec.request.subject])) if spec.request.subject != "prompt" else prompt
     if len(run.seed) > 1 and run.images == 1:
         filled["images"] = len(run.seed)
-    return dataclasses.replace(run, prompt=subjects or tuple(spec.defaults.get("prompt", ())), **filled)
+    example = (spec.request.example,) if spec.request.example else ()
+    return dataclasses.replace(run, prompt=subjects or example, **filled)
 
 
 def check_taken(given: RunSettings, spec: ModelSpec) -> list[Problem]:
     """Settings that were given and that this model's pipeline does not take."""
     found = []
-    for setting, argument in spec.call.items():
-        if not argument and setting not in ("images", "height", "width") and getattr(given, setting) is not None:
+    for setting in spec.request.not_taken:
+        if setting not in ("images", "height", "width") and getattr(given, setting) is not None:
             found.append(
                 Problem(
                     f"{setting}={getattr(given, setting)} is nothing that {spec.name} takes", f"leave out {setting}="
                 )
             )
     for setting, field in SUBJECTS.items():
-        if setting != spec.subject and (getattr(given, field) or (setting == "prompt" and given.prompts is not None)):
-            example = f"{spec.subject}={spec.defaults.get('prompt', ('...',))[0]}"
-            found.append(Problem(f"{spec.name} draws a {spec.subject}, not a {setting}", f"give for example {example}"))
+        if setting != spec.request.subject and (
+            getattr(given, field) or (setting == "prompt" and given.prompts is not None)
+        ):
+            example = f"{spec.request.subject}={spec.request.example or '...'}"
+            found.append(
+                Problem(f"{spec.name} draws a {spec.request.subject}, not a {setting}", f"give for example {example}")
+            )
     for setting in ("frames", "fps"):
-        if spec.frame_step is None and getattr(given, setting) is not None:
+        if spec.latents.frame_step is None and getattr(given, setting) is not None:
             found.append(
                 Problem(f"{setting}={getattr(given, setting)}: {spec.name} makes pictures", f"leave out {setting}=")
             )
@@ -86,9 +92,9 @@ def check_taken(given: RunSettings, spec: ModelSpec) -> list[Problem]:
 def check_subject(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> list[Problem]:
     """What is to be drawn must be something that the model knows, if it does not take any text."""
     found = []
-    for subject in run.prompt if spec.drawn else ():
+    for subject in run.prompt if spec.request.encode_subject else ():
         try:
-            spec.drawn(configs, subject, 1)  # type: ignore[misc]
+            spec.request.encode_subject(configs, subject, 1)  # type: ignore[misc]
         except ValueError as error:
             what, _, fix = str(error).partition("; ")
             found.append(Problem(what, fix))
@@ -166,13 +172,13 @@ def check_size(run: RunSettings, facts: ModelFacts) -> list[Problem]:
         value = getattr(run, name) or 0
         if value > 0 and value % step:
             low = value // step * step
-            near = listed([v for v in (low, low + step) if v])
+            near = join_words([v for v in (low, low + step) if v])
             found.append(
                 Problem(f"{name}={value} is no multiple of {step}, as {facts.model} needs", f"nearest are {near}")
             )
     if facts.video and ((run.frames or 1) - 1) % facts.frame_step:
         low = ((run.frames or 1) - 1) // facts.frame_step * facts.frame_step + 1
-        near = listed([low, low + facts.frame_step])
+        near = join_words([low, low + facts.frame_step])
         what = f"frames={run.frames} is no multiple of {facts.frame_step} plus 1, as {facts.model} needs"
         found.append(Problem(what, f"nearest are {near}"))
     return found

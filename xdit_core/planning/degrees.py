@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from xdit_core.records import Axis, Problem, divisors, listed
+from xdit_core.records import Axis, Problem, divisors, join_words
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def complete(
     names = [a.name for a in axes]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        return Completed(problems=(Problem(f"two plugins declare the axis {listed(twice)}", "drop one of them"),))
+        return Completed(problems=(Problem(f"two plugins declare the axis {join_words(twice)}", "drop one of them"),))
     problems = too_few_heads(axes, heads, model)
     if problems:
         return Completed(problems=tuple(problems))

@@ -38,7 +38,7 @@ from xdit_core.planning.settings import (
     without_random,
 )
 from xdit_core.planning.signatures import typed_call
-from xdit_core.records import FIDELITIES, PHASES, POINTS, Axis, Declaration, Fidelity, Problem, listed
+from xdit_core.records import FIDELITIES, PHASES, POINTS, Axis, Declaration, Fidelity, Problem, join_words
 from xdit_core.registry.owners import Owner
 from xdit_core.registry.registry import STRATEGIES, Registry
 from xdit_core.registry.validation import check_declaration, problems_of
@@ -104,7 +104,7 @@ def make_plan(
     problems += check_scheduler(run.scheduler, configs.get("scheduler", {})) + check_lora_scale(run, call)
     with model_facts.describing(spec):
         problems += check_subject(run, spec, configs)
-        problems += spec.check(configs, asked) if spec.check else ()
+        problems += spec.request.check(configs, asked) if spec.request.check else ()
 
     arguments = {name: {"settings": own[name], "facts": facts} for name in chosen}
     declared: dict[str, Declaration] = registry.call("xdit_declare", arguments)
@@ -167,7 +167,9 @@ def make_plan(
         notes=(
             *result.notes,
             *idle_ranks(result.axes, run),
-            *filter(None, (spec.notes(configs, subject) for subject in run.prompt) if spec.notes else ()),
+            *filter(
+                None, (spec.request.notes(configs, subject) for subject in run.prompt) if spec.request.notes else ()
+            ),
         ),
     )
     checks = registry.call("xdit_check", {n: {**arguments[n], "plan": plan} for n in chosen})
@@ -291,6 +293,6 @@ def same_plan(plan: Plan, registry: Registry | None = None) -> None:
     different = [key for key in theirs if ours[key] != theirs[key]]
     if different:
         raise XditError(
-            f"this process makes another plan than the launcher did ({listed(different)} differ); "
+            f"this process makes another plan than the launcher did ({join_words(different)} differ); "
             "install the same versions of xdit and its plugins everywhere."
         )

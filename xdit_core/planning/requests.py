@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xdit_core.errors import PlanRefused, UsageError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.plan import Plan
 from xdit_core.planning.checks import check_lora_scale
 from xdit_core.planning.planner import make_plan
-from xdit_core.records import ModelSpec, Problem, listed
+from xdit_core.records import Problem, join_words
 from xdit_core.registry.registry import Registry
 
 # What may differ from request to request; everything else is decided by the plan.
@@ -73,7 +74,7 @@ def plan_of_request(
     values = {key: value for key, value in plan.values.items() if key not in left_out}
     values |= {a.setting: a.degree for a in plan.axes if a.setting}
     values |= {"model.path": plan.folder, "nproc": plan.world, "device": plan.run.device}
-    values |= {spec.subject: [prompt for prompt in prompts if prompt]} if any(prompts) else {}
+    values |= {spec.request.subject: [prompt for prompt in prompts if prompt]} if any(prompts) else {}
     values |= {name: value for name, value in changes.items() if name != "call"}
     values |= {f"call.{name}": value for name, value in call.items()}
     asked = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
@@ -84,7 +85,7 @@ def plan_of_request(
     ]:  # what else is possible may change with the size
         other.insert(0, "axes")
     if other:
-        what = f"with these settings the plan would have other {listed(other)} than this engine's"
+        what = f"with these settings the plan would have other {join_words(other)} than this engine's"
         problems.append(Problem(what, "make an Engine of such a plan"))
     if problems:
         raise PlanRefused(problems)

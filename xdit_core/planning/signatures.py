@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from xdit_core.model_spec import ModelSpec
 from xdit_core.planning.settings import NO, YES, did_you_mean
-from xdit_core.records import ModelSpec, Problem
+from xdit_core.records import Problem
 
 PIPELINE_WORDS: Mapping[str, str] = MappingProxyType(
     {  # what the shared settings are called in a pipeline's ``__call__``, if the adapter does not say otherwise
@@ -34,7 +35,9 @@ PIPELINE_WORDS: Mapping[str, str] = MappingProxyType(
 def argument_names(spec: ModelSpec) -> dict[str, str]:
     """Setting to argument of the pipeline's ``__call__``, "" where the pipeline takes none; the subject (``prompt``)
     included."""
-    return {**PIPELINE_WORDS, spec.subject: spec.subject, **spec.call}
+    asks = spec.request
+    not_taken = dict.fromkeys(asks.not_taken, "")
+    return {**PIPELINE_WORDS, asks.subject: asks.subject, **asks.renamed, **not_taken}
 
 
 def call_signature(pipeline: str) -> dict[str, str] | None:

@@ -115,7 +115,7 @@ def trunk_contract(rank: Rank, level: str) -> Check:
 
 def forward_contract(rank: Rank) -> Check:
     """A prediction of the latents' shape, whatever its channels."""
-    frame_dim = rank.spec.frame_dim
+    frame_dim = rank.spec.latents.frame_dim
 
     def check(call: ForwardCall, out: Any) -> str:
         latents = call.latents

@@ -82,18 +82,18 @@ class ForwardPoint:
         parameters = inspect.signature(self._original).parameters
         self._names = tuple(parameters)
         config: Any = denoiser.config
-        self._patch_frames, self._patch = self.spec.patch_sizes(config)
-        self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.fixed.items()} if trunk else {}
+        self._patch_frames, self._patch = self.spec.latents.patch_sizes(config)
+        self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.trunk.forced_args.items()} if trunk else {}
         self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
         self._layout = TokenLayout(1, 1)
         self._cuts: tuple[int, ...] = (0, 1)
         # layouts and patches for which the embedding, or the head, was seen to work on each row alone
         self._row_local: set[tuple[str, TokenLayout, int]] = set()
         self._run: Run = compose(chain, self.base)
-        patterns = self.spec.conditioning if rank.plan.patches > 1 else ()
+        patterns = self.spec.caching.conditioning if rank.plan.patches > 1 else ()
         shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in patterns))
         self._memoized = [Memoized(module) for module in shared]
-        embeddings = self.spec.embeddings if rank.plan.patches > 1 else ()
+        embeddings = self.spec.caching.embeddings if rank.plan.patches > 1 else ()
         self._embeddings = [PlaceholderEmbedding(denoiser.get_submodule(name), rank.running) for name in embeddings]
         denoiser.forward = self.forward
 
@@ -127,13 +127,13 @@ class ForwardPoint:
         latents, before = call.latents, self._running.context
         for module in self._memoized:
             module.begin_patch()
-        given: Any = list(latents.unbind(0)) if self.spec.listed else latents
+        given: Any = list(latents.unbind(0)) if self.spec.latents.list_inputs else latents
         self._running.context = call.context
         try:
-            out = self._original(**{self.spec.latents: given}, **call.rest, return_dict=False)[0]
+            out = self._original(**{self.spec.latents.argument: given}, **call.rest, return_dict=False)[0]
         finally:
             self._running.context = before
-        whole: torch.Tensor = torch.stack(out) if self.spec.listed else out
+        whole: torch.Tensor = torch.stack(out) if self.spec.latents.list_inputs else out
         return whole
 
     def shape_of(self, call: ForwardCall) -> tuple[torch.Size, torch.dtype]:
@@ -190,7 +190,7 @@ class ForwardPoint:
         """What the pipeline calls; same signature and result as the denoiser's own."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         as_dict = given.pop("return_dict", True)
-        for name, reason in self.spec.refused.items() if self._trunk else ():
+        for name, reason in self.spec.unsupported.items() if self._trunk else ():
             if given.get(name) is not None:
                 raise UnsupportedCall(f"{self.name}({name}=...) cannot be honoured: {reason}.")
             given.pop(name, None)
@@ -198,11 +198,11 @@ class ForwardPoint:
             if given.get(name, default) != default:
                 raise UnsupportedCall(f"{self.name}({name}={given[name]}) cannot be honoured; leave it at {default}.")
             given[name] = value
-        skipped = given.get(self.spec.skips) if self.spec.skips else None
+        skipped = given.get(self.spec.trunk.skip_layers) if self.spec.trunk.skip_layers else None
         if self._trunk:
-            given.pop(self.spec.skips, None)
-        latents = given.pop(self.spec.latents)
-        if self.spec.listed:
+            given.pop(self.spec.trunk.skip_layers, None)
+        latents = given.pop(self.spec.latents.argument)
+        if self.spec.latents.list_inputs:
             latents = torch.stack(list(latents))
         context = self._running.context = self.context_of(latents, given, frozenset(skipped or ()))
         try:
@@ -210,7 +210,7 @@ class ForwardPoint:
         finally:
             for module in self._memoized:
                 module.clear()
-        out: Any = list(whole.unbind(0)) if self.spec.listed else whole
+        out: Any = list(whole.unbind(0)) if self.spec.latents.list_inputs else whole
         if not as_dict:
             return (out,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -237,8 +237,8 @@ class ForwardPoint:
         Raises:
             UnsupportedCall: latents of another kind than the adapter says.
         """
-        frames = 1 if self.spec.frame_dim is None else latents.shape[self.spec.frame_dim]
-        if latents.dim() == (4 if self.spec.frame_dim is None else 5):
+        frames = 1 if self.spec.latents.frame_dim is None else latents.shape[self.spec.latents.frame_dim]
+        if latents.dim() == (4 if self.spec.latents.frame_dim is None else 5):
             size = self._patch
             return -(-frames // self._patch_frames), latents.shape[-2] // size, latents.shape[-1] // size, size
         rows, columns = self._request.grid
@@ -263,12 +263,12 @@ class ForwardPoint:
         """
         plan, spec, request = self.rank.plan, self.spec, self._request
         latent_frames, rows, columns, unit = self.grid(latents)
-        frames = 1 if spec.stream.frames else latent_frames
-        condition = given.get(spec.text_input)
+        frames = 1 if spec.trunk.stream.frames else latent_frames
+        condition = given.get(spec.text.input)
         words = 0
-        if spec.text_rows:
-            words = spec.text_rows(given)
-        elif spec.stream.text and condition is not None:
+        if spec.text.rows:
+            words = spec.text.rows(given)
+        elif spec.trunk.stream.text and condition is not None:
             words = condition.shape[1]
         layout = TokenLayout(
             rows=rows,
@@ -278,8 +278,8 @@ class ForwardPoint:
             patches=plan.patches,
             shards=plan.shards,
             frames=frames,
-            text_first=spec.stream.text_first,
-            tail=spec.tail(frames * rows * columns) if spec.tail else 0,
+            text_first=spec.trunk.stream.text_first,
+            tail=spec.latents.padding_tokens(frames * rows * columns) if spec.latents.padding_tokens else 0,
             unit=plan.facts.row_unit,
         )
         if layout != self._layout:

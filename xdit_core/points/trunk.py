@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import ModelError, UnsupportedCall
+from xdit_core.model_spec import Aligned, ModelSpec, Stream
 from xdit_core.parallel.tokens import Span, length
 from xdit_core.points.attention import AttentionPoint, Redirect
 from xdit_core.points.compose import compose
 from xdit_core.points.context import ForwardContext, Running
-from xdit_core.records import ModelSpec, Stream
 
 if TYPE_CHECKING:
     from xdit_core.observe.trace import Trace
@@ -136,7 +136,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleDict({str(i): block for i, block in blocks.items()})
         self._order: tuple[tuple[int, Callable[..., Any], tuple[str, ...]], ...]
-        self._order = tuple((i, block, spec.attention(block)) for i, block in blocks.items())
+        self._order = tuple((i, block, spec.trunk.attention(block)) for i, block in blocks.items())
         self.stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
         self._running, self._point = running, point
         self.select = Selector()
@@ -176,9 +176,9 @@ class Trunk(nn.Module):
             return whole if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
         patch, shard = context.patch, context.shard
         picture, words = layout.picture(patch, shard), layout.words(patch, shard)
-        self.cut(given, stream.aligned, picture)
-        self.cut(given, stream.words, words)
-        self.cut(given, stream.joint, layout.joint(patch, shard))
+        self.cut(given, stream.image_aligned, picture)
+        self.cut(given, stream.text_aligned, words)
+        self.cut(given, stream.joint_aligned, layout.joint(patch, shard))
         if stream.frames:
             given[stream.frames] = context.frames
         mine = Rows(
@@ -211,22 +211,20 @@ class Trunk(nn.Module):
         answer = [full if name == "tokens" else text for name in stream.returns]
         return tuple(answer) if len(answer) > 1 else answer[0]
 
-    def cut(self, given: dict[str, Any], names: Mapping[str, int | tuple[int, int]], spans: tuple[Span, ...]) -> None:
+    def cut(self, given: dict[str, Any], arguments: tuple[Aligned, ...], spans: tuple[Span, ...]) -> None:
         """Take the rows in spans of some arguments, in place."""
-        for path, where in names.items():
-            name, _, item = path.partition(".")
-            value = given.get(name)
+        for aligned in arguments:
+            value = given.get(aligned.argument)
             if value is None:
                 continue
-            dim, dims = where if isinstance(where, tuple) else (where, None)
 
-            def take(x: torch.Tensor, dim: int = dim, dims: int | None = dims) -> torch.Tensor:
-                return self.select.take(x, spans, dim) if dims is None or x.dim() == dims else x
+            def take(x: torch.Tensor, of: Aligned = aligned) -> torch.Tensor:
+                return self.select.take(x, spans, of.dim) if of.dims is None or x.dim() == of.dims else x
 
-            if item:
-                given[name] = tuple(take(x) if i == int(item) else x for i, x in enumerate(value))
+            if aligned.item is not None:
+                given[aligned.argument] = tuple(take(x) if i == aligned.item else x for i, x in enumerate(value))
             else:
-                given[name] = tree_map_only(torch.Tensor, take, value)
+                given[aligned.argument] = tree_map_only(torch.Tensor, take, value)
 
     def run_blocks(self, rows: Rows) -> Rows:
         """The blocks of this rank, one after the other, on the rows in hand."""
@@ -268,11 +266,11 @@ def replace_blocks(
     """Put a trunk where the denoiser has its block lists, one for each stream; placeholders of absent blocks are left
     out."""
     trunks: list[Trunk] = []
-    lists = [list(getattr(denoiser, part.attribute)) for part in spec.blocks]
+    lists = [list(getattr(denoiser, part.attribute)) for part in spec.trunk.blocks]
     everything = [block for blocks in lists for block in blocks]
     last = max(i for i, block in enumerate(everything) if not isinstance(block, Absent))
-    skips, start = (spec.long_skips(len(everything)) if spec.long_skips else {}), 0
-    for stream, group in groupby(spec.blocks, lambda part: part.stream or spec.stream):
+    skips, start = (spec.trunk.long_skips(len(everything)) if spec.trunk.long_skips else {}), 0
+    for stream, group in groupby(spec.trunk.blocks, spec.trunk.stream_of):
         parts, begin, held = list(group), start, {}
         for part in parts:
             rows = zip(*(getattr(denoiser, name) for name in (part.attribute, *part.beside)), strict=True)
@@ -287,7 +285,7 @@ def replace_blocks(
             for name in part.beside:
                 setattr(denoiser, name, nn.ModuleList([nn.Identity()]))  # as many as there are trunks, never called
         trunks.append(trunk)
-    keep_parts(everything[0], trunks[0], spec.kept)
+    keep_parts(everything[0], trunks[0], spec.trunk.shared_submodules)
     return trunks
 
 

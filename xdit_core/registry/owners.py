@@ -14,21 +14,21 @@ from types import MappingProxyType
 from typing import Any
 
 from xdit_core.errors import PluginFailed, XditError
-from xdit_core.records import ModelSpec
+from xdit_core.model_spec import ModelSpec
 from xdit_core.worker.failure import fault_of_machine
 
 # What the callables of an adapter return, where the core relies on it.
 RESULTS: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
     {
-        "attention": tuple,
-        "long_skips": Mapping,
-        "frame_step": Integral,
-        "row_unit": Integral,
-        "tail": Integral,
-        "text_rows": Integral,
-        "token_pixels": Integral,
-        "text_tokens": Integral,
-        "check": (list, tuple),
+        "trunk.attention": tuple,
+        "trunk.long_skips": Mapping,
+        "latents.frame_step": Integral,
+        "latents.row_unit": Integral,
+        "latents.padding_tokens": Integral,
+        "latents.token_pixels": Integral,
+        "text.rows": Integral,
+        "text.tokens": Integral,
+        "request.check": (list, tuple),
     }
 )
 
@@ -127,27 +127,38 @@ class AdapterCall:
 
 
 def owned_spec(spec: ModelSpec, origin: tuple[str, str]) -> ModelSpec:
-    """The record of an adapter, whose callables name it in their errors.
+    """The record of an adapter that knows whose it is, and whose callables name it in their errors.
 
     Args:
         origin: distribution and version.
     """
     owner = Owner("adapter", spec.name, *origin)
-    default = {f.name: f.default for f in dataclasses.fields(ModelSpec)}
+    owned: ModelSpec = owned_record(spec, owner)
+    return dataclasses.replace(owned, owner=str(owner))
 
-    def owned(field: str, value: Any) -> Any:
-        passes = (ValueError,) if field == "drawn" else ()
-        return value if isinstance(value, AdapterCall) else AdapterCall(value, owner, field, passes)
 
-    changes = {
-        field: owned(field, value)
-        for field in default
-        if callable(value := getattr(spec, field)) and value is not default[field]
-    }
-    blocks = [
-        part if part.make is None else dataclasses.replace(part, make=owned("make", part.make)) for part in spec.blocks
-    ]
-    return dataclasses.replace(spec, blocks=tuple(blocks), **changes)
+def owned_record(record: Any, owner: Owner, path: str = "") -> Any:
+    """A record, with those inside it, whose callables name their owner and their field in errors.
+
+    Args:
+        path: fields that lead to the record, such as ``trunk.``.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(record):
+        value, name = getattr(record, field.name), f"{path}{field.name}"
+        if isinstance(value, AdapterCall) or value is field.default:
+            continue
+        if callable(value):
+            passes = (ValueError,) if name == "request.encode_subject" else ()
+            changes[field.name] = AdapterCall(value, owner, name, passes)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = owned_record(value, owner, f"{name}.")
+        elif isinstance(value, tuple):
+            changes[field.name] = tuple(
+                owned_record(item, owner, f"{name}[{i}].") if dataclasses.is_dataclass(item) else item
+                for i, item in enumerate(value)
+            )
+    return dataclasses.replace(record, **changes)
 
 
 class OwnedRequest(AbstractContextManager[None]):

@@ -11,8 +11,8 @@ import pluggy
 
 from xdit_core import hookspecs
 from xdit_core.errors import PluginError, UsageError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.planning.settings import did_you_mean
-from xdit_core.records import ModelSpec
 from xdit_core.registry.discovery import Found, contained, installed
 from xdit_core.registry.owners import Owner, line_of, owned_spec
 from xdit_core.registry.validation import check_record
@@ -137,7 +137,7 @@ class Registry:
         for name in self.names(MODELS):
             with contextlib.suppress(PluginError, UsageError):  # a broken adapter must not harm the others
                 spec, origin = self.model(name)
-                if pipeline in spec.pipelines and not spec.path:
+                if pipeline in spec.checkpoint.pipelines and not spec.checkpoint.path:
                     fitting.append((spec, origin))
         if len(fitting) != 1:
             which = "several adapters fit" if fitting else "no installed adapter fits"

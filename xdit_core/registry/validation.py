@@ -28,19 +28,19 @@ def check_record(record: Any, cls: type[Any], owner: Owner, hook: str) -> None:
     """
     if not isinstance(record, cls):
         raise PluginError(f"{owner} must return a {cls.__name__} from {hook}; it returned {shown(record)}.")
-    for path, value, wanted in mistakes(record, cls.__name__):
+    for path, value, wanted in mistakes(record):
         raise PluginError(
             f"{owner} returned a {cls.__name__} from {hook} with {path}={shown(value)}, where {wanted} is expected."
         )
 
 
-def mistakes(record: Any, path: str) -> Iterator[tuple[str, Any, str]]:
+def mistakes(record: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
     """Path, value and wanted type of each field that holds something else."""
     cls: Any = type(record)
     hints = hints_of(cls)
     for field in dataclasses.fields(record):
         value, hint = getattr(record, field.name), hints[field.name]
-        inside = f"{path}.{field.name}" if "." in path or "[" in path else field.name
+        inside = f"{path}.{field.name}" if path else field.name
         if not matches(value, hint):
             yield inside, value, wording(hint)
         elif isinstance(value, tuple):
@@ -48,7 +48,7 @@ def mistakes(record: Any, path: str) -> Iterator[tuple[str, Any, str]]:
                 if dataclasses.is_dataclass(item):
                     yield from mistakes(item, f"{inside}[{i}]")
         elif dataclasses.is_dataclass(value) and not isinstance(value, (type, AdapterCall)):
-            yield from mistakes(value, f"{inside}.")
+            yield from mistakes(value, inside)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,3 +73,15 @@ def diffusers_latents(
             prompt, num_images_per_prompt=images, generator=generators, output_type="latent", **arguments
         )[0]
     return latents
+
+
+def changed_record(record: Any, path: str, value: Any) -> Any:
+    """A record with another value for one field, which may lie in a record inside it.
+
+    Args:
+        path: such as ``trunk.stream.tokens``.
+    """
+    field, _, rest = path.partition(".")
+    return dataclasses.replace(
+        record, **{field: changed_record(getattr(record, field), rest, value) if rest else value}
+    )

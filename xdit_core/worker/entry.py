@@ -68,7 +68,7 @@ def fetch_weights(plan: Plan) -> None:
 
     spec, _ = Registry().model(plan.model)
     where = build(ModelSettings, "model.", plan.values)
-    if hub.on_hub(spec, where) and not weight_files(Path(plan.folder) / spec.denoiser, "diffusers"):
+    if hub.on_hub(spec, where) and not weight_files(Path(plan.folder) / spec.checkpoint.denoiser, "diffusers"):
         hub.locate(spec, where)
 
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError, XditError
-from xdit_core.records import listed
+from xdit_core.records import join_words
 from xdit_core.worker.heartbeat import WAITING
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, doin
         if absent != before:  # or it would look like progress
             doing(waiting_to_start(absent))
             before = absent
-        text = f"{'ranks' if len(absent) > 1 else 'rank'} {listed(absent)} of {place.world}"
+        text = f"{'ranks' if len(absent) > 1 else 'rank'} {join_words(absent)} of {place.world}"
         if time.monotonic() > end:
             raise XditError(
                 f"{text} did not come within {patience.total_seconds():.0f} s; start all nodes, and see whether they "
@@ -247,8 +247,8 @@ def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, doin
     other = [rank for rank, value in enumerate(found) if value != found[0]]
     if other:
         raise XditError(
-            f"{'ranks' if len(other) > 1 else 'rank'} {listed(other)} of {place.world} got another plan than rank 0; "
-            "copy one plan.json to every node and start all ranks again."
+            f"{'ranks' if len(other) > 1 else 'rank'} {join_words(other)} of {place.world} got another plan than rank "
+            "0; copy one plan.json to every node and start all ranks again."
         )
 
 

@@ -17,7 +17,7 @@ from xdit_core.errors import UsageError
 from xdit_core.filesystem import write_text
 from xdit_core.outputs import results
 from xdit_core.planning import machine
-from xdit_core.records import listed
+from xdit_core.records import join_words
 from xdit_core.worker.rendezvous import not_started
 from xdit_launcher.cluster import placement
 from xdit_launcher.cluster.connection import PipeConnection
@@ -201,7 +201,7 @@ class Node:
             return ""
         if 0 in nodes and self.index:  # nobody else is known while rank 0 is not there
             nodes = [0]
-        which = f"node {nodes[0]} has" if len(nodes) == 1 else f"nodes {listed(nodes)} have"
+        which = f"node {nodes[0]} has" if len(nodes) == 1 else f"nodes {join_words(nodes)} have"
         each = "it with: " if len(nodes) == 1 else "each with its own --node-rank, such as: "
         return f"{which} not come to {self.address}:{self.port}; start {each}{command_for(nodes[0], sys.argv[1:])}"
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from xdit_core.errors import UsageError
-from xdit_core.records import listed
+from xdit_core.records import join_words
 from xdit_launcher.cluster.hosts import Host
 from xdit_launcher.cluster.protocol import (
     ALIVE,
@@ -204,7 +204,7 @@ class Fleet:
         silent = [host.name for i, host in enumerate(self.hosts) if i not in answers]
         if not silent:
             return "every process has ended"
-        return f"{listed(silent)} did not answer, where processes end by themselves within {SILENCE:.0f} s"
+        return f"{join_words(silent)} did not answer, where processes end by themselves within {SILENCE:.0f} s"
 
     def close(self) -> None:
         """Close all connections; agents that still run end by themselves."""

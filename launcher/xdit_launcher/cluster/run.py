@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import write_text
 from xdit_core.outputs.results import RECORD
-from xdit_core.records import listed
+from xdit_core.records import join_words
 from xdit_core.worker.rendezvous import COLUMNS_VARIABLE
 from xdit_launcher.cluster import placement
 from xdit_launcher.cluster.checks import check_hosts, variables_to_pass
@@ -89,7 +89,7 @@ def place_ranks(fleet: Fleet, plan: Plan, facts: Mapping[int, Any]) -> None:
         say(line)
     if idle := [host.name for host, ranks in zip(fleet.hosts, fleet.ranks_of, strict=True) if not ranks]:
         have = "has" if len(idle) == 1 else "have"
-        say(f"{listed(idle)} {have} nothing to do in a plan of {plan.world} processes.")
+        say(f"{join_words(idle)} {have} nothing to do in a plan of {plan.world} processes.")
 
 
 def start_ranks(

@@ -83,7 +83,7 @@ def model_list() -> list[dict[str, Any]]:
             except XditError as error:
                 listed.append({**about, "error": str(error)})
                 continue
-            listed.append({**about, "error": "", "pipelines": list(spec.pipelines), "source": source(spec)})
+            listed.append({**about, "error": "", "pipelines": list(spec.checkpoint.pipelines), "source": source(spec)})
     return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
 
 
@@ -97,18 +97,20 @@ def model(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         XditError: it is not installed or broken.
     """
     spec, origin = Registry().model(name)
-    defaults = {key: list(v) if isinstance(v, tuple) else v for key, v in spec.defaults.items()}
-    taken = [key for key in SETTINGS if spec.call.get(key, key) and (spec.frame_step or key not in ("frames", "fps"))]
+    example = {spec.request.subject: [spec.request.example]} if spec.request.example else {}
+    taken = [
+        key for key in SETTINGS if spec.request.takes(key) and (spec.latents.frame_step or key not in ("frames", "fps"))
+    ]
     return {
         "name": name,
         "from": " ".join(origin),
-        "pipelines": list(spec.pipelines),
+        "pipelines": list(spec.checkpoint.pipelines),
         "source": source(spec),
-        "draws": spec.subject,
-        "defaults": defaults,
+        "draws": spec.request.subject,
+        "defaults": {**spec.request.defaults, **example},
         "settings": taken,
         "strategies": fitting({"model": name, "device": "cuda", **values})
-        if spec.path or "model.path" in values
+        if spec.checkpoint.path or "model.path" in values
         else {},
     }
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import XditError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.outputs.metadata import FPS
 from xdit_core.planning import machine
 from xdit_core.planning.degrees import processes
 from xdit_core.planning.settings import fields_of
-from xdit_core.records import FIDELITIES, ModelSpec
+from xdit_core.records import FIDELITIES
 from xdit_core.registry.discovery import installed
 from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
 from xdit_launcher.inspection import inspect_strategy
@@ -217,7 +218,7 @@ def plugin_page(name: str) -> Iterator[str]:
 
 def source(spec: ModelSpec) -> str:
     """Where the weights come from if no path is given."""
-    return "bundled" if spec.path else spec.hub or "needs model.path="
+    return "bundled" if spec.checkpoint.path else spec.checkpoint.hub or "needs model.path="
 
 
 def model_list() -> Iterator[str]:
@@ -231,7 +232,7 @@ def model_list() -> Iterator[str]:
     wide = max((len(plugin.name) for plugin, _ in healthy), default=0)
     for plugin, spec in healthy:
         origin = f"{plugin.distribution} {plugin.version}"
-        yield f"{plugin.name:<{wide}}  {origin}  {', '.join(spec.pipelines)}; {source(spec)}"
+        yield f"{plugin.name:<{wide}}  {origin}  {', '.join(spec.checkpoint.pipelines)}; {source(spec)}"
     yield from (f"broken: {text}" for text in broken)
     yield from (f"broken: {notice}." for notice in everyone.notices)
     if not healthy and not broken:

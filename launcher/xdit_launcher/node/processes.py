@@ -19,7 +19,7 @@ from pathlib import Path
 
 from xdit_core.errors import UsageError
 from xdit_core.planning import machine
-from xdit_core.records import listed
+from xdit_core.records import join_words
 from xdit_core.worker.failure import HOST_VARIABLE
 from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
 from xdit_launcher.node.root_cause import RankStatus, read_error
@@ -69,7 +69,7 @@ class Share:
             return
         if absent := [d for d in self.devices if d >= gpus]:
             raise UsageError(
-                f"there is no GPU {listed(absent)} on {self.host}, which has {gpus}, counted from 0; leave it out."
+                f"there is no GPU {join_words(absent)} on {self.host}, which has {gpus}, counted from 0; leave it out."
             )
         if len(self.ranks) > (len(self.devices) or gpus):
             raise UsageError(

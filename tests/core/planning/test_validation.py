@@ -9,15 +9,20 @@ import pytest
 from xdit_core import (
     EXACT,
     Axis,
+    Blocks,
     Built,
+    Checkpoint,
     Claim,
     Declaration,
     Engine,
     Fidelity,
+    Latents,
     ModelSpec,
     PluginError,
     Problem,
+    RequestSpec,
     Traffic,
+    TrunkSpec,
     Wrap,
     hookimpl,
 )
@@ -139,14 +144,19 @@ def test_a_slot_of_ones_own(tiny_sd3_folder):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pipelines": "StableDiffusion3Pipeline"}, "pipelines='StableDiffusion3Pipeline', where tuple"),
-        ({"attention": ("joint",)}, "attention="),
-        ({"defaults": ["steps"]}, r"defaults=\['steps'\]"),
-        ({"frame_dim": "2"}, "frame_dim='2', where int or None is expected"),
+        (
+            {"checkpoint": Checkpoint("StableDiffusion3Pipeline")},
+            "checkpoint.pipelines='StableDiffusion3Pipeline', where tuple",
+        ),
+        ({"trunk": TrunkSpec(attention=("joint",))}, "trunk.attention="),
+        ({"request": RequestSpec(["steps"])}, r"request.defaults=\['steps'\]"),
+        ({"latents": Latents(frame_dim="2")}, "latents.frame_dim='2', where int or None is expected"),
+        ({"trunk": TrunkSpec((Blocks("b", 4),))}, r"trunk.blocks\[0\].count=4, where str is expected"),
+        ({"trunk": ("b",)}, r"trunk=\('b',\), where TrunkSpec is expected"),
     ],
 )
 def test_a_mistake_of_an_adapter(changes, said):
-    spec = ModelSpec(**{"name": "mine", "pipelines": ("X",), **changes})
+    spec = ModelSpec(**{"name": "mine", "checkpoint": Checkpoint(("X",)), **changes})
     with pytest.raises(
         PluginError, match=f"adapter mine of mine-models 1.0 returned a ModelSpec from xdit_model with {said}"
     ):

@@ -12,7 +12,7 @@ from xdit_core import Built, Declaration, Engine, PlanRefused, PluginError, Regi
 from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.records import POINTS
 from xdit_core.registry.owners import Owner, owned_spec
-from xdit_core.testing.runs import diffusers_latents, plan_for
+from xdit_core.testing.runs import changed_record, diffusers_latents, plan_for
 from xdit_core.worker.failure import failure
 
 PIPE = {"pipefusion.stages": 1, "pipefusion.patches": 2}
@@ -178,24 +178,44 @@ def test_memory_and_lost_ranks_keep_their_type():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("path", "value", "says"),
     [
-        ({"attention": lambda block: 1 / 0}, "failed in its attention: ZeroDivisionError: division by zero"),
-        ({"text_rows": lambda given: given["nothing"]}, "failed in its text_rows: KeyError: 'nothing'"),
-        ({"text_rows": lambda given: None}, "returned None from its text_rows, where Integral is expected"),
-        ({"tail": lambda tokens: tokens.nothing}, "failed in its tail: AttributeError"),
-        ({"check": lambda configs, asked: 1 / 0}, "failed in its check: ZeroDivisionError"),
-        ({"check": lambda configs, asked: (1 / 0 for _ in "x")}, "failed in its check: ZeroDivisionError"),
-        ({"check": lambda configs, asked: None}, "returned None from its check, where list or tuple is expected"),
-        ({"guided": lambda asked: asked["nothing"]}, "failed in its guided: KeyError"),
-        ({"token_pixels": lambda configs: configs["nothing"]}, "failed in its token_pixels: KeyError"),
-        ({"row_unit": lambda config: config["nothing"]}, "failed in its row_unit: KeyError"),
-        ({"long_skips": lambda count: [count]}, r"returned \[4\] from its long_skips, where Mapping is expected"),
-        ({"drawn": lambda configs, subject, count: subject.nothing}, "failed in its drawn: AttributeError"),
+        ("trunk.attention", lambda block: 1 / 0, "failed in its trunk.attention: ZeroDivisionError: division by zero"),
+        ("text.rows", lambda given: given["nothing"], "failed in its text.rows: KeyError: 'nothing'"),
+        ("text.rows", lambda given: None, "returned None from its text.rows, where Integral is expected"),
+        (
+            "latents.padding_tokens",
+            lambda tokens: tokens.nothing,
+            "failed in its latents.padding_tokens: AttributeError",
+        ),
+        ("request.check", lambda configs, asked: 1 / 0, "failed in its request.check: ZeroDivisionError"),
+        (
+            "request.check",
+            lambda configs, asked: (1 / 0 for _ in "x"),
+            "failed in its request.check: ZeroDivisionError",
+        ),
+        (
+            "request.check",
+            lambda configs, asked: None,
+            "returned None from its request.check, where list or tuple is expected",
+        ),
+        ("request.uses_cfg", lambda asked: asked["nothing"], "failed in its request.uses_cfg: KeyError"),
+        ("latents.token_pixels", lambda configs: configs["nothing"], "failed in its latents.token_pixels: KeyError"),
+        ("latents.row_unit", lambda config: config["nothing"], "failed in its latents.row_unit: KeyError"),
+        (
+            "trunk.long_skips",
+            lambda count: [count],
+            r"returned \[4\] from its trunk.long_skips, where Mapping is expected",
+        ),
+        (
+            "request.encode_subject",
+            lambda configs, subject, count: subject.nothing,
+            "failed in its request.encode_subject: AttributeError",
+        ),
     ],
 )
-def test_an_adapter_is_named(tiny_sd3_folder, changes, says):
-    spec = dataclasses.replace(Registry().model("sd3")[0], **changes)
+def test_an_adapter_is_named(tiny_sd3_folder, path, value, says):
+    spec = changed_record(Registry().model("sd3")[0], path, value)
     with pytest.raises(PluginError, match=f"^adapter sd3 {says}"):
         models = {"extra_models": {"sd3": spec}}
         settings = {"pipefusion.stages": 1}
@@ -210,11 +230,13 @@ def test_a_block_that_an_adapter_makes(tiny_sd3_folder):
     def make(denoiser, index, block):
         raise IndexError("no such block")
 
-    spec = dataclasses.replace(spec, blocks=(dataclasses.replace(spec.blocks[0], make=make),))
+    spec = changed_record(spec, "trunk.blocks", (dataclasses.replace(spec.trunk.blocks[0], make=make),))
     models = {"extra_models": {"sd3": spec}}
-    with pytest.raises(PluginError, match="adapter sd3 failed in its make: IndexError: no such block"):
+    with pytest.raises(
+        PluginError, match=r"adapter sd3 failed in its trunk.blocks\[0\].make: IndexError: no such block"
+    ):
         Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), {"pipefusion.stages": 1}, **models), Registry(**models))
-    assert str(owned_spec(spec, ("xdit-more", "2.0")).blocks[0].make.owner) == "adapter sd3 of xdit-more 2.0"
+    assert str(owned_spec(spec, ("xdit-more", "2.0")).trunk.blocks[0].make.owner) == "adapter sd3 of xdit-more 2.0"
     assert origin[0] == "xdit" and Registry().model("sd3")[0] == Registry().model("sd3")[0]
 
 
@@ -337,7 +359,7 @@ def test_a_request_for_what_the_model_does_not_know_is_refused_before_it_begins(
             raise ValueError(f"there is no {subject}; ask for a red fox")
         return subject
 
-    models = {"extra_models": {"sd3": dataclasses.replace(Registry().model("sd3")[0], drawn=known)}}
+    models = {"extra_models": {"sd3": changed_record(Registry().model("sd3")[0], "request.encode_subject", known)}}
     engine = Engine(plan_for([], str(tiny_sd3_folder), {"prompt": "a red fox"}, **models), Registry(**models))
     with pytest.raises(PlanRefused, match=r"^there is no hare; ask for a red fox"):
         engine.generate(["a red fox", "hare"], steps=1)
