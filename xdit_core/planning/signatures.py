@@ -4,6 +4,7 @@ diffusers or torch."""
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,8 @@ def argument_names(spec: ModelSpec) -> dict[str, str]:
     return {**PIPELINE_WORDS, asks.subject: asks.subject, **asks.renamed, **not_taken}
 
 
-def call_signature(pipeline: str) -> dict[str, str] | None:
+@functools.cache
+def call_signature(pipeline: str) -> Mapping[str, str] | None:
     """Name and annotation of each argument of a diffusers pipeline's ``__call__``; None if there is no such class.
 
     Args:
@@ -51,7 +53,7 @@ def call_signature(pipeline: str) -> dict[str, str] | None:
     head = re.compile(rf"^class {re.escape(pipeline)}\b", re.MULTILINE)
     for file in sorted(folder.rglob("pipeline_*.py")):
         text = file.read_text(encoding="utf-8")
-        if not head.search(text):
+        if f"class {pipeline}" not in text or not head.search(text):  # the expression alone is slow
             continue
         for node in ast.parse(text).body:
             if isinstance(node, ast.ClassDef) and node.name == pipeline:

@@ -45,14 +45,15 @@ def installed(group: str) -> Installed:
     found: dict[str, list[Found]] = {}
     notices: list[str] = []
     for distribution in metadata.distributions():
+        if not mentions(distribution, group):  # nearly all: parsing their metadata would take long
+            continue
         name, version = origin(distribution)
         try:
             entries = [e for e in distribution.entry_points if e.group == group]
         except Exception as error:  # whatever a damaged file makes the parser raise
-            if group in (distribution.read_text("entry_points.txt") or ""):
-                notices.append(
-                    f"{name} {version} has an entry_points.txt that cannot be read ({type(error).__name__}: {error})"
-                )
+            notices.append(
+                f"{name} {version} has an entry_points.txt that cannot be read ({type(error).__name__}: {error})"
+            )
             continue
         for entry in entries:
             item = Found(entry.name, group, name, version, entry)
@@ -76,6 +77,14 @@ def installed(group: str) -> Installed:
             )
             found[key] = ours or items
     return Installed(dict(sorted(found.items())), tuple(sorted(notices)))
+
+
+def mentions(distribution: metadata.Distribution, group: str) -> bool:
+    """The group's name occurs in a distribution's ``entry_points.txt``, or that file cannot be decoded."""
+    try:
+        return group in (distribution.read_text("entry_points.txt") or "")
+    except UnicodeDecodeError:
+        return True
 
 
 def origin(distribution: metadata.Distribution) -> tuple[str, str]:

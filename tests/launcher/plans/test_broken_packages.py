@@ -12,6 +12,8 @@ import pytest
 from xdit_core import PluginError, Registry
 from xdit_core.errors import XditError
 from xdit_core.planning.planner import make_plan
+from xdit_core.registry.discovery import installed
+from xdit_core.registry.registry import STRATEGIES
 
 HOOK = "from xdit_core import hookimpl\n"
 STRATEGY = (
@@ -227,3 +229,12 @@ def test_a_name_that_two_strangers_have(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(XditError, match="two distributions register a plugin 'bad'"):
         Registry().select(["bad"])
+
+
+def test_entry_points_that_are_no_text(tmp_path, monkeypatch):
+    describe(tmp_path / "xdit_bad-1.0.dist-info", "xdit-bad", "")
+    (tmp_path / "xdit_bad-1.0.dist-info" / "entry_points.txt").write_bytes(b"\xff\xfe[xdit.plugins]")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = installed(STRATEGIES)
+    assert "usp" in found.found
+    assert any("xdit-bad 1.0 has an entry_points.txt that cannot be read" in notice for notice in found.notices)
