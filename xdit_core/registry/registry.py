@@ -36,12 +36,15 @@ class Registry:
         self.manager.add_hookspecs(hookspecs)
         self.extra = dict(extra or {})
         self.extra_models = dict(extra_models or {})
+        self._installed: dict[str, dict[str, list[Found]]] = {}  # by group, looked up once
         self._origins: dict[str, tuple[str, str]] = {}
 
     def found(self, group: str) -> dict[str, list[Found]]:
         """Installed plugins of a group by name; a name that several distributions have is kept as often, to be refused
         when selected."""
-        return installed(group).found
+        if group not in self._installed:
+            self._installed[group] = installed(group).found
+        return self._installed[group]
 
     def names(self, group: str) -> list[str]:
         """Names that can be selected."""
