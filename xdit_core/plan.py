@@ -114,21 +114,26 @@ class Plan(Record):
         return Plan(**d)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """A rank's place on every axis; the last axis runs fastest."""
-        found: dict[str, int] = {}
+        """The index of a rank on every axis; the last axis runs fastest."""
+        index: dict[str, int] = {}
         for axis in reversed(self.axes):
-            rank, found[axis.name] = divmod(rank, axis.degree or 1)
-        return {a.name: found[a.name] for a in self.axes}
+            rank, index[axis.name] = divmod(rank, axis.degree or 1)
+        return {axis.name: index[axis.name] for axis in self.axes}
 
     def owns(self, rank: int) -> bool:
-        """The rank writes results."""
-        place = self.coordinates(rank)
-        return all(place[a.name] == 0 for a in self.axes if not a.own_outputs)
+        """Whether the rank has results of its own, which it writes."""
+        coordinates = self.coordinates(rank)
+        return all(coordinates[a.name] == 0 for a in self.axes if not a.own_outputs)
+
+    @property
+    def device(self) -> str:
+        """Where the ranks compute, ``cpu`` or ``cuda``; it is decided when the plan is made."""
+        return self.run.device or "cpu"
 
     @property
     def dtype(self) -> str:
-        """In what the denoiser runs: as given, or what suits the device."""
-        return self.run.dtype or ("float32" if self.run.device == "cpu" else "bfloat16")
+        """In which numbers the denoiser computes: as given, or float32 on CPUs and bfloat16 on GPUs."""
+        return self.run.dtype or ("float32" if self.device == "cpu" else "bfloat16")
 
     @cached_property
     def checkpoint(self) -> str | None:

@@ -67,9 +67,9 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 @hookimpl
 def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """A kernel that the device, the precision or the installation lacks."""
-    kernel, name, device = KERNELS[settings.kernel], f"flash.kernel={settings.kernel}", plan.run.device
+    kernel, name, device = KERNELS[settings.kernel], f"flash.kernel={settings.kernel}", plan.device
     works = ", ".join(n for n, k in KERNELS.items() if k.capability is None)
-    dtype = plan.run.dtype or ("float32" if device == "cpu" else "bfloat16")
+    dtype = plan.dtype
     if kernel.capability is not None and device == "cpu":
         yield Problem(f"{name} needs a CUDA device and this plan runs on the CPU", f"use one of {works}")
         return

@@ -42,7 +42,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 @hookimpl
 def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """There must be a device to come to, and layers that can be moved one by one."""
-    if plan.run.device == "cpu":
+    if plan.device == "cpu":
         yield Problem("offload needs a GPU to bring the weights to, and this plan runs on the CPU", "drop offload")
     if settings.mode == "sequential":
         for phase, name in plan.transforms:

@@ -25,7 +25,7 @@ from xdit_core import (
     make_plan,
 )
 from xdit_core.planning.degrees import complete
-from xdit_core.planning.planner import same_plan
+from xdit_core.planning.planner import check_same_plan
 from xdit_core.testing.runs import plan_for
 
 
@@ -181,7 +181,7 @@ def test_json_and_digest(tiny_sd3_folder):
     again = Plan.from_json(made.to_json())
     assert again.to_json() == made.to_json() and again.digest() == made.digest()
     assert plan(tiny_sd3_folder, seed=4).digest() != made.digest()
-    same_plan(again)
+    check_same_plan(again)
 
 
 def test_another_version_makes_another_plan(tiny_sd3_folder):
@@ -189,7 +189,7 @@ def test_another_version_makes_another_plan(tiny_sd3_folder):
 
     made = plan(tiny_sd3_folder)
     with pytest.raises(Exception, match=r"another plan than the launcher did \(plugins differ\)"):
-        same_plan(dataclasses.replace(made, plugins={**made.plugins, "usp": ("xdit", "9.9")}))
+        check_same_plan(dataclasses.replace(made, plugins={**made.plugins, "usp": ("xdit", "9.9")}))
 
 
 def test_planning_needs_no_torch(tiny_sd3_folder):

@@ -92,8 +92,7 @@ class Engine:
         spec, _ = registry.model(plan.model)
         self.plan = plan
         started = time.perf_counter()
-        device = torch.device(plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, plan.run.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+        device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
         if pipe is not None:
             asked = {**dataclasses.asdict(plan.run), **plan.call}
             check_given(pipe, spec, plan.facts, asked, plan.values.get("dtype"))
@@ -106,7 +105,7 @@ class Engine:
         self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing, trace=trace)
         if trace:
             trace.look_at(self.rank)
-        self.owner = all(mesh.index(a.name) == 0 for a in plan.axes if not a.own_outputs)
+        self.owner = plan.owns(mesh.rank)
         self._built = self._build(registry)
         doing("loading the model")
         early, late = self._transforms(BEFORE_VALUES), self._transforms(AFTER_WEAVING)

@@ -227,7 +227,7 @@ def title_of(plan: Plan) -> str:
     methods = f"with {', '.join(plan.plugins)}" if plan.plugins else "without plugins"
     return (
         f"{plan.model} {methods}, {processes(plan.axes, plan.world)}; {several}{size}, {run.steps} steps, "
-        f"{plan.dtype} on {run.device}"
+        f"{plan.dtype} on {plan.device}"
     )
 
 

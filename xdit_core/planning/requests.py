@@ -73,7 +73,7 @@ def plan_of_request(
     left_out = ("prompt", "prompts", "class", *LOADED)
     values = {key: value for key, value in plan.values.items() if key not in left_out}
     values |= {a.setting: a.degree for a in plan.axes if a.setting}
-    values |= {"model.path": plan.folder, "nproc": plan.world, "device": plan.run.device}
+    values |= {"model.path": plan.folder, "nproc": plan.world, "device": plan.device}
     values |= {spec.request.subject: [prompt for prompt in prompts if prompt]} if any(prompts) else {}
     values |= {name: value for name, value in changes.items() if name != "call"}
     values |= {f"call.{name}": value for name, value in call.items()}

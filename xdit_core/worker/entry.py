@@ -26,7 +26,7 @@ from xdit_core.outputs.existing import FilesThere
 from xdit_core.outputs.names import targets
 from xdit_core.plan import Plan
 from xdit_core.planning import machine
-from xdit_core.planning.planner import same_plan
+from xdit_core.planning.planner import check_same_plan
 from xdit_core.printable import printable
 from xdit_core.worker.failure import error_path, failure
 from xdit_core.worker.heartbeat import WAITING, HeartbeatWriter, heartbeat_path
@@ -49,13 +49,6 @@ def quieten() -> None:
         os.environ.setdefault(key, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-
-
-def device_type(plan: Plan) -> str:
-    """``cuda`` or ``cpu``."""
-    import torch
-
-    return plan.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fetch_weights(plan: Plan) -> None:
@@ -81,7 +74,7 @@ def take_device(plan: Plan, place: RankEnv) -> None:
     import torch
 
     torch.set_num_threads(plan.run.threads or machine.threads(place.local_world))
-    if device_type(plan) != "cuda":
+    if plan.device != "cuda":
         return
     if not torch.cuda.is_available():
         raise UsageError("device=cuda but torch finds no GPU here; use device=cpu, or install torch with CUDA.")
@@ -103,10 +96,10 @@ def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> Non
         import torch.distributed as dist
 
         fetch_weights(plan)
-        same_plan(plan)
+        check_same_plan(plan)
         files = FilesThere.here(plan) if plan.owns(place.rank) else FilesThere()
         if place.world > 1:
-            store = connect(place, plan.digest(), device_type(plan), plan.run.patience, beat.doing)
+            store = connect(place, plan.digest(), plan.device, plan.run.patience, beat.doing)
             files = files.with_others(everyones(store, "files", files.to_json(), place))
         if place.rank == 0:
             beat.wrote(len(files.kept))

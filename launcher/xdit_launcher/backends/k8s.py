@@ -79,7 +79,7 @@ def manifest(plan: Plan, settings: Settings, words: Sequence[str]) -> dict[str, 
         raise UsageError(problem)
     each = len(Node(0, settings.nnodes).ranks(plan.world))
     if settings.gpus is None:
-        settings = replace(settings, gpus=0 if plan.run.device == "cpu" else each)
+        settings = replace(settings, gpus=0 if plan.device == "cpu" else each)
     meta: dict[str, Any] = {"name": settings.name, **({"namespace": settings.namespace} if settings.namespace else {})}
     made = pytorchjob(settings, words) if settings.kind == KINDS[0] else jobset(settings, words)
     return {"apiVersion": made.pop("apiVersion"), "kind": settings.kind, "metadata": meta, **made}

@@ -62,7 +62,7 @@ def check(plan: Plan, settings: Settings) -> None:
     """
     node = Node.of(settings)
     ranks = node.ranks(plan.world)
-    Share(Path(), ranks, plan.world, node.address, node.port).check(plan.run.device)
+    Share(Path(), ranks, plan.world, node.address, node.port).check(plan.device)
     if any(plan.owns(rank) for rank in ranks):
         results.check_writable(plan)
 

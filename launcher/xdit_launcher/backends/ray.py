@@ -145,7 +145,7 @@ def probe_cluster(address: str) -> None:
 
 def bundle(plan: Plan, settings: Settings, total: Mapping[str, float]) -> dict[str, float]:
     """What an actor reserves."""
-    gpu = (plan.run.device != "cpu" and total.get("GPU", 0) > 0) or plan.run.device == "cuda"
+    gpu = (plan.device != "cpu" and total.get("GPU", 0) > 0) or plan.device == "cuda"
     return {"CPU": settings.cpus, **({"GPU": 1.0} if gpu else {})}
 
 

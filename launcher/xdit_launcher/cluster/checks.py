@@ -49,7 +49,7 @@ def check_hosts(fleet: Fleet, plan: Plan | None) -> tuple[dict[int, Any], list[s
 
 def gpu_problems(fleet: Fleet, number: int, facts: Mapping[str, Any], plan: Plan | None) -> list[str]:
     """Sentences about the GPUs of one host."""
-    host, gpus, device = fleet.hosts[number], len(facts["gpus"]), plan.run.device if plan else None
+    host, gpus, device = fleet.hosts[number], len(facts["gpus"]), plan.device if plan else None
     problems = [host_facts.device_problem(plan, bool(gpus), f"{host.name} has {gpus}") if plan else ""]
     if device == "cuda" and not gpus:
         problems.append(f"{host.name} has no GPU that its driver shows; leave it out, or use device=cpu.")

@@ -230,7 +230,7 @@ def device_problem(plan: Plan, gpus: bool, where: str) -> str:
     Args:
         gpus: there are some where it is to run.
     """
-    if plan.run.device != "cpu" or "device" in plan.values or not gpus:
+    if plan.device != "cpu" or "device" in plan.values or not gpus:
         return ""
     return f"this machine has no GPU and {where}; say which are meant with device=cuda or device=cpu."
 

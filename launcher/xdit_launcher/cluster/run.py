@@ -80,7 +80,7 @@ def place_ranks(fleet: Fleet, plan: Plan, facts: Mapping[int, Any]) -> None:
     Raises:
         UsageError: the hosts have too few slots.
     """
-    room = [slots(host, facts[i], plan.run.device) for i, host in enumerate(fleet.hosts)]
+    room = [slots(host, facts[i], plan.device) for i, host in enumerate(fleet.hosts)]
     fleet.ranks_of = placement.spread(plan.world, room, placement.together(plan))
     machines: dict[str, list[int]] = {}
     for host, ranks in zip(fleet.hosts, fleet.ranks_of, strict=True):

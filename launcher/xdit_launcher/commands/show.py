@@ -99,7 +99,7 @@ def plan_lines(
     if facts.blocks:
         yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
     yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none")
-    yield row("runs in", f"{plan.dtype} on {run.device}, {threads_line(plan, here)}")
+    yield row("runs in", f"{plan.dtype} on {plan.device}, {threads_line(plan, here)}")
     yield row("mesh", processes(plan.axes, plan.world))
     starts = [sum(plan.split[:i]) for i in range(len(plan.split) + 1)]
     for rank in range(plan.world if plan.world > 1 else 0):

@@ -110,7 +110,7 @@ class Agent:
         share = Share(
             place, range(*ranks), found.world, address, port, found.run.threads, host, env, tuple(devices), sharing
         )
-        share.check(found.run.device)
+        share.check(found.device)
         screen: list[int] = []
         if 0 in share.ranks:
             for number in (1, 2):
