@@ -59,9 +59,9 @@ def seconds(
             engine.generate("a red fox")
             if turn:
                 times[name].append(time.perf_counter() - started)
-            if engine.rank.trace:
-                spans = len(engine.rank.trace.spans)
-                engine.rank.trace.spans.clear()
+            if engine.trace:
+                spans = len(engine.trace.spans)
+                engine.trace.spans.clear()
     for engine in engines.values():
         engine.close()
     return times, spans

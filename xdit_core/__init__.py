@@ -35,6 +35,8 @@ from xdit_core.model_spec import (
     Text,
     TrunkSpec,
 )
+from xdit_core.observe.observer import Around, Awaited, Observer, Sending
+from xdit_core.observe.status import Status
 from xdit_core.parallel.tokens import TokenLayout, length
 from xdit_core.plan import Plan
 from xdit_core.planning.machine import cuda_capability
@@ -63,7 +65,8 @@ if TYPE_CHECKING:
     from xdit_core.parallel.axis_world import AxisWorld
     from xdit_core.parallel.channel import Channel, Message, Receive
     from xdit_core.parallel.mesh import Mesh
-    from xdit_core.parallel.patch_tensor import LocalWorld, PatchTensor, PatchWorld, materialized, patchwise
+    from xdit_core.parallel.patch_tensor import PatchTensor, materialized, patchwise
+    from xdit_core.parallel.patch_worlds import LocalWorld, PatchWorld
     from xdit_core.parallel.rank import Rank
     from xdit_core.parallel.row_set import RowSet
     from xdit_core.points.attention import AttentionCall, refuse_mask
@@ -93,7 +96,7 @@ _WITH_TORCH = {
     "Channel": ("parallel.channel", "Channel"),
     "Engine": ("engine.engine", "Engine"),
     "ForwardRun": ("points.forward", "Run"),
-    "LocalWorld": ("parallel.patch_tensor", "LocalWorld"),
+    "LocalWorld": ("parallel.patch_worlds", "LocalWorld"),
     "Mesh": ("parallel.mesh", "Mesh"),
     "Message": ("parallel.channel", "Message"),
     "Job": ("points.request", "Job"),
@@ -104,7 +107,7 @@ _WITH_TORCH = {
     "joined": ("points.request", "joined"),
     "share": ("points.request", "share"),
     "PatchTensor": ("parallel.patch_tensor", "PatchTensor"),
-    "PatchWorld": ("parallel.patch_tensor", "PatchWorld"),
+    "PatchWorld": ("parallel.patch_worlds", "PatchWorld"),
     "Preview": ("outputs.preview", "Preview"),
     "Rank": ("parallel.rank", "Rank"),
     "Rows": ("points.trunk", "Rows"),
@@ -128,8 +131,10 @@ __all__ = [
     "EXACT",
     "Absent",
     "Aligned",
+    "Around",
     "AttentionCall",
     "AttentionRun",
+    "Awaited",
     "Axis",
     "AxisWorld",
     "Blocks",
@@ -157,6 +162,7 @@ __all__ = [
     "ModelError",
     "ModelFacts",
     "ModelSpec",
+    "Observer",
     "Output",
     "PatchTensor",
     "PatchWorld",
@@ -175,6 +181,8 @@ __all__ = [
     "RowSet",
     "Rows",
     "Selector",
+    "Sending",
+    "Status",
     "Stream",
     "Text",
     "TokenLayout",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import atomically, make_folder, user_path, write_text
+from xdit_core.observe.status import Phase
 from xdit_core.outputs.metadata import embedded_settings, is_json_of
 from xdit_core.worker.heartbeat import read_heartbeat
 
@@ -220,7 +221,7 @@ def launcher_lives(about: Mapping[str, Any]) -> bool:
 def is_fresh(beat: Path) -> bool:
     """A rank that is not done has moved not long ago, by the clock of this machine or by the file's."""
     pulse = read_heartbeat(beat)
-    if pulse is None or pulse.doing == "done":
+    if pulse is None or pulse.status.phase == Phase.DONE:
         return False
     with contextlib.suppress(FileNotFoundError):
         return 0 <= time.monotonic() - pulse.at < FRESH or time.time() - beat.stat().st_mtime < FRESH

@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.callback import callback_handler
 
-from xdit_core import Absent, Rank, UsageError, did_you_mean
+from xdit_core import Absent, Rank, Status, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from xdit_compile import Settings
@@ -67,9 +67,9 @@ class Compile:
 
     def _start(self, _: Any) -> None:
         self._began = time.perf_counter()
-        self.rank.doing("compiling")
+        self.rank.observer.status(Status("compiling"))
 
     def _stop(self, _: Any) -> None:
         spent = time.perf_counter() - self._began
         self.rank.seconds["compile"] = self.rank.seconds.get("compile", 0.0) + spent
-        self.rank.doing("")
+        self.rank.observer.status(Status("compiling", "is done"))

@@ -151,7 +151,7 @@ class Divide:
                 self.rank.sent[name] += times * out.nbytes * (self.degree - 1) // self.degree
 
         module.register_forward_hook(add)
-        if self.rank.trace is not None:
+        if self.rank.observer.sees_every_wait:
             module.register_forward_hook(self.seen)
 
     def seen(self, _: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:

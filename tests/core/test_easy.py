@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xdit_core import Engine, UsageError
-from xdit_core.engine.pretrained import bar_for, plan_from
+from xdit_core.engine.pretrained import plan_from, steps_observer
 from xdit_core.testing.runs import generate
 
 ASKED = {"steps": 2, "height": 16, "width": 16, "output_type": "latent", "device": "cpu", "max_sequence_length": 5}
@@ -46,12 +46,13 @@ def test_progress(monkeypatch, capsys):
     """A bar in a notebook or where it is asked for, on the first rank; what is callable is called."""
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     told = []
-    assert bar_for(None, 0) is None
-    assert bar_for(True, 1) is None
-    assert bar_for(lambda *step: told.append(step), 1) is not None
-    bar = bar_for(True, 0)
+    assert steps_observer(None, 0) is None
+    assert steps_observer(True, 1) is None
+    steps_observer(lambda *step: told.append(step), 1).step_done(1, 2)
+    assert told == [(1, 2)]
+    bar = steps_observer(True, 0)
     for step in (1, 2, 1, 2):
-        bar(step, 2)
+        bar.step_done(step, 2)
     assert capsys.readouterr().err.count("100%") == 2
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    assert bar_for(None, 0) is not None
+    assert steps_observer(None, 0) is not None

@@ -11,6 +11,7 @@ from xdit_core import (
     Engine,
     GuardError,
     ModelError,
+    Observer,
     PlanRefused,
     PluginError,
     Registry,
@@ -35,18 +36,18 @@ def test_without_a_plugin_it_is_diffusers(tiny_sd3_folder):
 
 def test_the_hot_path_calls_no_hook(tiny_sd3_folder):
     registry = Registry()
-    engine = Engine(
-        plan_for(["usp", "pipefusion"], str(tiny_sd3_folder), {**ONE, "usp.ulysses": 1, "usp.ring": 1}), registry
-    )
 
     def alarm(name, methods, kwargs):
         raise RuntimeError(f"hook {name} was called")
 
-    def begun(job):
-        """A request is checked like a plan, with hooks; from here on it is drawn."""
-        registry.manager.add_hookcall_monitoring(alarm, lambda *_: None)
+    class Begun(Observer):
+        def job_started(self, job):
+            """A request is checked like a plan, with hooks; from here on it is drawn."""
+            registry.manager.add_hookcall_monitoring(alarm, lambda *_: None)
 
-    assert len(engine.generate_all(["a red fox"], started=begun, output_type="image")[0].images) == 1
+    plan = plan_for(["usp", "pipefusion"], str(tiny_sd3_folder), {**ONE, "usp.ulysses": 1, "usp.ring": 1})
+    engine = Engine(plan, registry, observer=Begun())
+    assert len(engine.generate_all(["a red fox"], output_type="image")[0].images) == 1
     with pytest.raises(PluginError, match="hook xdit_settings was called"):
         registry.call("xdit_settings", {"usp": {}})
 

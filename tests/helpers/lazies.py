@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from xdit_core.parallel.patch_tensor import PatchTensor, PatchWorld
+from xdit_core.parallel.patch_tensor import PatchTensor
+from xdit_core.parallel.patch_worlds import PatchWorld
 
 aten = torch.ops.aten
 B, C, H, W = 2, 4, 10, 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xdit_core import Engine
+from xdit_core import Engine, Observer
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 PROMPTS = ["a red fox", "blue heart", "snow"]
@@ -22,8 +22,14 @@ def test_every_picture_is_that_of_a_single_rank(gloo, tiny_sd3_folder, degree, i
 def drawn(folder, settings, output_type):
     """All outputs of three prompts on this rank, and what was finished here."""
     torch.set_num_threads(1)
-    engine, done = Engine(plan_for(["dp"], folder, {**settings, "output_type": output_type})), []
-    outputs = engine.generate_all(PROMPTS, lambda o: done.append((o.index, list(o.numbers))))
+    done = []
+
+    class Finished(Observer):
+        def output_done(self, output):
+            done.append((output.index, list(output.numbers)))
+
+    engine = Engine(plan_for(["dp"], folder, {**settings, "output_type": output_type}), observer=Finished())
+    outputs = engine.generate_all(PROMPTS)
     engine.close()
     if output_type == "latent":
         return [(o.prompt, o.latents) for o in outputs], done

@@ -341,11 +341,17 @@ def drawn(plugins, folder, settings):
     import numpy as np
     import torch.distributed as dist
 
-    from xdit_core import Engine
+    from xdit_core import Engine, Observer
 
     torch.set_num_threads(1)
     told, made, make = [], [], dist.new_group
-    engine = Engine(plan_for(plugins, folder, {"output_type": "image", "images": 2, **settings}), doing=told.append)
+
+    class Waits(Observer):
+        def waiting(self, awaited):
+            told.append(awaited.what)
+            return super().waiting(awaited)
+
+    engine = Engine(plan_for(plugins, folder, {"output_type": "image", "images": 2, **settings}), observer=Waits())
     dist.new_group = lambda *args, **kwargs: made.append(1) or make(*args, **kwargs)
     try:
         outputs = [engine.generate("a red fox", seed=seed).images for seed in (0, 5)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from xdit_core.checkpoints.schedulers import check_scheduler
 from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.model_spec import ModelSpec
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.status import Phase, Status
 from xdit_core.planning.settings import RunSettings
 from xdit_core.planning.signatures import argument_names
 
@@ -72,3 +74,44 @@ def scheduler_named(name: str, current: Any) -> Any:
     if problems:
         raise PlanRefused(problems)
     return getattr(diffusers, name).from_config(current.config)
+
+
+class StepLoop:
+    """What the pipeline's loop calls after each step, or goes through."""
+
+    def __init__(
+        self,
+        steps: Any,
+        total: int,
+        progress: Callable[[int, int], None],
+        observer: Observer,
+        done: Callable[[], None],
+    ) -> None:
+        self._steps, self.total, self.n = steps, total if steps is None else len(steps), 0
+        self._progress, self._observer, self._done = progress, observer, done
+        self._begin(1)
+
+    def __enter__(self) -> StepLoop:
+        return self
+
+    def __exit__(self, kind: Any, *details: Any) -> None:
+        if kind is None:
+            self._done()
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for step in self._steps:
+                yield step
+                self.update()
+
+    def update(self, n: int = 1) -> None:
+        """One step is done."""
+        self.n += n
+        self._begin(min(self.n + 1, self.total))
+        self._progress(self.n, self.total)
+
+    def _begin(self, step: int) -> None:
+        self._observer.status(Status(Phase.DENOISING, step=step, steps=self.total))
+
+    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+        """Accepted for pipelines that show more."""

@@ -7,7 +7,7 @@ seen of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import nn
 
 from xdit_core.checkpoints.weights import read_header, weight_files
 from xdit_core.errors import ModelError
-from xdit_core.parallel.rank import ignore
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.status import Phase, Status
 
 
 def load_components(
@@ -24,13 +25,13 @@ def load_components(
     index: Mapping[str, Any],
     dtype: torch.dtype,
     but: Mapping[str, Any],
-    doing: Callable[[str], None] = ignore,
+    observer: Observer,
 ) -> dict[str, nn.Module]:
     """The models that ``model_index.json`` lists, by component name; what has no weights is left to the pipeline.
 
     Args:
         but: components that are not to be loaded.
-        doing: told which one is being loaded.
+        observer: told which one is being loaded.
 
     Raises:
         ModelError: one cannot be read, or is not complete.
@@ -45,7 +46,7 @@ def load_components(
             continue
         cls = getattr(libraries[entry[0]], entry[1], None)
         if isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel)):
-            doing(f"loading the model: {name}")
+            observer.status(Status(Phase.LOADING, f"the model: {name}"))
             found[name] = load_model(cls, folder / name, entry[0], dtype)
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from os import PathLike
@@ -20,18 +20,23 @@ import torch.distributed as dist
 
 from xdit_core.checkpoints.model_facts import INDEX
 from xdit_core.checkpoints.weights import read_json
-from xdit_core.engine.calling import call_arguments, call_values, scheduler_named, without_texts
+from xdit_core.engine.calling import StepLoop, call_arguments, call_values, scheduler_named, without_texts
 from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.engine.loading import load_pipeline
 from xdit_core.engine.noise import PictureStreams
-from xdit_core.engine.pretrained import bar_for, plan_from
+from xdit_core.engine.pretrained import plan_from, steps_observer
 from xdit_core.errors import UsageError, XditError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.lockstep import Lockstep
+from xdit_core.observe.observer import Observer, combined
+from xdit_core.observe.recording import Recorder
+from xdit_core.observe.rows import watch_rows
+from xdit_core.observe.status import Phase, Status
 from xdit_core.observe.trace import Trace
+from xdit_core.observe.weaving import watching
 from xdit_core.parallel.mesh import Mesh
 from xdit_core.parallel.patch_tensor import materialized
-from xdit_core.parallel.rank import Rank, ignore
+from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
 from xdit_core.planning.requests import plan_of_request
 from xdit_core.planning.settings import ModelSettings, build, parse_loras
@@ -42,7 +47,7 @@ from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.points.context import ForwardContext, RequestState
 from xdit_core.points.contracts import contract, given_contract
 from xdit_core.points.forward import ForwardPoint
-from xdit_core.points.request import Done, Job, Output, Request, Started, jobs_for, joined
+from xdit_core.points.request import Job, Output, Request, jobs_for, joined
 from xdit_core.points.request import Run as RequestRun
 from xdit_core.points.trunk import Trunk, replace_blocks
 from xdit_core.records import PHASES, Built
@@ -76,7 +81,7 @@ class Engine:
             need no change share memory with it. One that was changed after loading (adapters, hooks, other processors)
             is refused.
         progress: told ``(step, steps)`` after each step; True for a progress bar, None for one in a notebook only.
-        doing: told what the rank is about to wait for.
+        observer: told of everything that happens on this rank.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Engine:
         registry: Registry | None = None,
         pipe: Any = None,
         progress: Progress | bool | None = None,
-        doing: Callable[[str], None] = ignore,
+        observer: Observer | None = None,
     ) -> None:
         self._registry = registry = registry or Registry()
         registry.select(plan.plugins)
@@ -100,19 +105,18 @@ class Engine:
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         mesh = Mesh(plan.axes, device.type)
-        self.progress = bar_for(progress, mesh.rank)
-        trace = Trace() if plan.run.trace or plan.run.profile else None
-        self.rank = Rank(plan, spec, mesh, device, dtype, doing=doing, trace=trace)
-        if trace:
-            trace.look_at(self.rank)
+        self.trace = Trace() if plan.run.trace or plan.run.profile else None
+        self.recorder = Recorder(plan, mesh.rank) if plan.run.record else None
+        observer = combined((self.trace, self.recorder, observer, steps_observer(progress, mesh.rank)))
+        self.rank = Rank(plan, spec, mesh, device, dtype, observer=observer)
         self.owner = plan.owns(mesh.rank)
         self._built = self._build(registry)
-        doing("loading the model")
+        observer.status(Status(Phase.LOADING, "the model"))
         early, late = self._transforms(BEFORE_VALUES), self._transforms(AFTER_WEAVING)
         where, loras = torch.device("cpu") if late else device, parse_loras(plan.run.lora)
         if pipe is None:
             trust = build(ModelSettings, "model.", plan.values).trust_remote_code
-            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras, doing)
+            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras, observer)
         else:
             pipe = adopt_pipeline(spec, pipe, self.rank.blocks, where, early, loras)
         self.pipe = self.rank.pipe = pipe
@@ -123,9 +127,12 @@ class Engine:
         self._weave(spec)
         for change in late:
             change(self.pipe)
+        if observer.overrides("rows"):
+            watch_rows(self.rank, self.trunks, denoisers_of(self.pipe, spec).values())
         self._wants_latents = False
         self._configs = configs_of(self.pipe, read_json(Path(plan.folder) / INDEX))
         self.load_seconds = time.perf_counter() - started
+        observer.engine_built(self.load_seconds)
         self._marks: dict[str, float] = {}
         self._broken = False
 
@@ -203,14 +210,16 @@ class Engine:
                 wrap = built[name].wraps[f"{point}/{level}"]
                 check = contract(self.rank, point, level, self.owner)
                 owned = OwnedWrap(wrap, self._owner_of(name), f"{point}/{level}", check, given_contract(point))
-                chains.setdefault("kernel" if level == "kernel" else point, []).append(owned)
+                chain = chains.setdefault("kernel" if level == "kernel" else point, [])
+                chain += [*watching(self.rank.observer, point, level, name), owned]
         woven = bool(spec.trunk.blocks) and bool(
             plan.stages or plan.patches > 1 or {"trunk", "attention", "kernel"} & chains.keys()
         )
-        trace = self.rank.trace
-        self._decoders = len(chains.get("decode", []))
-        if trace:
-            chains = trace.chains(plan, chains, woven)
+        used = {"request", "forward", "decode", *(["trunk"] if woven else [])}
+        used |= {"attention"} if {"attention", "kernel"} & chains.keys() else set()
+        for point in used:  # the model's own code; what computes attention lies behind the choice of the mask
+            innermost = chains.setdefault("kernel" if point == "attention" else point, [])
+            innermost += watching(self.rank.observer, point)
         running, self._state = self.rank.running, RequestState()
         self.trunks, self.forwards = [], []
         for name, denoiser in denoisers_of(self.pipe, spec).items():
@@ -218,9 +227,8 @@ class Engine:
                 attention = AttentionPoint(running, chains.get("attention", []), chains.get("kernel", []))
                 self.trunks += replace_blocks(denoiser, spec, running, attention, chains.get("trunk", []))
             self.forwards.append(ForwardPoint(self.rank, name, denoiser, chains.get("forward", []), self._state, woven))
-        if trace:
-            for trunk in self.trunks:
-                trunk.traced(trace)
+        for trunk in self.trunks:
+            trunk.watch(self.rank.observer)
         self.decode: Callable[..., Any] | None = None
         if getattr(self.pipe, "vae", None) is not None:
             self.decode = compose(chains.get("decode", []), self.pipe.vae.decode)
@@ -248,8 +256,6 @@ class Engine:
     def generate_all(
         self,
         prompts: Sequence[str | None],
-        done: Done | None = None,
-        started: Started | None = None,
         skip: Collection[tuple[int, int]] = (),
         **changes: Any,
     ) -> list[Output]:
@@ -257,8 +263,6 @@ class Engine:
 
         Args:
             prompts: what to draw; ``[None]`` if embeddings in ``call`` say so.
-            done: called with each output, or part of one, when it is there; on the ranks that own it.
-            started: called with each job that this rank begins.
             skip: pictures that are not drawn, as (prompt, picture); what is left of a prompt may come in several
                 outputs.
             changes: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
@@ -282,7 +286,7 @@ class Engine:
         self.rank.slow.clear()
         self._broken = self.plan.world > 1
         with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
-            outputs = self._run(Request(jobs, run, more, started, done))
+            outputs = self._run(Request(jobs, run, more))
         self._broken = False
         return outputs
 
@@ -295,11 +299,10 @@ class Engine:
         ) is not None
         jobs = [part for job in request.jobs for part in (alone(job) if single else (job,))]
         for job in jobs:
-            if request.started:
-                request.started(job)
+            self.rank.observer.job_started(job)
             outputs.append(self._draw(job, request))
-            if self.owner and request.done:
-                request.done(outputs[-1])
+            if self.owner:
+                self.rank.observer.output_done(outputs[-1])
         return joined(outputs, in_turn=True) if single else outputs
 
     def _draw(self, job: Job, request: Request) -> Output:
@@ -315,7 +318,7 @@ class Engine:
         side = self.plan.facts.pixels_per_token
         grid = ((run.height or 0) // side, (run.width or 0) // side)
         self.rank.seconds.clear()
-        self.rank.doing("encoding the prompt")
+        self.rank.observer.status(Status(Phase.ENCODING, "the prompt"))
         self._wants_latents = run.output_type == "latent"
         seeds = [run.seed_of(i) % 2**63 for i in job.numbers]
         streams = PictureStreams(seeds, self.rank.device) if len(seeds) > 1 else None
@@ -336,9 +339,9 @@ class Engine:
             except _Latents as found:
                 self.pipe.maybe_free_model_hooks()
                 (output.latents,) = found.args
-        if self.rank.trace:
-            self.rank.trace.phases(self._marks)
-        output.seconds = self._seconds()
+        phases = self._phases()
+        self.rank.observer.job_done(job, phases)
+        output.seconds, output.slow = self._seconds(phases), dict(self.rank.slow)
         return output
 
     @contextmanager
@@ -364,18 +367,19 @@ class Engine:
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies
         for it."""
-        self.rank.doing("gathering the latents")
+        self.rank.observer.status(Status(Phase.GATHERING, "the latents"))
         latents = self._finite(materialized(latents), "the latents")
         if "decoding" not in self._marks:  # else the pipeline decodes in parts
             self._mark("denoised")
             self._marks["decoding"] = self._marks["denoised"]
         if self._wants_latents:
             raise _Latents(latents)
+        self.rank.observer.latents(latents)
         if self.decode is None:
             raise UsageError("the pipeline has no VAE to decode with; use output_type=latent.")
-        if not self.owner and not self._decoders:
+        if not self.owner and not self.plan.wraps.get("decode"):
             raise _Elsewhere
-        self.rank.doing("decoding")
+        self.rank.observer.status(Status(Phase.DECODING))
         result = self.decode(latents, *args, **kwargs)
         if result is None:
             raise _Elsewhere
@@ -399,32 +403,33 @@ class Engine:
             )
         return x
 
-    def _progress_bar(self, iterable: Any = None, total: int | None = None) -> _Bar:
+    def _progress_bar(self, iterable: Any = None, total: int | None = None) -> StepLoop:
         """Stands for the pipeline's progress bar."""
         self._mark("encoded")
-        return _Bar(iterable, total or 0, self._step, self.rank.doing, partial(self._mark, "denoised"))
+        return StepLoop(iterable, total or 0, self._step, self.rank.observer, partial(self._mark, "denoised"))
 
     def _step(self, done: int, steps: int) -> None:
         """A step of the pipeline is done."""
         self._state.step = done
-        if self.rank.trace:
-            self.rank.trace.step(done)
-        if self.progress:
-            self.progress(done, steps)
+        self.rank.observer.step_done(done, steps)
 
     def _mark(self, name: str) -> None:
         if self.rank.device.type == "cuda":
             torch.cuda.synchronize()
         self._marks[name] = time.perf_counter()
 
-    def _seconds(self) -> dict[str, float]:
-        """Seconds of the phases of a request; their sum is its wall time."""
-        m, end = self._marks, time.perf_counter()
-        encoded = m.get("encoded", m["start"])
-        denoised = m.get("denoised", end)
+    def _phases(self) -> dict[str, tuple[float, float]]:
+        """Begin and end of the phases of the call of the pipeline that is over."""
+        end, start = time.perf_counter(), self._marks["start"]
+        encoded, denoised = self._marks.get("encoded", start), self._marks.get("denoised", end)
+        return {"encode": (start, encoded), "denoise": (encoded, denoised), "decode": (denoised, end)}
+
+    def _seconds(self, phases: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """Seconds of the phases, and of what strategies count apart; their sum is the wall time of the call."""
+        seconds = {name: end - start for name, (start, end) in phases.items()}
         apart = dict(self.rank.seconds)
-        denoise = denoised - encoded - sum(apart.values())
-        return {"encode": encoded - m["start"], **apart, "denoise": denoise, "decode": end - denoised}
+        denoise = seconds["denoise"] - sum(apart.values())
+        return {"encode": seconds["encode"], **apart, "denoise": denoise, "decode": seconds["decode"]}
 
     def close(self) -> None:
         """Release process groups and buffers; the pipeline stays woven and must not be used again."""
@@ -432,39 +437,7 @@ class Engine:
             if built.close:
                 self._owner_of(name).call("its close", built.close)
         self.rank.mesh.close()
-
-
-class _Bar:
-    """What the pipeline's loop calls after each step, or goes through."""
-
-    def __init__(
-        self, steps: Any, total: int, progress: Progress, doing: Callable[[str], None], done: Callable[[], None]
-    ) -> None:
-        self._steps, self.total, self.n = steps, total if steps is None else len(steps), 0
-        self._progress, self._doing, self._done = progress, doing, done
-        doing(f"step 1 of {self.total}")
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, kind: Any, *details: Any) -> None:
-        if kind is None:
-            self._done()
-
-    def __iter__(self) -> Iterator[Any]:
-        with self:
-            for step in self._steps:
-                yield step
-                self.update()
-
-    def update(self, n: int = 1) -> None:
-        """One step is done."""
-        self.n += n
-        self._doing(f"step {min(self.n + 1, self.total)} of {self.total}")
-        self._progress(self.n, self.total)
-
-    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
-        """Accepted for pipelines that show more."""
+        self.rank.observer.engine_closed()
 
 
 def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from xdit_core.engine.quiet import quiet
 from xdit_core.engine.tensors import FileTensors, Tensors
 from xdit_core.errors import ModelError
 from xdit_core.model_spec import ModelSpec
-from xdit_core.parallel.rank import ignore
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.status import Phase, Status
 from xdit_core.points.trunk import Absent
 
 Change = Callable[[nn.Module], None]
@@ -59,7 +60,7 @@ def load_pipeline(
     changes: Sequence[Change] = (),
     trust_remote_code: bool = False,
     loras: Mapping[str, float] = MappingProxyType({}),
-    doing: Callable[[str], None] = ignore,
+    observer: Observer | None = None,
 ) -> Any:
     """The pipeline of a local checkpoint folder.
 
@@ -70,13 +71,14 @@ def load_pipeline(
         changes: what strategies do to the denoiser while its parameters are on the meta device.
         trust_remote_code: Python code that lies in the folder may run.
         loras: path to scale, to be added to the weights.
-        doing: told which component is being loaded.
+        observer: told which component is being loaded.
 
     Raises:
         ModelError: a component cannot be read.
     """
     import diffusers
 
+    observer = observer or Observer()
     index = read_json(folder / INDEX)
     cls = getattr(diffusers, index["_class_name"], None)
     if cls is None:
@@ -90,7 +92,7 @@ def load_pipeline(
     }
     # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
     shapes = {name: part.make() for name, part in parts.items()}
-    models = load_components(folder, index, dtype, {**absent, **shapes}, doing)
+    models = load_components(folder, index, dtype, {**absent, **shapes}, observer)
     more = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
@@ -101,7 +103,7 @@ def load_pipeline(
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in parts:
             check_filled(folder / name, component)
-    doing(f"loading the model: {', '.join(parts)}")
+    observer.status(Status(Phase.LOADING, f"the model: {', '.join(parts)}"))
     return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from xdit_core.checkpoints.hub import AUTO
+from xdit_core.observe.observer import Observer
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
 from xdit_core.registry.registry import MODELS, Registry
@@ -53,14 +54,14 @@ def names_of(plugins: str | Iterable[str]) -> list[str]:
     return [name.strip() for name in plugins.split(",") if name.strip()] if isinstance(plugins, str) else list(plugins)
 
 
-class Bar:
+class Bar(Observer):
     """A progress bar of ``tqdm``, which draws itself as a notebook or a terminal wants it."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def __call__(self, step: int, steps: int) -> None:
-        """A step is done; the first of a picture begins a new bar."""
+    def step_done(self, step: int, steps: int) -> None:
+        """Move the bar; the first step of a picture begins a new one."""
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         if self._bar is None or step <= self._bar.n:
@@ -77,10 +78,29 @@ class Bar:
             self._bar = None
 
 
-def bar_for(progress: Callable[[int, int], None] | bool | None, rank: int) -> Callable[[int, int], None] | None:
-    """What is told of steps: what was given; True asks for a bar, None for one in a notebook; only the first rank has
-    one."""
+class StepFunction(Observer):
+    """Calls a function of the user after each step.
+
+    Args:
+        function: called with the number of the step, counted from 1, and how many there are.
+    """
+
+    def __init__(self, function: Callable[[int, int], None]) -> None:
+        self._function = function
+
+    def step_done(self, step: int, steps: int) -> None:
+        """Call it."""
+        self._function(step, steps)
+
+
+def steps_observer(progress: Callable[[int, int], None] | bool | None, rank: int) -> Observer | None:
+    """Who shows the steps to the user of an engine.
+
+    Args:
+        progress: a function to call, True for a bar, None for a bar in a notebook only.
+        rank: this rank; only the first one has a bar.
+    """
     if callable(progress):
-        return progress
+        return StepFunction(progress)
     wanted = "ipykernel" in sys.modules if progress is None else progress
     return Bar() if wanted and rank == 0 else None

@@ -7,12 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xdit_core.filesystem import atomically
-
-if TYPE_CHECKING:
-    from xdit_core.observe.trace import Record, Span
+from xdit_core.observe.spans import Record, Span
 
 TRACKS = ("phase", "step", "request", "forward", "trunk", "block", "attention", "decode", "send", "wait")
 
@@ -223,29 +220,3 @@ def events(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
 def write_chrome(records: Sequence[Record], path: Path) -> None:
     """A file for ui.perfetto.dev or chrome://tracing."""
     path.write_text(json.dumps({"traceEvents": list(events(records)), "displayTimeUnit": "ms"}), encoding="utf-8")
-
-
-def write(records: Sequence[Record], folder: Path, title: str = "") -> list[str]:
-    """Write all files.
-
-    Args:
-        title: of the picture: what was run.
-
-    Returns:
-        Lines for the terminal: the summary and where the files are.
-    """
-    from xdit_core.observe.timeline_picture import draw
-
-    lines = summary(records)
-    with atomically(folder / "trace.json") as temporary:
-        write_chrome(records, temporary)
-    with atomically(folder / "summary.txt") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with atomically(folder / "timeline.png") as temporary:
-        draw(records, title).save(temporary, format="PNG")
-    files = (
-        ("trace.json", "open it in ui.perfetto.dev"),
-        ("timeline.png", "who waited when"),
-        ("summary.txt", "the table above"),
-    )
-    return [*lines, *(f"{folder / name}  {what}" for name, what in files)]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from xdit_core.observe.spans import Record, Span
 from xdit_core.observe.timeline import common, waits_of
 from xdit_core.outputs.contact_sheet import shortened
-
-if TYPE_CHECKING:
-    from xdit_core.observe.trace import Record, Span
 
 WIDTH, LEFT, RIGHT, TOP, ROW, GAP = 1600, 170, 30, 96, 34, 22  # pixels
 KEYS = 52  # pixels from the top to the middle of the legend

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_core.points.request import Output
 
-RECORD = "record"  # a file of this name in the run folder asks the ranks to remember what `verify` compares
 SOME = 5  # files that a message names
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from xdit_core.errors import LazyError
-from xdit_core.parallel.patch_tensor import PatchTensor, PatchWorld
+from xdit_core.parallel.patch_tensor import PatchTensor
+from xdit_core.parallel.patch_worlds import PatchWorld
 from xdit_core.parallel.rank import Rank
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xdit_core.observe.observer import Sending
 from xdit_core.parallel.rank import Rank
 
 
@@ -53,8 +54,6 @@ class Channel:
         self._host = (
             group is not None and dist.get_backend(group) == "gloo"
         )  # which sends from the memory of the host only
-        if rank.trace is not None:
-            self.send = self._traced  # type: ignore[method-assign]
 
     def tag(self, message: Message) -> int:
         """The number that stands for a message; it is used again only after so many calls that none of the same is
@@ -64,24 +63,12 @@ class Channel:
 
     def send(self, x: torch.Tensor, to: int, message: Message, what: str = "") -> None:
         """Send ``x`` to a global rank; it must not be written to any more."""
-        x = x.contiguous().cpu() if self._host else x.contiguous()
-        work = dist.isend(x, to, group=self.group, tag=self.tag(message))
-        self.rank.sent[self.name + what] += x.nbytes
-        self._sends.append((work, x))
-
-    def _traced(self, x: torch.Tensor, to: int, message: Message, what: str = "") -> None:
-        """`send`, seen."""
-        assert self.rank.trace is not None
-        with self.rank.trace.span(
-            f"send {self.name}{what}",
-            "send",
-            self.axis,
-            channel=self.name,
-            peer=to,
-            number=self.tag(message),
-            bytes=x.nbytes,
-        ):
-            type(self).send(self, x, to, message, what)
+        number = self.tag(message)
+        with self.rank.observer.sending(Sending(self.name, self.axis, to, number, x.nbytes, what)):
+            x = x.contiguous().cpu() if self._host else x.contiguous()
+            work = dist.isend(x, to, group=self.group, tag=number)
+            self.rank.sent[self.name + what] += x.nbytes
+            self._sends.append((work, x))
 
     def receive(self, like: torch.Tensor, rows: int, dim: int, source: int, message: Message) -> Receive:
         """Post a receive of a tensor shaped as ``like`` but with ``rows`` along ``dim``."""

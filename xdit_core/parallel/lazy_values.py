@@ -1,15 +1,11 @@
-"""Cells, the futures that patch tensors are made of, and worlds, which say where their values live."""
+"""Cells, the futures that patch tensors are made of."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-
-if TYPE_CHECKING:
-    from xdit_core.parallel.patch_tensor import PatchTensor
 
 
 class LazyValue:
@@ -45,27 +41,15 @@ class LazyValue:
         return cast(torch.Tensor, self._value)
 
 
-class PatchWorld:
-    """Where the values of patches live. This one is local: every cell can be computed here.
+class World(Protocol):
+    """Where the values of patches live, as a patch tensor needs to know it; see ``PatchWorld``."""
 
-    Attributes:
-        evaluates: False on ranks that never have values; their patch tensors hold shapes and no cells.
-        materialized: how often each operation forced a patch tensor to materialize.
-    """
+    @property
+    def evaluates(self) -> bool:
+        """False on ranks that never have values."""
 
-    evaluates: bool = True
-
-    def __init__(self) -> None:
-        self.materialized: Counter[str] = Counter()
-
-    def materialize(self, tensor: PatchTensor) -> torch.Tensor:
-        """The whole value of a patch tensor, in memory that nothing else refers to."""
-        return torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patched_dim)
+    def materialize(self, tensor: Any) -> torch.Tensor:
+        """The whole value of a patch tensor."""
 
     def report(self, op: str) -> None:
-        """An operation, say ``aten.mean.default``, is about to materialize a patch tensor."""
-        self.materialized[op] += 1
-
-
-class LocalWorld(PatchWorld):
-    """One process, no collectives."""
+        """An operation is about to materialize a patch tensor."""

@@ -27,9 +27,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import LazyError
-from xdit_core.parallel.lazy_values import LazyValue, LocalWorld, PatchWorld
+from xdit_core.parallel.lazy_values import LazyValue, World
 
-__all__ = ["LazyError", "LazyValue", "LocalWorld", "PatchTensor", "PatchWorld", "materialized", "patchwise"]
+__all__ = ["LazyError", "LazyValue", "PatchTensor", "materialized", "patchwise"]
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ class PatchTensor(torch.Tensor):
 
     patched_dim: int
     bounds: tuple[int, ...]
-    world: PatchWorld
+    world: World
     _meta: torch.Tensor  # the same shape, strides and dtype without data; operations run on it to learn theirs
     _cells: tuple[LazyValue, ...]  # none where the world does not evaluate, or once there is `_whole`
     _whole: torch.Tensor | None
@@ -60,7 +60,7 @@ class PatchTensor(torch.Tensor):
         cells: Sequence[LazyValue],
         dim: int,
         bounds: Sequence[int],
-        world: PatchWorld,
+        world: World,
     ) -> PatchTensor:
         """For this module; use `make`."""
         size, stride, offset = meta.shape, meta.stride(), meta.storage_offset()
@@ -80,7 +80,7 @@ class PatchTensor(torch.Tensor):
         bounds: Sequence[int],
         dtype: torch.dtype,
         device: torch.device | str,
-        world: PatchWorld,
+        world: World,
     ) -> PatchTensor:
         """A patch tensor of futures.
 

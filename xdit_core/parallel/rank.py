@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -15,11 +16,11 @@ import torch.distributed as dist
 
 from xdit_core.errors import LockstepError, PluginError
 from xdit_core.model_spec import ModelSpec
+from xdit_core.observe.observer import Awaited, Observer
 from xdit_core.parallel.mesh import Mesh
 from xdit_core.points.context import ForwardContext, Running
 
 if TYPE_CHECKING:
-    from xdit_core.observe.trace import Trace
     from xdit_core.plan import Plan
 
 
@@ -29,10 +30,6 @@ Decision = TypeVar("Decision", bool, int, float)
 def first(values: Sequence[Decision]) -> Decision:
     """That of the first rank."""
     return values[0]
-
-
-def ignore(doing: str) -> None:
-    """Tell nobody what the rank is doing."""
 
 
 @dataclass
@@ -48,9 +45,8 @@ class Rank:
         sent: bytes that this rank sent, by axis name.
         slow: operations that made every rank wait although a strategy could have gone on, with their number.
         seconds: wall time of a request that is to be shown apart from encoding, denoising and decoding, by name.
-        doing: told in a few words what the rank is at.
+        observer: told of everything that happens on this rank; by default nobody watches.
         pipe: the diffusers pipeline, once it is loaded.
-        trace: what remembers when things happened, if that is wanted.
     """
 
     plan: Plan
@@ -62,9 +58,8 @@ class Rank:
     sent: Counter[str] = field(default_factory=Counter)
     slow: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
-    doing: Callable[[str], None] = ignore
+    observer: Observer = field(default_factory=Observer)
     pipe: Any = None
-    trace: Trace | None = None
     _deciders: tuple[dist.ProcessGroup | None] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -85,24 +80,21 @@ class Rank:
         return index
 
     def began(self) -> int:
-        """The moment at which something is begun that will be waited for later, if a trace wants to know."""
-        return 0
+        """The moment at which something is begun that will be waited for later, in ns."""
+        return time.perf_counter_ns()
 
-    @contextmanager
     def waiting(
         self, what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None, began: int = 0
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait.
 
         Args:
-            what: in words.
-            axis, group: of a collective; for traces, as are the next.
+            what: what is waited for, in words.
+            axis, group: of a collective.
             message: channel, source and number of a message.
             began: of what was begun ahead, see `began`.
         """
-        self.doing(f"waiting for {what}")
-        yield
-        self.doing("")  # back to what it was at
+        return self.observer.waiting(Awaited(what, axis or what, group, message, began))
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Process group along an axis, None where this rank is alone."""

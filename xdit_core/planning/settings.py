@@ -75,6 +75,9 @@ class RunSettings:
     )
     trace: bool = field(default=False, metadata={"help": "write what every rank did and when into the run folder"})
     profile: bool = field(default=False, metadata={"help": "trace, with torch's profiler on every rank"})
+    record: bool = field(
+        default=False, metadata={"help": "write what every block computed into the run folder, for verify"}
+    )
     lockstep: bool = field(
         default=False,
         metadata={"help": "compare what the ranks do before each collective; slow, for authors of plugins"},
@@ -102,6 +105,7 @@ SIDE_SETTINGS = (
     "timeout",
     "trace",
     "profile",
+    "record",
     "runs",
     "keep_runs",
     "lockstep",

@@ -35,6 +35,7 @@ class Output:
         images: PIL pictures, or for each video the list of its frames; None on ranks that do not own the output.
         latents: ``[n, C, h, w]`` if latents were asked for, on every rank.
         seconds: wall time of encode, denoise and decode, and what strategies count apart.
+        slow: operations that made every rank wait although a strategy could have gone on, with their number.
     """
 
     prompt: str
@@ -43,10 +44,7 @@ class Output:
     images: list[Any] | None = None
     latents: torch.Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-Done = Callable[[Output], None]
-Started = Callable[[Job], None]
+    slow: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,11 @@ class Request:
         jobs: what to draw.
         run: the shared settings.
         more: further arguments of the pipeline's ``__call__``.
-        started: told each job when it begins.
-        done: told each output as soon as it is there, on the rank that owns it.
     """
 
     jobs: tuple[Job, ...]
     run: RunSettings
     more: Mapping[str, Any]
-    started: Started | None = None
-    done: Done | None = None
 
     def but(self, **changes: Any) -> Request:
         """A copy with other values."""

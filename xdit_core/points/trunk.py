@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,13 +19,12 @@ from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import ModelError, UnsupportedCall
 from xdit_core.model_spec import Aligned, ModelSpec, Stream
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.weaving import watched
 from xdit_core.parallel.tokens import Span, length
 from xdit_core.points.attention import AttentionPoint, Redirect
 from xdit_core.points.compose import compose
 from xdit_core.points.context import ForwardContext, Running
-
-if TYPE_CHECKING:
-    from xdit_core.observe.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +143,9 @@ class Trunk(nn.Module):
         self._names, self._later = names, later
         self._run: Run = compose(chain, self.run_blocks)
 
-    def traced(self, trace: Trace) -> None:
-        """See every block."""
-        self._order = tuple((i, trace.call(f"block {i}", "block", block), pattern) for i, block, pattern in self._order)
+    def watch(self, observer: Observer) -> None:
+        """Let an observer see the blocks that it wants to see."""
+        self._order = tuple((i, watched(block, observer.block(i)), pattern) for i, block, pattern in self._order)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the denoiser as if it were one block, at full shape; returns what a block returns."""

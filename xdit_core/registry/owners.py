@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from xdit_core.errors import PluginFailed, XditError
+from xdit_core.faults import fault_of_machine
 from xdit_core.model_spec import ModelSpec
-from xdit_core.worker.failure import fault_of_machine
 
 # What the callables of an adapter return, where the core relies on it.
 RESULTS: Mapping[str, type | tuple[type, ...]] = MappingProxyType(

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 
 from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import atomically, read_text
+from xdit_core.observe.observer import Awaited, combined
+from xdit_core.observe.status import Phase, Status
 from xdit_core.outputs import results
 from xdit_core.outputs.existing import FilesThere
 from xdit_core.outputs.names import targets
@@ -29,7 +31,7 @@ from xdit_core.planning import machine
 from xdit_core.planning.planner import check_same_plan
 from xdit_core.printable import printable
 from xdit_core.worker.failure import error_path, failure
-from xdit_core.worker.heartbeat import WAITING, HeartbeatWriter, heartbeat_path
+from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path
 from xdit_core.worker.progress import Progress, Tee
 from xdit_core.worker.rendezvous import RankEnv, connect, die_with, everyones
 from xdit_core.worker.restart import with_docstrings
@@ -90,8 +92,8 @@ def take_device(plan: Plan, place: RankEnv) -> None:
 def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> None:
     """Load, draw every prompt, write what this rank owns, leave."""
     with screens(place) as progress:
-        progress.status("starting")
-        beat.doing("importing torch")
+        progress.show("starting")
+        beat.status(Status(Phase.IMPORTING, "torch"))
         take_device(plan, place)
         import torch.distributed as dist
 
@@ -99,45 +101,42 @@ def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> Non
         check_same_plan(plan)
         files = FilesThere.here(plan) if plan.owns(place.rank) else FilesThere()
         if place.world > 1:
-            store = connect(place, plan.digest(), plan.device, plan.run.patience, beat.doing)
+            store = connect(place, plan.digest(), plan.device, plan.run.patience, beat)
             files = files.with_others(everyones(store, "files", files.to_json(), place))
         if place.rank == 0:
             beat.wrote(len(files.kept))
             for line in files.lines(plan):
                 progress.say(line)
-        write = draw(plan, progress, beat, folder, files) if files.left(plan) else None
+        write = draw(plan, place.rank, progress, beat, folder, files) if files.left(plan) else None
         if dist.is_initialized():
-            beat.doing(f"{WAITING} for the other ranks to finish")
-            dist.barrier()
-            dist.destroy_process_group()
+            with beat.waiting(Awaited("the other ranks to finish")):
+                dist.barrier()
+                dist.destroy_process_group()
         if place.rank == 0:
-            beat.doing("writing the contact sheet")
+            beat.status(Status(Phase.WRITING, "the contact sheet"))
             if line := results.write_sheet(plan.run, targets(plan.run, plan.facts.video)):
                 print(printable(line), flush=True)
         if write is not None:
             write.check()  # not before the others are done
-        beat.doing("done")
+        beat.status(Status(Phase.DONE))
 
 
-def draw(plan: Plan, progress: Progress, beat: HeartbeatWriter, folder: Path, files: FilesThere) -> Writer:
+def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folder: Path, files: FilesThere) -> Writer:
     """Load the model and draw what is not there."""
-    beat.doing("importing diffusers")
+    beat.status(Status(Phase.IMPORTING, "diffusers"))
     import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
 
     from xdit_core.engine.engine import Engine
-    from xdit_core.observe.recording import recording
-    from xdit_core.observe.trace import tracing
+    from xdit_core.observe.recording import record_path, recording
+    from xdit_core.observe.trace_files import tracing
 
-    progress.status(f"loading {plan.model}")
+    progress.show(f"loading {plan.model}")
 
-    def doing(text: str) -> None:
-        beat.doing(text)
-        progress.loading(text)
-
-    engine = Engine(plan, progress=progress, doing=doing)
-    write = Writer(plan, engine, progress, beat, folder, files.kept)
-    with recording(engine, folder, write.title, write) as (started, done), tracing(engine, folder):
-        for output in engine.generate_all(plan.run.prompt, done, started, skip=files.skipped(plan)):
+    write = Writer(plan, rank, progress, beat, folder, files.kept)
+    engine = Engine(plan, progress=False, observer=combined((beat, progress, write)))
+    record = recording(engine.recorder, record_path(folder, rank))
+    with record, tracing(engine.trace, engine.rank, folder):
+        for output in engine.generate_all(plan.run.prompt, skip=files.skipped(plan)):
             write.rest(output)
     engine.close()
     return write
@@ -190,7 +189,8 @@ def by_hand(about: Mapping[str, Any], place: RankEnv, folder: Path) -> str:
         except OSError:
             said += "\n" + printable(about["traceback"], keep="\n").rstrip()
     if place.world > 1:
-        said = f"rank {place.rank} of {place.world} failed at: {printable(about['doing'])}\n  {said}"
+        status = printable(str(Status.from_dict(about["status"])))
+        said = f"rank {place.rank} of {place.world} failed at: {status}\n  {said}"
     return said + "\n"
 
 

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from xdit_core.errors import XditError
+from xdit_core.faults import full_disk, lost_peer, no_memory
+from xdit_core.observe.status import Phase, Status
 
-WRITING = "writing "  # what a rank says before a path
 HOST_VARIABLE = "XDIT_HOST"  # variable with the name by which the user knows this machine
 OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
-LOST_PEER = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "timed out waiting",
-    "application timeout",
-)
-NO_MEMORY = ("defaultcpuallocator", "out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def error_path(folder: Path, rank: int) -> Path:
@@ -31,44 +22,11 @@ def error_path(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.error.json"
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Another rank went away or did not answer: this rank is not the cause."""
-    if isinstance(error, XditError):
-        return False
-    for e in chain(error):
-        names = {cls.__name__ for cls in type(e).__mro__}
-        if names & {"DistNetworkError", "DistStoreError", "DistBackendError"}:
-            return True
-        if isinstance(e, RuntimeError) and any(words in str(e).lower() for words in LOST_PEER):
-            return True
-    return False
-
-
-def no_memory(error: BaseException) -> bool:
-    """Memory ran out."""
-    return any(isinstance(e, MemoryError) or any(words in str(e).lower() for words in NO_MEMORY) for e in chain(error))
-
-
-def full_disk(error: BaseException) -> OSError | None:
-    """The error that says that a disk is full."""
-    return next((e for e in chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
-
-
-def fault_of_machine(error: BaseException) -> bool:
-    """Another rank, the memory or the disk is at fault, and not the code that met it."""
-    return lost_peer(error) or no_memory(error) or full_disk(error) is not None
-
-
-def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
+def failure(error: BaseException, rank: int, status: Status) -> dict[str, Any]:
     """What the launcher needs for its report.
+
+    Args:
+        status: what the rank was doing.
 
     Returns:
         Among others ``known`` (the message is a sentence for the user), ``victim`` (see ``lost_peer``) and
@@ -88,7 +46,7 @@ def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
             "or divide the model over more processes with --plugins pipefusion."
         )
     if full := full_disk(error):
-        where = full.filename or (doing.removeprefix(WRITING) if doing.startswith(WRITING) else "a file")
+        where = full.filename or (status.detail if status.phase == Phase.WRITING else "a file")
         message, known = (
             f"{where} cannot be written: {full.strerror}; make room, or choose another disk with out=.",
             True,
@@ -96,7 +54,7 @@ def failure(error: BaseException, rank: int, doing: str) -> dict[str, Any]:
     return {
         "rank": rank,
         "host": os.environ.get(HOST_VARIABLE) or socket.gethostname(),
-        "doing": doing,
+        "status": status.to_dict(),
         "type": type(error).__name__,
         "message": message,
         "known": known,

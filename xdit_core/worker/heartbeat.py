@@ -6,15 +6,23 @@ it.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import mmap
 import struct
 import time
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from xdit_core.observe.observer import Awaited, Observer
+from xdit_core.observe.status import STARTING, Status
+
 SIZE = 512
-HEAD = struct.Struct("<QdIH")  # count of beats, time.monotonic(), results written, bytes of text
-WAITING = "waiting"
+HEAD = struct.Struct("<IQdIH")  # checksum of the rest, count of beats, time.monotonic(), results written, bytes of JSON
+READS = 5  # of a file that is being written to
+MOST_PEERS = 32  # ranks that a beat names
 
 
 @dataclass(frozen=True)
@@ -24,19 +32,14 @@ class Heartbeat:
     Args:
         count: beats so far; a rank whose count stands still does not move.
         at: ``time.monotonic()`` of the last beat, comparable on one machine only.
-        doing: the last words.
+        status: what the rank is doing since then.
         written: results that are where they should be.
     """
 
     count: int
     at: float
-    doing: str
+    status: Status
     written: int = 0
-
-    @property
-    def waiting(self) -> bool:
-        """It was about to wait for other ranks."""
-        return self.doing.startswith(WAITING)
 
 
 def heartbeat_path(folder: Path, rank: int) -> Path:
@@ -44,7 +47,7 @@ def heartbeat_path(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.beat"
 
 
-class HeartbeatWriter:
+class HeartbeatWriter(Observer):
     """Writes the beats of one rank.
 
     Args:
@@ -52,8 +55,8 @@ class HeartbeatWriter:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.count, self.now, self._phase = 0, "starting", "starting"
-        self.written = 0
+        self.count, self.written = 0, 0
+        self.now = STARTING
         self._map: mmap.mmap | None = None
         if path is not None:
             try:
@@ -62,16 +65,22 @@ class HeartbeatWriter:
                     self._map = mmap.mmap(file.fileno(), SIZE)
             except OSError:
                 self._map = None
-        self.doing(self.now)
+        self.status(self.now)
 
-    def doing(self, text: str) -> None:
-        """Say what the rank does from now on. A wait is shown with the phase in which it happens; "" ends it."""
-        if text.startswith(WAITING):
-            self.now = f"{text} ({self._phase})"
-        else:
-            self.now = self._phase = text or self._phase
+    def status(self, status: Status) -> None:
+        """Say what the rank does from now on."""
+        self.now = status
         self.count += 1
         self._put()
+
+    @contextlib.contextmanager
+    def waiting(self, awaited: Awaited) -> Iterator[None]:
+        """Say what is waited for, beside the work in which it happens; behind the wait the work goes on."""
+        work = self.now
+        peers = () if awaited.message is None else (awaited.message[1],)
+        self.status(replace(work, waiting_for=awaited.what, axis=awaited.axis, peers=peers))
+        yield
+        self.status(work)
 
     def wrote(self, results: int) -> None:
         """So many more results are where they should be."""
@@ -81,20 +90,33 @@ class HeartbeatWriter:
     def _put(self) -> None:
         if self._map is None:
             return
-        data = self.now.encode("utf-8", "replace")[: SIZE - HEAD.size]
-        # one slice assignment: a reader sees an old or a new beat, or at worst a mixture of two lines of text
-        self._map[: HEAD.size + len(data)] = HEAD.pack(self.count, time.monotonic(), self.written, len(data)) + data
+        text = encoded(self.now)
+        head = HEAD.pack(0, self.count, time.monotonic(), self.written, len(text))
+        rest = head[4:] + text
+        self._map[: 4 + len(rest)] = zlib.crc32(rest).to_bytes(4, "little") + rest
+
+
+def encoded(status: Status) -> bytes:
+    """A status as JSON that fits into a beat file; long texts lose their ends."""
+    values = replace(status, peers=status.peers[:MOST_PEERS]).to_dict()
+    while len(data := json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")) > SIZE - HEAD.size:
+        longest = max((name for name in values if isinstance(values[name], str)), key=lambda name: len(values[name]))
+        values[longest] = values[longest][: len(values[longest]) * 3 // 4]
+    return data
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:
-    """The last beat in a file, None if there is none yet."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    if len(data) < HEAD.size:
-        return None
-    count, at, written, length = HEAD.unpack_from(data)
-    if not count:
-        return None
-    return Heartbeat(count, at, data[HEAD.size : HEAD.size + length].decode("utf-8", "replace"), written)
+    """The last beat in a file, None if there is none yet, or one that was cut off."""
+    for _ in range(READS):
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        if len(data) < HEAD.size:
+            return None
+        checksum, count, at, written, length = HEAD.unpack_from(data)
+        if not count and not checksum:
+            return None
+        if zlib.crc32(data[4 : HEAD.size + length]) == checksum:
+            return Heartbeat(count, at, Status.from_dict(json.loads(data[HEAD.size : HEAD.size + length])), written)
+    return None

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.status import Phase, Status
 from xdit_core.printable import cut, printable
 
 SELDOM = 10.0  # seconds between lines in a log
-LOADING = "loading "  # what a rank says it does begins so while it loads
 
 
 def duration(seconds: float) -> str:
@@ -25,7 +26,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-class Progress:
+class Progress(Observer):
     """The progress line.
 
     Args:
@@ -39,22 +40,22 @@ class Progress:
         self.tty = screen is not None and (width is not None or screen.isatty())
         self._title, self._first, self._shown, self._last = "", 0.0, 0.0, ""
 
-    def status(self, text: str) -> None:
+    def show(self, text: str) -> None:
         """Words for a phase without steps; only where somebody watches."""
         if self.tty:
             self._put(text)
 
-    def loading(self, text: str) -> None:
-        """Show what is being loaded, of all the words that tell what a rank does."""
-        if self.tty and text.startswith(LOADING):
-            self._put(text)
+    def status(self, status: Status) -> None:
+        """Show what is being loaded, of all that the rank does."""
+        if status.phase == Phase.LOADING and not status.waiting:
+            self.show(str(status))
 
     def begin(self, title: str) -> None:
         """The steps of a new prompt follow."""
         self._title, self._shown = title, time.monotonic()
-        self.status(f"encoding {title!r}")
+        self.show(f"encoding {title!r}")
 
-    def __call__(self, step: int, steps: int) -> None:
+    def step_done(self, step: int, steps: int) -> None:
         """A step is done; the first one only starts the clock, since it is slower than the others."""
         if self.screen is None:
             return

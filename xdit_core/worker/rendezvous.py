@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError, XditError
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.status import Phase, Status
 from xdit_core.records import join_words
-from xdit_core.worker.heartbeat import WAITING
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 SOON = 5.0  # seconds after which a wait is told
 LOOK = timedelta(seconds=2)  # between two looks at who is absent
 MOST_NAMED = 32  # ranks
-NOT_STARTED = re.compile(rf"{WAITING} for ranks? ([\d, ]+) to start")
-
-
 COLUMNS_VARIABLE = "XDIT_COLUMNS"  # of the environment: columns of the terminal at the launcher, if it has one
 
 
@@ -123,25 +120,26 @@ def die_with(parent: int | None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def waiting_to_start(ranks: Sequence[int]) -> str:
-    """What a rank says while others have not come; `not_started` reads it."""
-    return f"{WAITING} for rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:MOST_NAMED]))} to start"
+def waiting_to_start(ranks: Sequence[int]) -> Status:
+    """The status of a rank while others have not come; `not_started` reads it."""
+    named = tuple(ranks[:MOST_NAMED])
+    what = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, named))} to start"
+    return Status(Phase.CONNECTING, waiting_for=what, peers=named)
 
 
-def not_started(doing: str) -> tuple[int, ...]:
-    """The ranks for which one waits that says so, by `waiting_to_start`."""
-    found = NOT_STARTED.match(doing)
-    return tuple(map(int, found[1].split(", "))) if found else ()
+def not_started(status: Status) -> tuple[int, ...]:
+    """The ranks that a rank waits for to start, none if it is past that."""
+    return status.peers if status.phase == Phase.CONNECTING else ()
 
 
-def connect(place: RankEnv, digest: str, device: str, timeout: float, doing: Callable[[str], None]) -> Store:
+def connect(place: RankEnv, digest: str, device: str, timeout: float, observer: Observer) -> Store:
     """Meet the other ranks and form the default process group, after making sure that all run the same plan.
 
     Args:
         digest: of the plan.
         device: ``cpu`` or ``cuda``; of the latter the current device is used.
         timeout: seconds that the launcher waits for signs of progress.
-        doing: told whom this rank waits for.
+        observer: told whom this rank waits for.
 
     Returns:
         What all ranks can write into and read.
@@ -156,7 +154,7 @@ def connect(place: RankEnv, digest: str, device: str, timeout: float, doing: Cal
     patience = timedelta(seconds=timeout + 10)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store itself
     serves = place.rank == 0 and not agent
-    doing(waiting_to_start(range(1, place.world) if serves else (0,)))
+    observer.status(waiting_to_start(range(1, place.world) if serves else (0,)))
     try:
         with announced(f"rank {place.rank} waits for rank 0 at {place.address}:{place.port}", quiet=serves):
             server = dist.TCPStore(  # type: ignore[attr-defined]
@@ -178,7 +176,7 @@ def connect(place: RankEnv, digest: str, device: str, timeout: float, doing: Cal
         )
         raise XditError(f"{where} ({first_line(error)}); start rank 0, and see MASTER_ADDR and MASTER_PORT.") from error
     store = dist.PrefixStore("xdit", server)  # type: ignore[attr-defined]
-    compare(store, digest, place, patience, doing)
+    compare(store, digest, place, patience, observer)
     # A launcher ends a run that stands still; without one this does. A run that was stopped for a while is not to end
     # by it.
     wait = patience if place.parent is None else max(patience, timedelta(days=7))
@@ -221,7 +219,7 @@ def everyones(store: Store, name: str, text: str, place: RankEnv) -> list[str]:
     return [store.get(f"{name}/{rank}").decode() for rank in range(place.world)]
 
 
-def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, doing: Callable[[str], None]) -> None:
+def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, observer: Observer) -> None:
     """Ranks with different plans would wait for each other for ever, or compute something else without a word.
 
     Raises:
@@ -232,7 +230,7 @@ def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, doin
     end, told, before = time.monotonic() + patience.total_seconds(), False, list[int]()
     while absent := awaited(store, keys, min(LOOK, patience)):
         if absent != before:  # or it would look like progress
-            doing(waiting_to_start(absent))
+            observer.status(waiting_to_start(absent))
             before = absent
         text = f"{'ranks' if len(absent) > 1 else 'rank'} {join_words(absent)} of {place.world}"
         if time.monotonic() > end:

@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import XditError
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.status import Phase, Status
 from xdit_core.outputs import results
 from xdit_core.outputs.names import targets
 from xdit_core.printable import printable
-from xdit_core.worker.failure import WRITING
 from xdit_core.worker.heartbeat import HeartbeatWriter
 from xdit_core.worker.progress import Progress
 
 if TYPE_CHECKING:
-    from xdit_core.engine.engine import Engine
     from xdit_core.plan import Plan
     from xdit_core.points.request import Job, Output
 
 
-class Writer:
+class Writer(Observer):
     """Writes each output as soon as this rank has it.
 
     Args:
+        rank: number of this rank.
         run_folder: where a result goes that cannot be written where it should.
         kept: results that were there before and stay.
     """
@@ -31,25 +32,29 @@ class Writer:
     def __init__(
         self,
         plan: Plan,
-        engine: Engine,
+        rank: int,
         progress: Progress,
         beat: HeartbeatWriter,
         run_folder: Path,
         kept: Collection[Path] = (),
     ) -> None:
-        self.plan, self.engine, self.progress, self.beat = plan, engine, progress, beat
-        self.run_folder = run_folder
+        self.plan, self.rank, self.progress, self.beat = plan, rank, progress, beat
+        self.run_folder, self.load_seconds = run_folder, 0.0
         self.files = targets(plan.run, plan.facts.video)
         self._settled = set(kept)
         self._failures: list[tuple[Path, str]] = []
 
-    def title(self, job: Job) -> None:
+    def engine_built(self, seconds: float) -> None:
+        """Remember how long loading took, which is told with each result."""
+        self.load_seconds = seconds
+
+    def job_started(self, job: Job) -> None:
         """Another prompt begins."""
         many = len(self.plan.run.prompt)
         self.progress.begin(job.prompt if many == 1 else f"{job.index + 1} of {many}: {job.prompt}")
 
-    def __call__(self, output: Output) -> None:
-        """An output, or a part of one: pictures have a file each, latents one for all."""
+    def output_done(self, output: Output) -> None:
+        """Write an output, or a part of one: pictures have a file each, latents one for all."""
         self.progress.end()
         paths = self.files[output.index]
         if output.latents is not None and len(output.numbers) < self.plan.run.images:
@@ -57,13 +62,13 @@ class Writer:
         if output.latents is None:
             paths = paths[output.numbers.start : output.numbers.stop]
         self._settled |= set(paths)
-        seconds = {"load": self.engine.load_seconds, **output.seconds}
+        seconds = {"load": self.load_seconds, **output.seconds}
         shown = ", ".join(f"{name} {value:.1f}" for name, value in output.seconds.items())
-        shown += f"; loading took {self.engine.load_seconds:.1f} s before"
-        for op, times in self.engine.rank.slow.items():
+        shown += f"; loading took {self.load_seconds:.1f} s before"
+        for op, times in output.slow.items():
             print(f"slow path: {op} needed the whole picture {times} times, and every stage waited", flush=True)
         for i, path in enumerate(paths):
-            self.beat.doing(f"{WRITING}{path}")
+            self.beat.status(Status(Phase.WRITING, str(path)))
             if self._write(output, i, path, seconds):
                 print(f"{printable(str(path))}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
 
@@ -95,10 +100,10 @@ class Writer:
         """On rank 0, when all is done: latents of one prompt that came in parts, and a word on what other ranks
         wrote."""
         others = set(self.files[output.index]) - self._settled
-        if self.engine.rank.mesh.rank or not others:
+        if self.rank or not others:
             return
         if output.latents is not None:
-            self(output)
+            self.output_done(output)
         else:
             for path in sorted(others):
                 print(f"{printable(str(path))}  by another rank", flush=True)
@@ -111,6 +116,6 @@ class Writer:
         """
         if self._failures:
             path, why = self._failures[0]
-            self.beat.doing(f"{WRITING}{path}")
+            self.beat.status(Status(Phase.WRITING, str(path)))
             more = f" ({len(self._failures) - 1} more in the log)" if self._failures[1:] else ""
             raise XditError(f"{why}{more}; make room, or choose another place with out=.")

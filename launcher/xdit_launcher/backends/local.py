@@ -194,7 +194,7 @@ class Node:
     def absent(self, seen: Mapping[int, RankStatus], world: int) -> str:
         """A sentence about the nodes that have not come, "" if all have, or if ranks of this one are not ready
         themselves."""
-        waits = [not_started(s.doing) for s in seen.values()]
+        waits = [not_started(s.status) for s in seen.values()]
         ranks = {rank for ranks in waits for rank in ranks} - set(seen)
         nodes = [k for k in range(self.count) if k != self.index and ranks & set(Node(k, self.count).ranks(world))]
         if not nodes or not all(waits):

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from xdit_core.observe.status import Status
 from xdit_core.worker.heartbeat import Heartbeat
 from xdit_launcher.node.root_cause import RankStatus
 
@@ -48,7 +49,7 @@ def status_message(status: RankStatus) -> dict[str, Any]:
     beat = status.pulse
     return {
         "code": status.code,
-        "pulse": [beat.count, beat.doing, beat.written] if beat else None,
+        "pulse": [beat.count, beat.status.to_dict(), beat.written] if beat else None,
         "error": status.error,
         "log": status.log,
     }
@@ -67,7 +68,7 @@ def read_status(message: Mapping[str, Any], rank: int, host: str, clock_offset: 
     beat, error = message["pulse"], message["error"]
     if error:
         error = {**error, "host": host, "wall": error["wall"] + clock_offset, "rank": rank}
-    heartbeat = Heartbeat(beat[0], 0.0, beat[1], beat[2]) if beat else None
+    heartbeat = Heartbeat(beat[0], 0.0, Status.from_dict(beat[1]), beat[2]) if beat else None
     return RankStatus(host, message["code"], heartbeat, error, log=f"{host}:{message['log']}")
 
 

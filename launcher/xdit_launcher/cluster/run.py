@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import write_text
-from xdit_core.outputs.results import RECORD
 from xdit_core.records import join_words
 from xdit_core.worker.rendezvous import COLUMNS_VARIABLE
 from xdit_launcher.cluster import placement
@@ -117,7 +116,6 @@ def start_ranks(
         }
         for i in used
     }
-    marks = [RECORD] if (folder / RECORD).exists() else []
     fleet.must(
         "go",
         each,
@@ -126,7 +124,6 @@ def start_ranks(
         address=address,
         port=port,
         env={**variables, **terminal_variables()},
-        marks=marks,
     )
 
 

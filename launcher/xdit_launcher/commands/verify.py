@@ -15,7 +15,6 @@ import click
 
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import make_folder
-from xdit_core.outputs import results
 from xdit_core.outputs.names import targets
 from xdit_core.plan import Plan
 from xdit_core.planning.degrees import describe
@@ -192,15 +191,16 @@ class Verify:
     def plan(self, name: str, plugins: Sequence[str], values: Mapping[str, Any]) -> Plan:
         """A plan that writes into its own folder."""
         self.plans[name] = plan = make_plan(
-            plugins, {**values, "out": f"{self.folder / name}/", "resume": "no"}, devices=self.on.devices()
+            plugins,
+            {**values, "out": f"{self.folder / name}/", "resume": "no", "record": "yes"},
+            devices=self.on.devices(),
         )
         return plan
 
     def run(self, name: str) -> int:
-        """Run one of the plans, recording; its exit code."""
+        """Run one of the plans; its exit code."""
         folder, plan = self.folder / name, self.plans[name]
         make_folder(folder, "runs", plan.run.runs)
-        (folder / results.RECORD).touch()
         click.echo(
             f"{name}: {describe(plan.axes)}{' with ' + ', '.join(plan.plugins) if plan.plugins else ''}", err=True
         )

@@ -95,7 +95,6 @@ class Agent:
         env: Mapping[str, str],
         devices: Sequence[int],
         sharing: int,
-        marks: Sequence[str],
     ) -> str:
         """Start the ranks of this machine; the answer is the run folder."""
         found, place = located(plan), Path(folder)
@@ -103,8 +102,6 @@ class Agent:
         remove_old(place.parent, found.run.keep_runs)
         with atomically(place / "plan.json") as temporary:
             temporary.write_text(found.to_json(), encoding="utf-8")
-        for name in marks:
-            (place / name).touch()
         if any(found.owns(rank) for rank in range(*ranks)):
             check_writable(found)
         share = Share(

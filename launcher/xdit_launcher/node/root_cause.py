@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdit_core.observe.status import STARTING, Status
 from xdit_core.outputs.names import is_folder, targets
 from xdit_core.printable import printable
 from xdit_core.worker.failure import error_path
@@ -44,9 +45,9 @@ class RankStatus:
         return bool(self.code) or bool(self.lost and self.code is None)
 
     @property
-    def doing(self) -> str:
-        """The last words of its beat."""
-        return self.pulse.doing if self.pulse else "starting"
+    def status(self) -> Status:
+        """What it was doing at its last beat."""
+        return self.pulse.status if self.pulse else STARTING
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RootCause:
     """The cause of a failure.
 
     Args:
-        doing: the last words of its beat.
+        status: what the rank was doing.
         sentence: what went wrong.
         code: the exit code for the whole run.
         log: where the rank's log is.
@@ -62,7 +63,7 @@ class RootCause:
 
     rank: int
     host: str
-    doing: str
+    status: Status
     sentence: str
     code: int
     log: str = ""
@@ -108,7 +109,7 @@ def blame(seen: Mapping[int, RankStatus], stuck_for: float | None = None, elsewh
         return told(own, seen[own["rank"]].log)
 
     def silent(rank: int, sentence: str, code: int) -> RootCause:
-        return RootCause(rank, seen[rank].host, seen[rank].doing, sentence, code, seen[rank].log)
+        return RootCause(rank, seen[rank].host, seen[rank].status, sentence, code, seen[rank].log)
 
     for rank, s in seen.items():
         if s.lost and s.code is None:
@@ -129,7 +130,7 @@ def blame(seen: Mapping[int, RankStatus], stuck_for: float | None = None, elsewh
 
     def progress(rank: int) -> tuple[bool, int, int]:
         pulse = seen[rank].pulse
-        return (pulse.waiting, pulse.count, rank) if pulse else (False, 0, rank)
+        return (pulse.status.waiting, pulse.count, rank) if pulse else (False, 0, rank)
 
     last = min(running, key=progress)
     if stuck_for is not None:
@@ -146,7 +147,7 @@ def told(error: Mapping[str, Any], log: str = "") -> RootCause:
     """From what a rank wrote itself."""
     text = " ".join(str(error["message"]).split("\nException raised from")[0].split())
     sentence = text if error["known"] else f"{error['type']}: {text}"
-    return RootCause(error["rank"], error["host"], error["doing"], sentence, error["exit_code"], log)
+    return RootCause(error["rank"], error["host"], Status.from_dict(error["status"]), sentence, error["exit_code"], log)
 
 
 def progress(seen: Mapping[int, RankStatus], plan: Plan) -> list[str]:
@@ -177,7 +178,7 @@ def lines(found: RootCause, world: int, together: bool = True) -> list[str]:
         together: the logs of all ranks lie in one folder.
     """
     report = [
-        f"rank {found.rank} of {world} on {found.host} failed at: {found.doing}",
+        f"rank {found.rank} of {world} on {found.host} failed at: {found.status}",
         f"  {found.sentence[:600]}",
         f"  log: {found.log}" + (" (the others' beside it)" if world > 1 and together else ""),
     ]

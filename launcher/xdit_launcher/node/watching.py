@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -30,7 +29,6 @@ Look = Callable[[], Mapping[int, RankStatus]]
 STUCK = 600.0  # seconds without a beat of any rank
 QUICK = 20.0  # the least of those seconds between two steps
 SETTLED = 3  # the step from which on the pauses of a run are known
-STEP = re.compile(r"(?:^|\()step (\d+) of ")
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Pace:
 
     def moved(self, pause: float, seen: Mapping[int, RankStatus]) -> None:
         """A rank moved after so many seconds."""
-        steps = [int(found[1]) if s.pulse and (found := STEP.search(s.pulse.doing)) else 0 for s in seen.values()]
+        steps = [s.status.step for s in seen.values()]
         self.longest = max(self.longest, pause) if all(steps) else 0.0
         self.settled = min(steps, default=0) >= SETTLED
 
@@ -108,7 +106,7 @@ def watch(
                 ask_for_stacks()
             if absent and (text := absent(seen)):
                 rank, s = next(iter(seen.items()))
-                return RootCause(rank, s.host, s.doing, text, 1, s.log)
+                return RootCause(rank, s.host, s.status, text, 1, s.log)
             return blame(seen, stuck_for=pace.limit, elsewhere=elsewhere)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from helpers.lazies import CUTS, MODES, B, C, H, W, base, chan, col, half, lazy, mask, row, same, sigma, y
-from xdit_core.parallel.patch_tensor import LazyError, LocalWorld, PatchTensor, PatchWorld
+from xdit_core.parallel.patch_tensor import LazyError, PatchTensor
+from xdit_core.parallel.patch_worlds import LocalWorld, PatchWorld
 
 aten = torch.ops.aten
 

@@ -14,15 +14,8 @@ import pytest
 import torch
 
 from helpers.lazies import CUTS, MODES, B, C, H, W, base, lazy, same, y
-from xdit_core.parallel.patch_tensor import (
-    LazyError,
-    LazyValue,
-    LocalWorld,
-    PatchTensor,
-    PatchWorld,
-    materialized,
-    patchwise,
-)
+from xdit_core.parallel.patch_tensor import LazyError, LazyValue, PatchTensor, materialized, patchwise
+from xdit_core.parallel.patch_worlds import LocalWorld, PatchWorld
 
 aten = torch.ops.aten
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from xdit_core.parallel.patch_tensor import LocalWorld, PatchTensor
+from xdit_core.parallel.patch_tensor import PatchTensor
+from xdit_core.parallel.patch_worlds import LocalWorld
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402

@@ -8,9 +8,10 @@ from itertools import pairwise
 from PIL import Image, ImageDraw
 
 from xdit_core.engine.engine import Engine
+from xdit_core.observe.spans import Record, Span
 from xdit_core.observe.timeline import events
 from xdit_core.observe.timeline_picture import COLOURS, LEFT, RIGHT, ROW, TOP, WIDTH, draw
-from xdit_core.observe.trace import Record, Span, title_of
+from xdit_core.observe.trace_files import title_of
 from xdit_core.planning.planner import make_plan
 
 MS = 1_000_000
@@ -67,8 +68,8 @@ def test_a_rank_remembers_its_steps(tiny_sd3_folder):
     plan = make_plan([], {**values, "max_sequence_length": 5})
     with Engine(plan) as engine:
         engine.generate(["a fox", "a hare"])
-        spans = [s for s in engine.rank.trace.spans if s.kind == "step"]
-        denoise = [s for s in engine.rank.trace.spans if s.name == "denoise"]
+        spans = [s for s in engine.trace.spans if s.kind == "step"]
+        denoise = [s for s in engine.trace.spans if s.name == "denoise"]
     assert [s.name for s in spans] == ["step 1", "step 2", "step 3"] * 2
     for phase, own in zip(denoise, (spans[:3], spans[3:]), strict=True):
         assert own[0].start == phase.start and own[-1].end <= phase.end

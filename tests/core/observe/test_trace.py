@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from xdit_core import Engine
-from xdit_core.observe.timeline import common, covered, events, rows_of, summary, waits_of, write
-from xdit_core.observe.trace import Record, Span, Trace, offset, tracing
+from xdit_core import Engine, Observer
+from xdit_core.observe.spans import Record, Span
+from xdit_core.observe.timeline import common, covered, events, rows_of, summary, waits_of
+from xdit_core.observe.trace import Trace
+from xdit_core.observe.trace_files import offset, tracing, write
+from xdit_core.observe.weaving import watched
 from xdit_core.testing.runs import diffusers_latents, plan_for
 
 
@@ -21,10 +25,10 @@ def traced(plugins, folder, settings, out=None):
     if out is None:
         output = engine.generate("a red fox")
     else:
-        with tracing(engine, Path(out)):
+        with tracing(engine.trace, engine.rank, Path(out)):
             output = engine.generate("a red fox")
     engine.close()
-    return output.latents, engine.rank.trace.spans, dict(engine.rank.sent)
+    return output.latents, engine.trace.spans, dict(engine.rank.sent)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +99,44 @@ def test_what_is_seen(gloo, tiny_sd3_folder):
 
 
 def test_nobody_is_looked_at_without_being_asked(tiny_sd3_folder):
-    plain = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), {"nproc": 1, "pipefusion.patches": 2}))
-    assert plain.rank.trace is None
-    assert "waiting" not in vars(plain.rank)
-    for trunk in plain.trunks:
-        assert all(isinstance(block, torch.nn.Module) for _, block, _ in trunk._order)
-        assert "trace" not in repr(trunk._run)
-    seen = Engine(plan_for(["pipefusion"], str(tiny_sd3_folder), {"nproc": 1, "pipefusion.patches": 2, "trace": True}))
-    assert "waiting" in vars(seen.rank) and not any(isinstance(b, torch.nn.Module) for _, b, _ in seen.trunks[0]._order)
+    """Without an observer the chains hold the wraps of the plugins and nothing else, and the blocks are called as they
+    are; with a trace each wrap, the model's own code inside them and each block is called through one function more."""
+    plan = plan_for(["pipefusion"], str(tiny_sd3_folder), {"nproc": 1, "pipefusion.patches": 2})
+    plain = Engine(plan)
+    seen = Engine(dataclasses.replace(plan, run=dataclasses.replace(plan.run, trace=True)))
+    assert type(plain.rank.observer) is Observer and plain.trace is None and seen.rank.observer is seen.trace
+    assert plain.rank.waiting("x") is plain.rank.waiting("y")  # nothing is made for a wait
+
+    def wraps(run):
+        """The functions between a call of a point and the model's own code."""
+        names = []
+        while (cells := getattr(run, "__closure__", None)) and "inner" in run.__code__.co_freevars:
+            inside = dict(zip(run.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+            names.append(getattr(inside["wrap"], "__qualname__", type(inside["wrap"]).__name__))
+            run = inside.get("passed", inside["inner"])
+            while run.__name__ == "checked_inner":
+                run = dict(zip(run.__code__.co_freevars, (c.cell_contents for c in run.__closure__), strict=True))[
+                    "inner"
+                ]
+        return names
+
+    looking = "watching.<locals>.seen"
+    for chain in ("trunk", "forward", "request", "attention"):
+        runs = [
+            {
+                "trunk": engine.trunks[0]._run,
+                "forward": engine.forwards[0]._run,
+                "request": engine._run,
+                "attention": engine.trunks[0]._point.run,
+            }[chain]
+            for engine in (plain, seen)
+        ]
+        own, with_trace = wraps(runs[0]), wraps(runs[1])
+        assert looking not in own and [name for name in with_trace if name != looking] == own
+        plugins = len([name for name in own if name != "AttentionPoint.select_mask"])
+        assert with_trace.count(looking) == plugins + 1
+    assert all(isinstance(block, torch.nn.Module) for _, block, _ in plain.trunks[0]._order)
+    assert [block.__qualname__ for _, block, _ in seen.trunks[0]._order] == ["watched.<locals>.seen"] * 4
 
 
 def test_a_message(monkeypatch):
@@ -166,14 +200,14 @@ def test_clocks():
 
 def skewed(ahead):
     """Every rank's clock is off by its own amount."""
-    from xdit_core.observe import trace
+    from xdit_core.observe import trace_files
 
-    real, rank, world = trace.clock, dist.get_rank(), dist.get_world_size()
-    trace.clock = lambda: real() + ahead * rank
+    real, rank, world = trace_files.clock, dist.get_rank(), dist.get_world_size()
+    trace_files.clock = lambda: real() + ahead * rank
     try:
         return [offset(rank, world, None)[1] for _ in range(3)]
     finally:
-        trace.clock = real
+        trace_files.clock = real
 
 
 def test_clocks_are_compared(gloo):
@@ -217,7 +251,7 @@ def test_files(gloo, tiny_sd3_folder, tmp_path, capfd):
 
 def broken(folder, out):
     engine = Engine(plan_for([], folder, {"trace": True}))
-    with pytest.raises(ValueError, match="on purpose"), tracing(engine, Path(out)):
+    with pytest.raises(ValueError, match="on purpose"), tracing(engine.trace, engine.rank, Path(out)):
         engine.generate("a red fox")
         raise ValueError("on purpose")
 
@@ -236,6 +270,6 @@ def test_nothing_to_show(tmp_path):
 
 def test_a_compiler_is_not_disturbed():
     trace = Trace()
-    seen = trace.call("block 0", "block", lambda x: x + 1)
+    seen = watched(lambda x: x + 1, trace.block(0))
     compiled = torch.compile(seen, backend="eager", fullgraph=True)
     assert compiled(torch.ones(2)).tolist() == [2.0, 2.0]

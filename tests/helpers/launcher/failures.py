@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from helpers.launcher import FAULTY
 from helpers.launcher.cluster import Cluster, cluster
+from xdit_core.testing.beats import step_of
 
 HERE = Path(__file__).parent
 DOC = HERE.parents[2] / "docs" / "use" / "failures.md"
@@ -53,8 +54,8 @@ class Job:
         """Wait until both ranks draw."""
         end = time.monotonic() + 90
         while time.monotonic() < end and self.process.poll() is None:
-            beats = [path.read_bytes() for path in self.folder.glob("runs/*/rank?.beat")]
-            if len(beats) == 2 and all(re.search(rb"step \d+ of", b) for b in beats):
+            beats = [*self.folder.glob("runs/*/rank?.beat")]
+            if len(beats) == 2 and all(map(step_of, beats)):
                 return
             time.sleep(0.1)
         raise AssertionError(f"no steps: {(self.folder / 'err').read_text()}")

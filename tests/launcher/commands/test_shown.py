@@ -54,9 +54,9 @@ def test_nothing_of_a_prompt_moves_the_cursor(
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((40, 24)))
     progress = Progress(terminal)
     progress.begin(FORGED)
-    progress("狐".encode() and 1, 2)
+    progress.step_done(1, 2)
     progress._title = "狐" * 40
-    progress(2, 2)
+    progress.step_done(2, 2)
     for line in terminal.getvalue().split("\r\x1b[K"):
         assert printable(line) == line and sum(map(columns, line)) < 40
     found = RootCause(0, FORGED, FORGED, FORGED, 1, FORGED)

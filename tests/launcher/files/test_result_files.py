@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -210,15 +209,6 @@ def test_the_right_file_is_blamed(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "x.json") and not list(tmp_path.iterdir())
 
 
-class Idle:
-    """Stands for an engine that has drawn."""
-
-    load_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.rank: Any = type("Rank", (), {"slow": {}, "mesh": type("Mesh", (), {"rank": 0})})
-
-
 def test_what_was_drawn_is_never_lost(
     plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,11 +222,11 @@ def test_what_was_drawn_is_never_lost(
     spare.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(spare))
     beat = HeartbeatWriter(heartbeat_path(run_folder, 0))
-    writer = Writer(plan, Idle(), Progress(None), beat, run_folder)  # type: ignore[arg-type]
+    writer = Writer(plan, 0, Progress(None), beat, run_folder)
     Path("o").write_text("a file in the way")
-    writer(picture("a", 0))
+    writer.output_done(picture("a", 0))
     Path("o").unlink()
-    writer(picture("b", 1))
+    writer.output_done(picture("b", 1))
     assert (run_folder / "a-0.png").is_file() and Path("o/b-0.png").is_file()
     assert (
         f"o/a-0.png cannot be written: File exists; the result is in {run_folder / 'a-0.png'}\n"
@@ -245,10 +235,10 @@ def test_what_was_drawn_is_never_lost(
     assert read_heartbeat(heartbeat_path(run_folder, 0)).written == 1  # type: ignore[union-attr]
     with pytest.raises(XditError, match=r"o/a-0\.png cannot be written: .* in .*run/a-0\.png; make room"):
         writer.check()
-    full = Writer(plan, Idle(), Progress(None), beat, tmp_path / "gone" / "deep")  # type: ignore[arg-type]
+    full = Writer(plan, 0, Progress(None), beat, tmp_path / "gone" / "deep")
     (tmp_path / "gone").write_text("")
     (tmp_path / "o" / "a-0.png").mkdir()
-    full(picture("a", 0))
+    full.output_done(picture("a", 0))
     assert (spare / "a-0.png").is_file()
 
 

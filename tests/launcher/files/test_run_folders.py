@@ -18,6 +18,7 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
+from xdit_core.observe.status import Phase, Status
 from xdit_core.outputs import results
 from xdit_core.planning.planner import make_plan
 from xdit_core.planning.settings import parse_words
@@ -39,7 +40,7 @@ def old_run(parent: Path, n: int, **about: Any) -> Path:
     (folder / COMMAND).write_text(json.dumps({**told, "ended": "2020-01-01T00:01:00+00:00", **about}))
     for name in ("plan.json", "rank0.log", "rank0.error.json", "trace.json", "summary.txt", "timeline.png"):
         (folder / name).write_text("{}")
-    HeartbeatWriter(heartbeat_path(folder, 0)).doing("step 2 of 3")
+    HeartbeatWriter(heartbeat_path(folder, 0)).status(Status(Phase.DENOISING, step=2, steps=3))
     return folder
 
 
@@ -52,7 +53,7 @@ def rewrite(folder: Path, **about: Any) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     folders = [old_run(tmp_path, n) for n in range(5)]
     (folders[0] / "serial").mkdir()  # as verify leaves it
-    for name in ("plan.json", "record", "rank0.record.npz"):
+    for name in ("plan.json", "rank0.record.npz"):
         (folders[0] / "serial" / name).touch()
     assert remove_old(tmp_path, 0) == [] == remove_old(tmp_path, 5)
     assert remove_old(tmp_path, 2) == folders[:3]
@@ -108,7 +109,7 @@ def test_a_run_that_goes_on_stays(tmp_path: Path) -> None:
     assert not may_run(folder)
     rewrite(folder, ended=None)
     assert may_run(folder)  # its rank has just moved
-    HeartbeatWriter(heartbeat_path(folder, 0)).doing("done")
+    HeartbeatWriter(heartbeat_path(folder, 0)).status(Status(Phase.DONE))
     assert not may_run(folder)
     rewrite(folder, host="another")  # whose processes are not to be seen from here
     assert may_run(folder)
@@ -126,7 +127,7 @@ def test_a_folder_that_does_not_say_whose_it_is(tmp_path: Path) -> None:
     """As on another host, or of an earlier version: deleted after a day."""
     folder = old_run(tmp_path, 1)
     (folder / COMMAND).unlink()
-    HeartbeatWriter(heartbeat_path(folder, 0)).doing("done")
+    HeartbeatWriter(heartbeat_path(folder, 0)).status(Status(Phase.DONE))
     assert may_run(folder)
     for path in (*folder.iterdir(), folder):
         os.utime(path, (time.time() - 90000,) * 2)

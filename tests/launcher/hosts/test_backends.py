@@ -22,6 +22,7 @@ from PIL import Image
 from helpers.launcher import FAULTY, slurm_cluster
 from helpers.launcher.cluster import Cluster, cluster, missing
 from helpers.launcher.slurm_cluster import slurm
+from xdit_core.testing.beats import step_of
 
 USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
 SMALL = ("model=emoji", "device=cpu", "steps=3", "red heart")
@@ -213,7 +214,7 @@ def test_the_agent_of_a_slurm_node_is_killed(slurm_env: dict[str, str], tmp_path
     command += ["model=emoji", "device=cpu", "steps=4000", "timeout=300", "a"]
     run = subprocess.Popen(command, cwd=tmp_path, env=slurm_env, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
-    while not all(b"step" in path.read_bytes() for path in [*tmp_path.glob("runs/*/rank1.beat")] or [Path(os.devnull)]):
+    while not all(map(step_of, [*tmp_path.glob("runs/*/rank1.beat")] or [Path(os.devnull)])):
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.1)
     for entry in Path("/proc").iterdir():

@@ -267,24 +267,28 @@ def test_the_code_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_how_long_a_run_may_stand_still() -> None:
+    from xdit_core.observe.status import Phase, Status
     from xdit_core.worker.heartbeat import Heartbeat
     from xdit_launcher.node.root_cause import RankStatus
 
-    def at(*doing: str) -> dict[int, RankStatus]:
-        return {i: RankStatus("a", pulse=Heartbeat(1, 0.0, words)) for i, words in enumerate(doing)}
+    def at(*statuses: Status) -> dict[int, RankStatus]:
+        return {i: RankStatus("a", pulse=Heartbeat(1, 0.0, status)) for i, status in enumerate(statuses)}
+
+    def step(number: int, waiting_for: str = "") -> Status:
+        return Status(Phase.DENOISING, step=number, steps=9, waiting_for=waiting_for)
 
     pace = Pace(None)
     assert pace.limit == STUCK
-    pace.moved(30.0, at("step 1 of 9", "loading the model"))
-    pace.moved(4.0, at("step 2 of 9", "waiting for the ring (step 2 of 9)"))
+    pace.moved(30.0, at(step(1), Status(Phase.LOADING, "the model")))
+    pace.moved(4.0, at(step(2), step(2, "the ring")))
     assert pace.limit == STUCK  # the second step may still compile something
-    pace.moved(3.0, at("step 3 of 9", "waiting for the ring (step 3 of 9)"))
+    pace.moved(3.0, at(step(3), step(3, "the ring")))
     assert pace.limit == 40.0
-    pace.moved(0.1, at("decoding", "done"))
+    pace.moved(0.1, at(Status(Phase.DECODING), Status(Phase.DONE)))
     assert pace.limit == STUCK
     quick = Pace(None)
-    for step in (1, 2, 3):
-        quick.moved(0.1, at(f"step {step} of 9"))
+    for number in (1, 2, 3):
+        quick.moved(0.1, at(step(number)))
     assert quick.limit == QUICK
     assert Pace(7.0).limit == 7.0
 

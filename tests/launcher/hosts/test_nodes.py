@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from xdit_core.errors import UsageError
-from xdit_core.worker.heartbeat import read_heartbeat
+from xdit_core.testing.beats import step_of
 from xdit_launcher.backends.local import Node, Settings
 from xdit_launcher.node.sockets import interface_to
 
@@ -66,9 +66,7 @@ def test_a_rank_of_another_node_is_killed(pair: Callable[..., list[Any]]) -> Non
 
 def test_ctrl_c_on_one_node_ends_both(pair: Callable[..., list[Any]]) -> None:
     first, second = pair("--plugins", "usp,faulty", "usp.ulysses=2", "faulty.how=hang", "timeout=120")
-    while not any(
-        "step 2" in pulse.doing for path in first.folder.glob("runs/*/rank0.beat") if (pulse := read_heartbeat(path))
-    ):
+    while not any(step_of(path) == 2 for path in first.folder.glob("runs/*/rank0.beat")):
         assert first.process.poll() is None
         time.sleep(0.1)
     os.kill(second.process.pid, signal.SIGTERM)

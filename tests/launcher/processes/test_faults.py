@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from xdit_core.testing.beats import step_of
+
 Launch = Callable[..., Any]
 TWO = ("--plugins", "usp,faulty", "usp.ulysses=2")
 
@@ -79,7 +81,7 @@ def test_interrupt_and_kill(launch: Launch, tiny: tuple[str, ...]) -> None:
             time.sleep(0.05)
         if number == signal.SIGINT:  # once in the middle of the work, else as early as can be
             time.sleep(0.1)
-            while b"step" not in next(run_folder.glob("*/rank1.beat")).read_bytes() and time.monotonic() < end:
+            while not step_of(next(run_folder.glob("*/rank1.beat"))) and time.monotonic() < end:
                 time.sleep(0.05)
         assert len(run.left_over()) == 2
         started = time.monotonic()

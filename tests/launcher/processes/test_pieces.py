@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 
 from xdit_core.errors import ModelError, UsageError, XditError
 from xdit_core.filesystem import atomically
+from xdit_core.observe.observer import Awaited, Observer
+from xdit_core.observe.status import STARTING, Phase, Status
 from xdit_core.outputs.names import slug, targets
 from xdit_core.planning.settings import RunSettings
 from xdit_core.worker.failure import error_path, failure
@@ -33,16 +36,34 @@ def test_beat(tmp_path: Path) -> None:
     path = heartbeat_path(tmp_path, 3)
     assert read_heartbeat(path) is None
     beat = HeartbeatWriter(path)
-    beat.doing("step 2 of 9")
-    beat.doing("waiting for the ring")
-    beat.doing("waiting for the gather")
-    pulse = read_heartbeat(path)
-    assert pulse is not None and pulse.waiting and pulse.count == 4
-    assert pulse.doing == "waiting for the gather (step 2 of 9)"
-    assert 0 <= time.monotonic() - pulse.at < 5
-    beat.doing("ü" * SIZE)
-    assert (read_heartbeat(path) or pulse).doing.startswith("üüü") and path.stat().st_size == SIZE
-    HeartbeatWriter(tmp_path / "no" / "folder").doing("nothing to write to")
+    work = Status(Phase.DENOISING, step=2, steps=9)
+    beat.status(work)
+    with beat.waiting(Awaited("the ring", "ring")):
+        with beat.waiting(Awaited("stages", "pp", message=("stages", 7, 11))):
+            pulse = read_heartbeat(path)
+            assert pulse is not None and pulse.status.waiting and pulse.count == 4
+            assert pulse.status == replace(work, waiting_for="stages", axis="pp", peers=(7,))
+            assert str(pulse.status) == "waiting for stages (step 2 of 9)"
+            assert 0 <= time.monotonic() - pulse.at < 5
+        assert str((read_heartbeat(path) or pulse).status) == "waiting for the ring (step 2 of 9)"
+    assert (read_heartbeat(path) or pulse).status == work and beat.count == 6
+    for long in ("ü" * SIZE, "\udcff" * SIZE, '"' * SIZE):
+        beat.status(Status(Phase.WRITING, long, waiting_for=long, peers=tuple(range(10**5, 10**5 + SIZE))))
+        status = (read_heartbeat(path) or pulse).status
+        assert status.phase == Phase.WRITING and status.waiting and len(status.detail) > 20 and len(status.peers) == 32
+        assert path.stat().st_size == SIZE
+    HeartbeatWriter(tmp_path / "no" / "folder").status(work)
+
+
+def test_a_beat_that_is_being_written(tmp_path: Path) -> None:
+    """It is read again; one that was cut off for good, as by a kill in the middle, is none."""
+    path = heartbeat_path(tmp_path, 0)
+    HeartbeatWriter(path).status(Status(Phase.DECODING))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes(SIZE - 40))
+    assert read_heartbeat(path) is None
+    path.write_bytes(whole)
+    assert str((read_heartbeat(path) or pytest.fail()).status) == "decoding"
 
 
 def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,12 +126,15 @@ def test_words_in_any_order() -> None:
     )
 
 
-def fail(folder: Path, rank: int, error: BaseException, doing: str = "step 1 of 2") -> None:
+STEP = Status(Phase.DENOISING, step=1, steps=2)
+
+
+def fail(folder: Path, rank: int, error: BaseException, status: Status = STEP) -> None:
     """As a worker would."""
     try:
         raise error
     except BaseException as e:
-        error_path(folder, rank).write_text(json.dumps(failure(e, rank, doing)))
+        error_path(folder, rank).write_text(json.dumps(failure(e, rank, status)))
 
 
 def blame(folder: Path, codes: list[int | None], stuck_for: float | None = None) -> RootCause:
@@ -144,7 +168,7 @@ def test_signals_before_lost_peers(tmp_path: Path) -> None:
 def test_an_exit_without_a_word(tmp_path: Path) -> None:
     fail(tmp_path, 0, LOST)
     assert blame(tmp_path, [1, 7]) == RootCause(
-        1, "here", "starting", "it ended with exit code 7 and left no error", 7, "x.log"
+        1, "here", STARTING, "it ended with exit code 7 and left no error", 7, "x.log"
     )
 
 
@@ -158,7 +182,9 @@ def test_a_lost_host() -> None:
 def test_only_lost_peers(tmp_path: Path) -> None:
     """Two ranks waited too long for the third, which still runs."""
     for rank in range(3):
-        HeartbeatWriter(heartbeat_path(tmp_path, rank)).doing("step 2 of 4" if rank == 2 else "waiting for the ring")
+        HeartbeatWriter(heartbeat_path(tmp_path, rank)).status(
+            STEP if rank == 2 else replace(STEP, waiting_for="the ring")
+        )
     fail(tmp_path, 0, RuntimeError("Timed out waiting 1000ms for recv operation to complete"))
     assert blame(tmp_path, [1, None, None]).rank == 2
 
@@ -167,7 +193,7 @@ def test_a_hang_of_all(tmp_path: Path) -> None:
     for rank, count in enumerate((5, 3, 4)):
         beat = HeartbeatWriter(heartbeat_path(tmp_path, rank))
         for _ in range(count):
-            beat.doing("waiting for the ring")
+            beat.status(replace(STEP, waiting_for="the ring"))
     found = blame(tmp_path, [None, None, None], stuck_for=30)
     assert found.rank == 1 and "no rank made progress for 30 s" in found.sentence
 
@@ -206,12 +232,21 @@ def test_ranks_with_another_plan_are_named() -> None:
         def wait(self, keys: list[str], patience: object) -> None:
             assert all(key in self for key in keys)
 
-    said: list[str] = []
+    class Said(Observer):
+        """Remembers what a rank was at."""
+
+        def __init__(self) -> None:
+            self.statuses: list[Status] = []
+
+        def status(self, status: Status) -> None:
+            self.statuses.append(status)
+
+    said = Said()
     shelf = Shelf({"digest/0": b"x", "digest/2": b"y"})
     with pytest.raises(XditError, match="ranks 1 and 2 of 3 got another plan than rank 0; copy one plan"):
-        compare(shelf, "z", RankEnv(rank=1, world=3), timedelta(0), said.append)
-    compare(Shelf({"digest/0": b"x"}), "x", RankEnv(rank=1, world=2), timedelta(0), said.append)
-    assert not said
+        compare(shelf, "z", RankEnv(rank=1, world=3), timedelta(0), said)
+    compare(Shelf({"digest/0": b"x"}), "x", RankEnv(rank=1, world=2), timedelta(0), said)
+    assert not said.statuses
 
     class Empty(Shelf):
         """Some never come."""
@@ -223,8 +258,10 @@ def test_ranks_with_another_plan_are_named() -> None:
             return keys[0] in self
 
     with pytest.raises(XditError, match="ranks 0 and 2 of 3 did not come within 0 s; start all nodes"):
-        compare(Empty(), "x", RankEnv(rank=1, world=3), timedelta(0), said.append)
-    assert [not_started(text) for text in said] == [(0, 2)] and not_started("waiting for the ring") == ()
+        compare(Empty(), "x", RankEnv(rank=1, world=3), timedelta(0), said)
+    assert [not_started(status) for status in said.statuses] == [(0, 2)]
+    assert str(said.statuses[0]) == "waiting for ranks 0, 2 to start (connecting)"
+    assert not_started(replace(STEP, waiting_for="the ring", peers=(1,))) == ()
 
 
 @pytest.mark.parametrize(
@@ -269,7 +306,7 @@ def test_progress_in_a_log_and_on_a_terminal() -> None:
         progress = Progress(screen)
         progress.begin("a fox")
         for step in (1, 2, 3):
-            progress(step, 3)
+            progress.step_done(step, 3)
         progress.end()
     assert len(log.getvalue().splitlines()) == 1 and log.getvalue().startswith("step 3/3  0.00 s/step  peak ")
     assert terminal.getvalue().count("\r\x1b[K") == 5 and "[####################] step 3/3" in terminal.getvalue()
@@ -279,5 +316,5 @@ def test_progress_in_a_log_and_on_a_terminal() -> None:
     gone = io.StringIO()
     gone.close()
     print("a line", file=Tee(kept, gone, before=progress.clear))  # type: ignore[type-var]
-    Progress(gone := io.StringIO()).status("nothing where nobody watches")
+    Progress(gone := io.StringIO()).show("nothing where nobody watches")
     assert gone.getvalue() == ""

@@ -12,8 +12,8 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,8 @@ from PIL import Image
 
 from xdit_core.engine.engine import Engine
 from xdit_core.engine.loading import load_pipeline
+from xdit_core.observe.observer import Observer
+from xdit_core.observe.status import Phase, Status
 from xdit_core.planning.planner import make_plan
 from xdit_core.planning.settings import parse_words
 from xdit_core.points.request import Output, joined
@@ -47,7 +49,7 @@ def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.begin("a fox")
     for step, took in ((1, 30.0), (2, 10.0), (3, 10.0), (20, 170.0)):
         now[0] += took
-        progress(step, 20)
+        progress.step_done(step, 20)
     shown = frames(screen.getvalue())
     assert "left" not in shown[2] and "step 2/20  about 3 min 0 s left  10.00 s/step" in shown[3]
     assert "step 3/20  about 2 min 50 s left" in shown[4] and "left" not in shown[5]
@@ -65,16 +67,23 @@ def test_what_is_being_loaded_is_shown(tiny_sd3_folder: Path, tiny: tuple[str, .
 
     from xdit_core.registry.registry import Registry
 
-    said: list[str] = []
+    statuses: list[Status] = []
+
+    class Said(Observer):
+        def status(self, status: Status) -> None:
+            statuses.append(status)
+
     spec, _ = Registry().model("sd3")
-    load_pipeline(spec, tiny_sd3_folder, range(4), torch.device("cpu"), torch.float32, doing=said.append)
+    load_pipeline(spec, tiny_sd3_folder, range(4), torch.device("cpu"), torch.float32, observer=Said())
+    said = [str(status) for status in statuses]
     assert {f"loading the model: {name}" for name in ("text_encoder", "vae", "transformer")} <= set(said)
     screen = io.StringIO()
     progress = Progress(screen, 40)
-    for text in (*said, "waiting for rank 1 (loading the model: vae)", "step 1 of 3"):
-        progress.loading(text)
+    others = (replace(statuses[0], waiting_for="rank 1"), Status(Phase.DENOISING, step=1, steps=3))
+    for status in (*statuses, *others):
+        progress.status(status)
     assert frames(screen.getvalue())[1:] == said
-    Progress(log := io.StringIO()).loading(said[0])
+    Progress(log := io.StringIO()).status(statuses[0])
     assert log.getvalue() == ""
 
 
@@ -92,7 +101,7 @@ def test_a_bar_over_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
         with os.fdopen(write, "w") as screen:
             progress = Progress(screen, place.columns)
             progress.begin("狐" * 40)
-            progress(2, 4)
+            progress.step_done(2, 4)
         with os.fdopen(read, newline="") as pipe:
             lines = frames(pipe.read())
         assert lines[2].startswith("[##########..........] step 2/4") and max(sum(map(columns, x)) for x in lines) < 50
@@ -163,11 +172,10 @@ def test_the_printed_times_add_up(
     """Guards against a time of loading among the parts of a sum that does not hold it."""
     monkeypatch.chdir(tmp_path)
     plan = make_plan([], parse_words([*tiny, "prompt=a fox"]))
-    rank = SimpleNamespace(slow={}, mesh=SimpleNamespace(rank=0))
-    engine: Any = SimpleNamespace(load_seconds=7.0, rank=rank)
-    writer = Writer(plan, engine, Progress(None), HeartbeatWriter(None), tmp_path)
+    writer = Writer(plan, 0, Progress(None), HeartbeatWriter(None), tmp_path)
+    writer.engine_built(7.0)
     times = {"encode": 1.0, "denoise": 2.0, "decode": 0.5}
-    writer(Output("a fox", images=[Image.new("RGB", (32, 32))], seconds=times))
+    writer.output_done(Output("a fox", images=[Image.new("RGB", (32, 32))], seconds=times))
     assert (
         capsys.readouterr().out == "out.png  3.5 s (encode 1.0, denoise 2.0, decode 0.5; loading took 7.0 s before)\n"
     )

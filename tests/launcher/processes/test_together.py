@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from helpers.launcher import FAULTY
+from xdit_core.observe.status import STARTING, Phase, Status
+from xdit_core.testing.beats import step_of
 from xdit_core.worker.heartbeat import Heartbeat
 from xdit_core.worker.rendezvous import waiting_to_start
 from xdit_launcher.backends.local import Node, command_for
@@ -29,6 +31,7 @@ from xdit_launcher.node.root_cause import RankStatus
 from xdit_launcher.node.watching import watch
 
 Launch = Callable[..., Any]
+STEP = Status(Phase.DENOISING, step=1, steps=2)
 
 
 def state(pid: int | str) -> str:
@@ -50,7 +53,7 @@ def test_ctrl_z_stops_the_whole_run_and_it_goes_on(launch: Launch, tiny: tuple[s
     """The ranks stop with the launcher and go on with it, and the run ends well."""
     words = [w for w in tiny if not w.startswith("steps")]
     run = launch("--plugins", "usp", *words, "usp.ulysses=2", "steps=60", "a red fox")
-    assert wait_for(lambda: any(b"step " in p.read_bytes() for p in run.folder.glob("runs/*/rank1.beat")))
+    assert wait_for(lambda: any(map(step_of, run.folder.glob("runs/*/rank1.beat"))))
     run.process.send_signal(signal.SIGTSTP)
     assert wait_for(lambda: state(run.process.pid) == "T", 5)
     workers = run.left_over()
@@ -130,19 +133,19 @@ def test_a_watch_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.Monke
 
     def look() -> Mapping[int, RankStatus]:
         time.sleep(0.3)
-        return {0: RankStatus("a", next(codes), Heartbeat(1, 0.0, "step 1 of 2"))}
+        return {0: RankStatus("a", next(codes), Heartbeat(1, 0.0, STEP))}
 
     assert watch(look, timeout=0.25) is None
 
 
-def seen(*texts: str, start: int = 0) -> dict[int, RankStatus]:
-    return {start + i: RankStatus("here", None, Heartbeat(3, 0.0, text)) for i, text in enumerate(texts)}
+def seen(*statuses: Status, start: int = 0) -> dict[int, RankStatus]:
+    return {start + i: RankStatus("here", None, Heartbeat(3, 0.0, status)) for i, status in enumerate(statuses)}
 
 
 def test_a_node_that_has_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["xdit-launch", "--nnodes", "3", "--node-rank", "0", "--rdzv", "a:29500", "a fox"])
     first, second = Node(0, 3, "a", 29500), Node(1, 3, "a", 29500)
-    waits = waiting_to_start([2, 3, 4, 5]) + " (importing torch)"
+    waits = waiting_to_start([2, 3, 4, 5])
     assert first.absent(seen(waits, waits), 6).startswith(
         "nodes 1 and 2 have not come to a:29500; start each with its own --node-rank"
     )
@@ -152,10 +155,8 @@ def test_a_node_that_has_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert second.absent(seen(*[waiting_to_start([0])] * 2, start=2), 6).startswith(
         "node 0 has not come to a:29500; start it with: "
     )
-    assert (
-        first.absent(seen(waits, "importing torch"), 6) == ""
-        and first.absent(seen("step 1 of 2", "step 1 of 2"), 6) == ""
-    )
+    assert first.absent(seen(waits, Status(Phase.IMPORTING, "torch")), 6) == ""
+    assert first.absent(seen(STEP, STEP), 6) == ""
     assert first.absent(seen(*[waiting_to_start([1])] * 2), 6) == ""  # it is on its way
     assert command_for(1, ["--config", "x"]) == "the same command and --node-rank 1"
 
@@ -259,10 +260,10 @@ def test_an_unknown_error_of_a_worker_by_hand(tmp_path: Path) -> None:
     from xdit_core.worker.failure import failure
     from xdit_core.worker.rendezvous import RankEnv
 
-    said = by_hand(failure(KeyError("x\n\x1b"), 1, "step 1 of 2"), RankEnv(rank=1, world=2), tmp_path)
+    said = by_hand(failure(KeyError("x\n\x1b"), 1, STEP), RankEnv(rank=1, world=2), tmp_path)
     path = tmp_path / "rank1.traceback.txt"
     first, second = said.splitlines()
     assert first == "rank 1 of 2 failed at: step 1 of 2" and second.endswith(f"; the traceback is in {path}")
     assert second.startswith("  KeyError: ") and "KeyError" in path.read_text()
-    assert by_hand(failure(UsageError("out=x is wrong."), 0, "starting"), RankEnv(), tmp_path) == "out=x is wrong.\n"
-    assert "KeyError" in by_hand(failure(KeyError("x"), 0, "starting"), RankEnv(), tmp_path / "no")
+    assert by_hand(failure(UsageError("out=x is wrong."), 0, STARTING), RankEnv(), tmp_path) == "out=x is wrong.\n"
+    assert "KeyError" in by_hand(failure(KeyError("x"), 0, STARTING), RankEnv(), tmp_path / "no")

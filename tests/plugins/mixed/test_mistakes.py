@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from xdit_core import Built, Declaration, Engine, PlanRefused, PluginError, Registry, Transform, Wrap, hookimpl
+from xdit_core.observe.status import STARTING
 from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.records import POINTS
 from xdit_core.registry.owners import Owner, owned_spec
@@ -174,7 +175,7 @@ def test_memory_and_lost_ranks_keep_their_type():
         assert caught.value.__notes__ == [
             "This happened in its wrap at forward/reuse of plugin outer of some-package 1.2."
         ]
-    assert failure(torch.distributed.DistNetworkError("gone"), 0, "")["victim"]
+    assert failure(torch.distributed.DistNetworkError("gone"), 0, STARTING)["victim"]
 
 
 @pytest.mark.parametrize(

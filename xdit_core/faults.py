@@ -1,0 +1,53 @@
+"""Whose fault an error is that came out of somebody's code: another rank's, the memory's, the disk's. Without torch."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from xdit_core.errors import XditError
+
+LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "timed out waiting",
+    "application timeout",
+)
+NO_MEMORY = ("defaultcpuallocator", "out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Another rank went away or did not answer: this rank is not the cause."""
+    if isinstance(error, XditError):
+        return False
+    for e in chain(error):
+        names = {cls.__name__ for cls in type(e).__mro__}
+        if names & {"DistNetworkError", "DistStoreError", "DistBackendError"}:
+            return True
+        if isinstance(e, RuntimeError) and any(words in str(e).lower() for words in LOST_PEER):
+            return True
+    return False
+
+
+def no_memory(error: BaseException) -> bool:
+    """Memory ran out."""
+    return any(isinstance(e, MemoryError) or any(words in str(e).lower() for words in NO_MEMORY) for e in chain(error))
+
+
+def full_disk(error: BaseException) -> OSError | None:
+    """The error that says that a disk is full."""
+    return next((e for e in chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
+
+
+def fault_of_machine(error: BaseException) -> bool:
+    """Another rank, the memory or the disk is at fault, and not the code that met it."""
+    return lost_peer(error) or no_memory(error) or full_disk(error) is not None

@@ -1,0 +1,263 @@
+"""What can be seen of a rank, and the class of those who watch it.
+
+Everything that happens on a rank is told to one observer: ``rank.observer``. The progress line, the heartbeat, the
+trace, what ``verify`` records and whatever a plugin returns from ``xdit_observe`` are observers, and several of them
+are combined into one. An observer looks, and changes nothing: it gets no result into its hands to replace.
+
+Without torch, so that the module of a plugin can define its observer at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xdit_core.observe.status import Status
+
+if TYPE_CHECKING:
+    import torch
+
+    from xdit_core.points.context import ForwardContext
+    from xdit_core.points.request import Job, Output
+
+Around = Callable[[], AbstractContextManager[None]]
+UNSEEN: AbstractContextManager[None] = nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """What a rank waits for.
+
+    Args:
+        what: in words, such as ``the ring``.
+        axis: of the mesh, ``what`` if it is none.
+        group: the process group, if a collective is waited for.
+        message: channel, source rank and number, if a message is.
+        began: when what is waited for was begun, in ns of ``time.perf_counter_ns``; 0 if it begins with the wait.
+    """
+
+    what: str
+    axis: str = ""
+    group: Any = None
+    message: tuple[str, int, int] | None = None
+    began: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """A message that a rank sends.
+
+    Args:
+        channel: name of the channel.
+        axis: of the mesh.
+        peer: the rank that it goes to.
+        number: tells it from the other messages of the channel; with the ranks it finds the `Awaited` of the peer.
+        size: bytes.
+        what: what of the channel it is, "" for most.
+    """
+
+    channel: str
+    axis: str
+    peer: int
+    number: int
+    size: int
+    what: str = ""
+
+
+class Observer:
+    """Watches one rank; every method does nothing until a subclass says what it does.
+
+    ``point``, ``block`` and ``rows`` are settled when the engine is built: what nobody wants to see has no code in the
+    hot path.
+
+    Attributes:
+        sees_every_wait: strategies then wait for a result where it arrives rather than where it is used, so that each
+            wait is told; this costs time.
+    """
+
+    sees_every_wait: bool = False
+
+    def status(self, status: Status) -> None:
+        """The rank begins something else."""
+
+    def waiting(self, awaited: Awaited) -> AbstractContextManager[None]:
+        """A context around a wait for other ranks."""
+        return UNSEEN
+
+    def sending(self, message: Sending) -> AbstractContextManager[None]:
+        """A context around the sending of a message."""
+        return UNSEEN
+
+    def point(self, point: str, level: str, plugin: str) -> Around | None:
+        """Asked once for each wrap: what makes a context around each call of it, None to leave it alone.
+
+        Args:
+            point: the extension point, such as ``attention``.
+            level: of the wrap, "" for the model's own code inside all wraps.
+            plugin: whose wrap it is, "" for the model's own code.
+        """
+        return None
+
+    def block(self, index: int) -> Around | None:
+        """Asked once for each block that this rank holds: what makes a context around each call of it, or None."""
+        return None
+
+    def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
+        """Picture rows ``[B, n, D]`` between two blocks; only told if a subclass has this method.
+
+        Args:
+            place: 0 before the first block, ``i + 1`` behind block ``i``.
+            context: of the call of the denoiser; says which rows of the picture these are.
+        """
+
+    def latents(self, latents: torch.Tensor) -> None:
+        """The VAE is about to be given these latents."""
+
+    def engine_built(self, seconds: float) -> None:
+        """The engine is ready; building and loading took so long."""
+
+    def engine_closed(self) -> None:
+        """The engine was closed."""
+
+    def job_started(self, job: Job) -> None:
+        """A call of the pipeline begins."""
+
+    def step_done(self, step: int, steps: int) -> None:
+        """A step of the pipeline is done, counted from 1."""
+
+    def job_done(self, job: Job, phases: Mapping[str, tuple[float, float]]) -> None:
+        """A call of the pipeline is done.
+
+        Args:
+            phases: begin and end of ``encode``, ``denoise`` and ``decode``, in seconds of ``time.perf_counter``.
+        """
+
+    def output_done(self, output: Output) -> None:
+        """An output, or a part of one, is there; told on the ranks that own it."""
+
+    @property
+    def parts(self) -> tuple[Observer, ...]:
+        """The observers that this one stands for."""
+        return (self,)
+
+    def overrides(self, method: str) -> bool:
+        """Whether it does something in a method."""
+        return getattr(type(self), method) is not getattr(Observer, method)
+
+
+class Observers(Observer):
+    """Several observers as one; each is called for what it overrides only.
+
+    Args:
+        parts: in the order in which they are told; contexts are entered in this order and left in the other.
+    """
+
+    def __init__(self, parts: Iterable[Observer]) -> None:
+        self._parts = tuple(parts)
+        self.sees_every_wait = any(part.sees_every_wait for part in self._parts)
+        self._waiting, self._sending = self._methods("waiting"), self._methods("sending")
+        self._status, self._rows = self._methods("status"), self._methods("rows")
+
+    @property
+    def parts(self) -> tuple[Observer, ...]:
+        """All of them."""
+        return self._parts
+
+    def overrides(self, method: str) -> bool:
+        """Whether one of them does something in a method."""
+        return any(part.overrides(method) for part in self._parts)
+
+    def _methods(self, name: str) -> tuple[Callable[..., Any], ...]:
+        return tuple(getattr(part, name) for part in self._parts if part.overrides(name))
+
+    def status(self, status: Status) -> None:
+        """Tell each."""
+        for method in self._status:
+            method(status)
+
+    def waiting(self, awaited: Awaited) -> AbstractContextManager[None]:
+        """The contexts of all."""
+        return together([method(awaited) for method in self._waiting])
+
+    def sending(self, message: Sending) -> AbstractContextManager[None]:
+        """The contexts of all."""
+        return together([method(message) for method in self._sending])
+
+    def point(self, point: str, level: str, plugin: str) -> Around | None:
+        """The contexts of all that want to see it."""
+        return joint([part.point(point, level, plugin) for part in self._parts])
+
+    def block(self, index: int) -> Around | None:
+        """The contexts of all that want to see it."""
+        return joint([part.block(index) for part in self._parts])
+
+    def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
+        """Tell each."""
+        for method in self._rows:
+            method(place, rows, context)
+
+    def latents(self, latents: torch.Tensor) -> None:
+        """Tell each."""
+        for part in self._parts:
+            part.latents(latents)
+
+    def engine_built(self, seconds: float) -> None:
+        """Tell each."""
+        for part in self._parts:
+            part.engine_built(seconds)
+
+    def engine_closed(self) -> None:
+        """Tell each."""
+        for part in self._parts:
+            part.engine_closed()
+
+    def job_started(self, job: Job) -> None:
+        """Tell each."""
+        for part in self._parts:
+            part.job_started(job)
+
+    def step_done(self, step: int, steps: int) -> None:
+        """Tell each."""
+        for part in self._parts:
+            part.step_done(step, steps)
+
+    def job_done(self, job: Job, phases: Mapping[str, tuple[float, float]]) -> None:
+        """Tell each."""
+        for part in self._parts:
+            part.job_done(job, phases)
+
+    def output_done(self, output: Output) -> None:
+        """Tell each."""
+        for part in self._parts:
+            part.output_done(output)
+
+
+def combined(observers: Iterable[Observer | None]) -> Observer:
+    """One observer for several, of which some may be None; one that does nothing for none."""
+    parts = [
+        part for observer in observers if observer is not None for part in observer.parts if type(part) is not Observer
+    ]
+    return parts[0] if len(parts) == 1 else Observers(parts) if parts else Observer()
+
+
+def together(contexts: Sequence[AbstractContextManager[None]]) -> AbstractContextManager[None]:
+    """One context for several."""
+    return contexts[0] if len(contexts) == 1 else _nested(contexts) if contexts else UNSEEN
+
+
+def joint(arounds: Iterable[Around | None]) -> Around | None:
+    """One maker of contexts for several, None for none."""
+    wanted = [around for around in arounds if around is not None]
+    if len(wanted) < 2:
+        return wanted[0] if wanted else None
+    return lambda: together([around() for around in wanted])
+
+
+@contextmanager
+def _nested(contexts: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

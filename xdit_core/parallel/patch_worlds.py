@@ -1,0 +1,35 @@
+"""Worlds, which say where the values of patches live."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from xdit_core.parallel.patch_tensor import PatchTensor
+
+
+class PatchWorld:
+    """Where the values of patches live. This one is local: every cell can be computed here.
+
+    Attributes:
+        evaluates: False on ranks that never have values; their patch tensors hold shapes and no cells.
+        materialized: how often each operation forced a patch tensor to materialize.
+    """
+
+    evaluates: bool = True
+
+    def __init__(self) -> None:
+        self.materialized: Counter[str] = Counter()
+
+    def materialize(self, tensor: PatchTensor) -> torch.Tensor:
+        """The whole value of a patch tensor, in memory that nothing else refers to."""
+        return torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patched_dim)
+
+    def report(self, op: str) -> None:
+        """An operation, say ``aten.mean.default``, is about to materialize a patch tensor."""
+        self.materialized[op] += 1
+
+
+class LocalWorld(PatchWorld):
+    """One process, no collectives."""
