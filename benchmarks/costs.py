@@ -50,9 +50,6 @@ def measured(folder: str, plugins: list[str], values: dict[str, Any]) -> tuple[d
         "output_type": "latent",
         "steps": 3,
     }
-    engine = Engine(make_plan(plugins, {**base, "device": "cpu", **values}))
-    denoiser = engine.pipe.transformer
-    local = [p.to_local() if isinstance(p, DTensor) else p for n, p in denoiser.named_parameters() if "blocks" in n]
     marks, kept = [], [0]
 
     def look(step: int, steps: int) -> None:
@@ -60,7 +57,9 @@ def measured(folder: str, plugins: list[str], values: dict[str, Any]) -> tuple[d
         if step == 2:
             kept[0] = held(engine)
 
-    engine.progress = look
+    engine = Engine(make_plan(plugins, {**base, "device": "cpu", **values}), progress=look)
+    denoiser = engine.pipe.transformer
+    local = [p.to_local() if isinstance(p, DTensor) else p for n, p in denoiser.named_parameters() if "blocks" in n]
     engine.generate("a red fox")
     engine.close()
     sent = {axis: count - marks[0].get(axis, 0) for axis, count in marks[1].items()}
