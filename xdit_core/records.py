@@ -158,6 +158,19 @@ EXACT = Fidelity("exact")
 
 
 @dataclass(frozen=True)
+class Stages:
+    """Divides the blocks of the denoiser among the ranks of an axis, each of which is a stage.
+
+    Args:
+        axis: name of the axis.
+        block_split: called with the degree of that axis; returns the number of blocks of each stage.
+    """
+
+    axis: str
+    block_split: Callable[[int], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class Declaration:
     """What a strategy brings to a plan.
 
@@ -166,8 +179,7 @@ class Declaration:
         claims: slots that it must own alone, beside those that follow from the rest (``SLOTS``).
         wraps: where it attaches.
         transforms: what it does to the modules once.
-        stages: name of the axis along which the blocks are divided, or "".
-        block_split: number of blocks of each stage; called with the resolved degree of that axis.
+        stages: how it divides the blocks among ranks; None if it does not.
         patches: the number of patches the tokens are cut into in time; called with the resolved degrees.
         fidelity: how near its result is to that of one process; a strategy that says nothing is unverified.
         problems: what is wrong with its settings, whatever the degrees will be.
@@ -177,8 +189,7 @@ class Declaration:
     claims: tuple[Claim, ...] = ()
     wraps: tuple[Wrap, ...] = ()
     transforms: tuple[Transform, ...] = ()
-    stages: str = ""
-    block_split: Callable[[int], tuple[int, ...]] | None = None
+    stages: Stages | None = None
     patches: Callable[[Mapping[str, int]], int] | None = None
     fidelity: Fidelity = Fidelity()
     problems: tuple[Problem, ...] = ()

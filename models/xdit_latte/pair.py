@@ -20,6 +20,7 @@ class Pair(nn.Module):
     def __init__(self, spatial: nn.Module, temporal: nn.Module, positions: torch.Tensor | None) -> None:
         super().__init__()
         self.spatial, self.temporal = spatial, temporal
+        self.positions: torch.Tensor | None
         self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor, frames: int, timestep: torch.Tensor, **rest: Any) -> torch.Tensor:
@@ -36,8 +37,9 @@ class Pair(nn.Module):
         """
         x: torch.Tensor = self.spatial(hidden_states, timestep=timestep, **rest)
         n = x.shape[1]
-        x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
+        x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)  # type: ignore[no-untyped-call]
         if self.positions is not None and frames > 1:
             x = x + self.positions.to(x.dtype)
         x = self.temporal(x, timestep=timestep[::frames].repeat_interleave(n, dim=0))
-        return x.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)
+        x = x.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)  # type: ignore[no-untyped-call]
+        return x

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Fidelity, ModelFacts, Problem, Traffic, Wrap, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, Fidelity, ModelFacts, Problem, Stages, Traffic, Wrap, hookimpl
 from xdit_core.parallel.tokens import even_bounds
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
             Claim("kv", "it keeps keys and values of the step before"),
         ),
         wraps=(Wrap("forward", "patches"), Wrap("trunk", "stage"), Wrap("attention", "cache")),
-        stages="stages",
-        block_split=split,
+        stages=Stages("stages", split),
         patches=patches,
         fidelity=Fidelity("displaced", reference=reference),
         problems=tuple(problems_of(settings, facts)),

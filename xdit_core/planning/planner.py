@@ -315,8 +315,8 @@ def divide_work(declared: Mapping[str, Declaration], axes: Sequence[Axis], facts
     for name, d in declared.items():
         check_fidelity(name, d.fidelity)
         try:
-            if d.stages and d.block_split:
-                split = d.block_split(degree.get(d.stages, 1))
+            if d.stages:
+                split = d.stages.block_split(degree.get(d.stages.axis, 1))
             if d.patches:
                 patches = d.patches(degree)
             if d.fidelity.reference:
@@ -327,7 +327,7 @@ def divide_work(declared: Mapping[str, Declaration], axes: Sequence[Axis], facts
             raise PluginError(
                 f"plugin {name} failed to divide blocks or tokens: {type(error).__name__}: {error}."
             ) from error
-    return Division(next((d.stages for d in declared.values() if d.stages), ""), split, patches, reference)
+    return Division(next((d.stages.axis for d in declared.values() if d.stages), ""), split, patches, reference)
 
 
 def resolve_fidelity(declared: Mapping[str, Declaration], patches: int) -> dict[str, str]:

@@ -62,13 +62,14 @@ class Denoiser(nn.Module):
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Velocity at ``x [B, 8, 16, 16]``, noise level ``sigma [B]`` in [0, 1], for token ids ``[B, 16]``."""
         texts = [encoder(ids, output_hidden_states=True) for encoder in self.text_encoders]
-        return self.transformer(
+        velocity: torch.Tensor = self.transformer(
             hidden_states=x,
             timestep=1000 * sigma,
             encoder_hidden_states=torch.cat([t.hidden_states[-2] for t in texts], dim=-1),
             pooled_projections=torch.cat([t[0] for t in texts], dim=-1),
             return_dict=False,
         )[0]
+        return velocity
 
 
 def draw_sigma(n: int, device: str) -> torch.Tensor:
@@ -84,9 +85,8 @@ def train(
     device = args.device
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    )
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call]
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
     forward = torch.compile(model) if args.compile else model
     latents, ids, empty = latents.to(device), ids.to(device), empty.to(device)
     started, step, smooth, order = time.monotonic(), 0, None, torch.empty(0, dtype=torch.long)
@@ -104,7 +104,7 @@ def train(
             velocity = forward((1 - s) * x + s * noise, sigma, text)
         loss = F.mse_loss(velocity.float(), noise - x)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         averaged.update_parameters(model)
@@ -121,7 +121,8 @@ def train(
         f"transformer: {step} steps of {args.batch} in {(time.monotonic() - started) / 60:.1f} minutes on {device}",
         flush=True,
     )
-    return averaged.module.eval()
+    result: Denoiser = averaged.module.eval()  # type: ignore[assignment]
+    return result
 
 
 def save(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, out: str) -> None:

@@ -51,7 +51,7 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor, kl_weight: float) -> tuple[torc
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 64) -> torch.Tensor:
     """Posterior means of uint8 pictures, unscaled, ``[n, 8, 16, 16]`` float32 on the CPU."""
-    parts = [to_float(p.to(vae.device)) for p in pictures.split(batch)]
+    parts = [to_float(p.to(vae.device)) for p in torch.split(pictures, batch)]
     return torch.cat([vae.encode(p).latent_dist.mode().float().cpu() for p in parts])
 
 
@@ -61,7 +61,8 @@ def train(
     """Train for ``minutes`` of wall time under a cosine schedule over time; sets shift and scale in the config."""
     device = vae.device
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    averaged = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call]
+    averaged = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=average)
     started, step = time.monotonic(), 0
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
@@ -72,7 +73,7 @@ def train(
         x = to_float(torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x.flip(-1), x))
         loss, l1 = loss_of(vae, x, kl_weight)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         averaged.update_parameters(vae)

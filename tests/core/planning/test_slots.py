@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xdit_core import Axis, Built, Claim, Declaration, PlanRefused, Traffic, Transform, Wrap, hookimpl
+from xdit_core import Axis, Built, Claim, Declaration, PlanRefused, Stages, Traffic, Transform, Wrap, hookimpl
 from xdit_core.records import POINTS, SLOTS
 from xdit_core.testing.runs import plan_for
 
@@ -39,8 +39,8 @@ def both(folder, one, two):
     ("one", "two", "slot"),
     [
         (
-            {"axes": (axis("a"),), "stages": "a", "block_split": lambda degree: (4,)},
-            {"axes": (axis("b"),), "stages": "b", "block_split": lambda degree: (4,)},
+            {"axes": (axis("a"),), "stages": Stages("a", lambda degree: (4,))},
+            {"axes": (axis("b"),), "stages": Stages("b", lambda degree: (4,))},
             "blocks",
         ),
         ({"patches": lambda degrees: 2}, {"patches": lambda degrees: 3}, "patches"),
