@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from xdit_core.outputs.preview import Preview
     from xdit_core.parallel.axis_world import AxisWorld
     from xdit_core.parallel.channel import Channel, Message, Receive
+    from xdit_core.parallel.collectives import CollectiveWatch, gather_parts
     from xdit_core.parallel.mesh import Mesh
     from xdit_core.parallel.patch_tensor import PatchTensor, materialized, patchwise
     from xdit_core.parallel.patch_worlds import LocalWorld, PatchWorld
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from xdit_core.points.request import Run as RequestRun
     from xdit_core.points.trunk import Absent, Rows, Selector
     from xdit_core.points.trunk import Run as TrunkRun
+    from xdit_core.points.unet import share_between_patches
 
 __version__ = "0.1.0"
 
@@ -95,6 +97,7 @@ _WITH_TORCH = {
     "RowSet": ("parallel.row_set", "RowSet"),
     "ForwardCall": ("points.forward", "ForwardCall"),
     "Channel": ("parallel.channel", "Channel"),
+    "CollectiveWatch": ("parallel.collectives", "CollectiveWatch"),
     "Engine": ("engine.engine", "Engine"),
     "ForwardRun": ("points.forward", "Run"),
     "LocalWorld": ("parallel.patch_worlds", "LocalWorld"),
@@ -105,7 +108,9 @@ _WITH_TORCH = {
     "Request": ("points.request", "Request"),
     "Receive": ("parallel.channel", "Receive"),
     "RequestRun": ("points.request", "Run"),
+    "gather_parts": ("parallel.collectives", "gather_parts"),
     "joined": ("points.request", "joined"),
+    "share_between_patches": ("points.unet", "share_between_patches"),
     "share": ("points.request", "share"),
     "PatchTensor": ("parallel.patch_tensor", "PatchTensor"),
     "PatchWorld": ("parallel.patch_worlds", "PatchWorld"),
@@ -145,6 +150,7 @@ __all__ = [
     "Channel",
     "Checkpoint",
     "Claim",
+    "CollectiveWatch",
     "Declaration",
     "Engine",
     "Fidelity",
@@ -200,6 +206,7 @@ __all__ = [
     "default_size",
     "did_you_mean",
     "divisors",
+    "gather_parts",
     "hookimpl",
     "join_words",
     "joined",
@@ -210,4 +217,5 @@ __all__ = [
     "patchwise",
     "refuse_mask",
     "share",
+    "share_between_patches",
 ]

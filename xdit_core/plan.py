@@ -83,6 +83,16 @@ class Plan(Record):
         """Number of ranks."""
         return math.prod(a.degree or 1 for a in self.axes)
 
+    @property
+    def picture_axes(self) -> tuple[str, ...]:
+        """Axes whose ranks work on one picture together."""
+        return tuple(axis.name for axis in self.axes if not axis.own_outputs)
+
+    @property
+    def ranks_of_a_picture(self) -> int:
+        """Number of ranks that work on one picture together."""
+        return math.prod(self.degree(axis) for axis in self.picture_axes)
+
     def degree(self, axis: str) -> int:
         """Degree of an axis, 1 if the plan has no such axis."""
         return next((a.degree or 1 for a in self.axes if a.name == axis), 1)

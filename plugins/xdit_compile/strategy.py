@@ -41,7 +41,7 @@ class Compile:
         """Replace the calls of the blocks, or of the whole denoiser, by compiled ones."""
         chosen, spec = self.settings, self.rank.spec
         denoisers = [part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None]
-        options = {"backend": chosen.backend, "fullgraph": chosen.fullgraph, "dynamic": chosen.dynamic}
+        options: dict[str, Any] = {"backend": chosen.backend, "fullgraph": chosen.fullgraph, "dynamic": chosen.dynamic}
         if chosen.mode is not None:
             options["mode"] = chosen.mode
         if chosen.scope == "transformer" or not spec.trunk.blocks:

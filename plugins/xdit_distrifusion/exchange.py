@@ -1,4 +1,4 @@
-"""What the patches tell each other: fresh in warm-up, of the step before past it."""
+"""What the patches tell each other: of this step in warm-up, of the step before past it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from xdit_core import ForwardContext, Rank
+from xdit_core import ForwardContext, Rank, gather_parts
+
+Parts = dict[int, torch.Tensor]  # by patch
 
 
 @dataclass(eq=False)
-class Kept:
-    """One thing that the patches share, by patch; ``fresh`` is on its way or of this step, ``old`` of the step
-    before."""
+class Shared:
+    """One thing that the patches share: of the step before, and of this step, perhaps still on its way."""
 
-    old: dict[int, torch.Tensor] = field(default_factory=dict)
-    fresh: dict[int, torch.Tensor] = field(default_factory=dict)
-    pending: Any = None
+    old: Parts = field(default_factory=dict)
+    new: Parts = field(default_factory=dict)
+    arriving: Any = None
 
 
 class Exchange:
-    """Shares things between the patches. With one rank and several patches it keeps what as many ranks would.
+    """Shares things between the patches. One rank with several patches keeps what as many ranks would.
 
     Args:
         warmup: synchronous steps.
@@ -34,88 +34,70 @@ class Exchange:
     def __init__(self, warmup: int, rank: Rank) -> None:
         self.warmup, self.rank, self.group = warmup, rank, rank.group("distrifusion")
         self.degree, self.index = rank.degree("distrifusion"), rank.index("distrifusion")
-        self.pending: set[Kept] = set()
-
-    def kept(self, context: ForwardContext, key: Any) -> Kept:
-        """What is shared under a key in the branch of a call."""
-        return context.branch.keep((self, key), Kept)
+        self._arriving: set[Shared] = set()
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around a call of the pipeline: nothing is shared before it or behind it."""
+        """Around a call of the pipeline: afterwards nothing is on its way."""
         try:
             yield
-            for kept in tuple(self.pending):
-                self.arrived(kept)
+            for shared in tuple(self._arriving):
+                self.wait_for(shared)
         finally:
-            self.pending.clear()
+            self._arriving.clear()
 
-    def whole(self, context: ForwardContext, key: Any, cut: Callable[[], dict[int, torch.Tensor]]) -> None:
-        """In warm-up on one rank all patches are computed at once; the last time, keep what the next step will want of
-        each."""
+    def shared(self, context: ForwardContext, key: Any) -> Shared:
+        """What is shared under a key in the branch of a call."""
+        return context.branch.keep((self, key), Shared)
+
+    def keep_whole(self, context: ForwardContext, key: Any, cut: Callable[[], Parts]) -> None:
+        """Behind the last synchronous step of one rank, which computes all patches at once: keep the parts of each."""
         if context.branch.steps_done == self.warmup - 1:
-            self.kept(context, key).old = cut()
+            self.shared(context, key).old = cut()
 
-    def parts(
-        self, context: ForwardContext, key: Any, mine: torch.Tensor, sizes: Sequence[int], dim: int
-    ) -> dict[int, torch.Tensor]:
-        """What this rank gives for its patch and has of the others, by patch.
+    def parts(self, context: ForwardContext, key: Any, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> Parts:
+        """What this rank computed for its patch, and what it has of the others.
+
+        Sends ``mine`` to each of the other ranks; past the warm-up it arrives while they compute.
 
         Args:
-            key: tells apart what is shared in one call of the denoiser.
-            mine: of the patch in hand, fresh.
+            context: of the call of the denoiser.
+            key: tells apart what is shared in one call.
+            mine: of the patch that is computed.
             sizes: of each patch along ``dim``.
         """
-        kept, patch = self.kept(context, key), context.patch or 0
+        shared, patch = self.shared(context, key), context.patch or 0
         if context.branch.steps_done < self.warmup:
             parts = dict(enumerate(self.gather(mine, sizes, dim, "distrifusion")))
             if context.branch.steps_done == self.warmup - 1:
-                kept.old = parts
+                shared.old = parts
             return parts
-        if self.degree > 1:
-            self.arrived(kept)
-        elif kept.fresh.keys() >= set(range(context.layout.patches)):
-            kept.old, kept.fresh = kept.fresh, {}
-        parts = {**kept.old, patch: mine}
         if self.degree == 1:
-            kept.fresh[patch] = mine
-        else:
-            self.post(kept, mine, sizes, dim)
-        return dict(sorted(parts.items()))
-
-    def post(self, kept: Kept, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> None:
-        """Begin to send what is fresh to the others, and to receive theirs, for the next step."""
-        padded, parts = self.buffers(mine, sizes, dim)
-        kept.pending = (dist.all_gather(parts, padded, group=self.group, async_op=True), padded, self.rank.began())
-        kept.fresh = {m: part.narrow(dim, 0, n) for m, (part, n) in enumerate(zip(parts, sizes, strict=True))}
+            if len(shared.new) == context.layout.patches:
+                shared.old, shared.new = shared.new, {}
+            shared.new[patch] = mine
+            return dict(sorted({**shared.old, patch: mine}.items()))
+        self.wait_for(shared)
+        parts = dict(sorted({**shared.old, patch: mine}.items()))
+        coming, handle = gather_parts(mine, sizes, dim, self.group, async_op=True)
+        shared.new, shared.arriving = dict(enumerate(coming)), (handle, self.rank.began())
+        self._arriving.add(shared)
         self.rank.sent["distrifusion"] += mine.nbytes * (self.degree - 1)
-        self.pending.add(kept)
+        return parts
 
-    def arrived(self, kept: Kept) -> None:
+    def wait_for(self, shared: Shared) -> None:
         """What was sent in the step before is here."""
-        if kept.pending is not None:
-            work, _, began = kept.pending
-            with self.rank.waiting(
-                "what the patches share, of the step before", "distrifusion", self.group, began=began
-            ):
-                work.wait()
-            kept.old, kept.fresh, kept.pending = kept.fresh, {}, None
-            self.pending.discard(kept)
+        if shared.arriving is None:
+            return
+        (work, _), began = shared.arriving
+        with self.rank.waiting("the patches of the step before", "distrifusion", self.group, began=began):
+            work.wait()
+        shared.old, shared.new, shared.arriving = shared.new, {}, None
+        self._arriving.discard(shared)
 
     def gather(self, mine: torch.Tensor, sizes: Sequence[int], dim: int, name: str) -> list[torch.Tensor]:
-        """The parts of all ranks, now; ``sizes`` along ``dim`` of each."""
-        padded, parts = self.buffers(mine, sizes, dim)
+        """The parts of all ranks of this step; ``sizes`` along ``dim``, bytes counted under ``name``."""
         with self.rank.waiting("the patches of the other ranks", "distrifusion", self.group):
-            dist.all_gather(parts, padded, group=self.group)
+            parts, _ = gather_parts(mine, sizes, dim, self.group)
         self.rank.sent[name] += mine.nbytes * (self.degree - 1)
-        return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]
-
-    def buffers(self, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """All parts at the size of the largest: all_gather wants equal shapes."""
-        most = max(sizes)
-        if mine.shape[dim] < most:
-            shape = list(mine.shape)
-            shape[dim] = most - shape[dim]
-            mine = torch.cat((mine, mine.new_zeros(shape)), dim=dim)
-        mine = mine.contiguous()
-        return mine, [torch.empty_like(mine) for _ in sizes]
+        return parts

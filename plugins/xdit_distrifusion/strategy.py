@@ -20,6 +20,7 @@ from xdit_core import (
     Rank,
     materialized,
     refuse_mask,
+    share_between_patches,
 )
 from xdit_distrifusion.exchange import Exchange
 
@@ -89,7 +90,7 @@ class KeysAndValues:
         kv = torch.stack((call.k, call.v))
         rows = [call.keys.but(patches=(patch,)) for patch in range(context.layout.patches)]
         if context.patch is None:
-            self.exchange.whole(
+            self.exchange.keep_whole(
                 context,
                 key,
                 lambda: {m: kv.index_select(3, part.index_in(call.keys).to(kv.device)) for m, part in enumerate(rows)},
@@ -109,8 +110,6 @@ def build(warmup: int, rank: Rank) -> Built:
             "attention/cache": KeysAndValues(exchange),
         }
         return Built(wraps=wraps, request=exchange.request)
-    from xdit_distrifusion.unet import neighbours
-
     wraps = {"forward/patches": Patches(exchange, True)}
-    transforms = {"adapt": lambda denoiser: neighbours(denoiser, exchange)}
+    transforms = {"adapt": lambda denoiser: share_between_patches(denoiser, exchange)}
     return Built(wraps=wraps, transforms=transforms, request=exchange.request)

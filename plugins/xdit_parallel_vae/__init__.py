@@ -2,18 +2,17 @@
 
 The decoder is cut along the rows of the picture by DistVAE (github.com/xdit-project/DistVAE, from PipeFusion, Fang et
 al. 2024, arXiv:2405.14430): convolutions exchange the rows at the cuts, norms their statistics, and the result equals
-that of one rank. A decoder that DistVAE does not know is left whole, and the tiles into which diffusers cuts the
-picture are dealt out.
+that of one rank. With ``tiling`` the decoder is left whole, and the overlapping tiles into which diffusers cuts a large
+picture are dealt out to the ranks; their result is that of ``vae.enable_tiling()``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xdit_core import EXACT, Built, Claim, Declaration, Fidelity, ModelFacts, Problem, Transform, Wrap, hookimpl
+from xdit_core import EXACT, Built, Declaration, Fidelity, ModelFacts, Problem, Transform, Wrap, hookimpl
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank
@@ -26,9 +25,7 @@ class Settings:
     degree: int | None = field(
         default=None, metadata={"help": "ranks that decode a picture; default: all that make it"}
     )
-    tiling: bool | None = field(
-        default=None, metadata={"help": "overlapping tiles, not equal to serial; default: where nothing else works"}
-    )
+    tiling: bool = field(default=False, metadata={"help": "overlapping tiles instead of rows; not equal to serial"})
 
 
 @hookimpl
@@ -44,11 +41,9 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
     if settings.degree is not None and settings.degree < 1:
         problems.append(Problem(f"parallel_vae.degree={settings.degree} is below 1", "give 1 or more, or leave it out"))
     return Declaration(
-        claims=(Claim("decode", "it divides the decoding of a picture"),),
         wraps=(Wrap("decode", "split"),),
-        transforms=(
-            Transform("quantize"),
-        ),  # the first phase that sees the VAE: others quantize or compile what it leaves
+        # the first phase that sees the VAE: others quantize or compile what it leaves
+        transforms=(Transform("quantize"),),
         problems=tuple(problems),
         fidelity=Fidelity("approximate") if settings.tiling else EXACT,
     )
@@ -57,7 +52,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 @hookimpl
 def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
     """What depends on the ranks there are for one picture."""
-    ranks = ranks_of_a_picture(plan)
+    ranks = plan.ranks_of_a_picture
     if ranks == 1:
         alone = f", since each of the {plan.world} draws pictures of its own" if plan.world > 1 else ""
         yield Problem(
@@ -75,11 +70,6 @@ def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Pr
             f"{facts.rows} rows of tokens are too few to be decoded by {degree} ranks",
             f"draw a larger picture, or set parallel_vae.degree to {facts.rows} or less",
         )
-
-
-def ranks_of_a_picture(plan: Plan) -> int:
-    """Ranks that make the same picture."""
-    return math.prod(a.degree or 1 for a in plan.axes if not a.own_outputs)
 
 
 @hookimpl

@@ -5,17 +5,13 @@ Shapes: latents ``[B, C, h, w]`` or ``[B, C, f, h, w]``; rows are the dim before
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from distvae.vae import decoder_adapter_name, encoder_adapter_name, parallelize_decoder, parallelize_encoder, tile_shape
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from xdit_core import Built, Rank, UsageError
-from xdit_parallel_vae.temporal import divide_temporal, is_temporal
+from xdit_core import Built, CollectiveWatch, Rank, UsageError
+from xdit_parallel_vae.temporal import divide_temporal
 from xdit_parallel_vae.tiles import deal_tiles
 
 WITHOUT = "drop parallel_vae"
@@ -26,16 +22,15 @@ class ParallelVae:
 
     Args:
         degree: ranks that decode a picture; None: all that make it.
-        tiling: tiles instead of rows; None: only where rows cannot be divided.
+        tiling: tiles instead of rows.
         rank: this rank.
     """
 
-    def __init__(self, degree: int | None, tiling: bool | None, rank: Rank) -> None:
+    def __init__(self, degree: int | None, tiling: bool, rank: Rank) -> None:
         self.rank, self.tiling = rank, tiling
-        axes = [a.name for a in rank.plan.axes if not a.own_outputs]
-        ranks, self.index = 1, 0
+        axes, ranks, self.index = rank.plan.picture_axes, rank.plan.ranks_of_a_picture, 0
         for axis in axes:
-            ranks, self.index = ranks * rank.degree(axis), self.index * rank.degree(axis) + rank.index(axis)
+            self.index = self.index * rank.degree(axis) + rank.index(axis)
         self.degree = degree or ranks
         self.everyone = self.degree == ranks
         self.group = rank.mesh.joint_group(axes) if self.everyone else rank.mesh.first_group(axes, self.degree)
@@ -57,27 +52,25 @@ class ParallelVae:
         if self.group is None:
             return
         kind = type(vae).__name__
-        tiling = True if self.tiling is None and getattr(vae, "use_tiling", False) else self.tiling
-        if not tiling and self.divide_rows(vae):
-            if self.everyone and encoder_adapter_name(vae):
-                parallelize_encoder(vae, self.group)
-                vae.encode = self.watched(vae.encode)
-            return
-        if tiling is False:
-            raise UsageError(f"the rows of a {kind} cannot be divided; leave out parallel_vae.tiling=no, or {WITHOUT}.")
-        if not deal_tiles(vae, self.group):
-            raise UsageError(f"parallel_vae can divide neither the rows nor the tiles of a {kind}; {WITHOUT}.")
-        self.check_tiles(vae)
+        if self.tiling or getattr(vae, "use_tiling", False):  # who turned it on has tiles without this plugin, too
+            if not deal_tiles(vae, self.group):
+                raise UsageError(f"the tiles of a {kind} cannot be dealt out to ranks; {WITHOUT}.")
+            self.check_tiles(vae)
+        elif not self.divide_rows(vae):
+            raise UsageError(
+                f"the rows of a {kind} cannot be divided among ranks; write parallel_vae.tiling=yes for overlapping "
+                f"tiles, whose result differs a little from that of one rank, or {WITHOUT}."
+            )
+        elif self.everyone and encoder_adapter_name(vae):
+            parallelize_encoder(vae, self.group)
+            vae.encode = self.watched(vae.encode)
 
     def divide_rows(self, vae: Any) -> bool:
         """Divide the decoder along the rows of the picture, if there is a way."""
-        if decoder_adapter_name(vae):
-            parallelize_decoder(vae, self.group)
-            return True
-        if is_temporal(vae.decoder):
-            divide_temporal(vae.decoder, self.group)
-            return True
-        return False
+        if not decoder_adapter_name(vae):
+            return divide_temporal(vae.decoder, self.group)
+        parallelize_decoder(vae, self.group)
+        return True
 
     def check_tiles(self, vae: Any) -> None:
         """There must be more than one tile.
@@ -92,8 +85,7 @@ class ParallelVae:
             other = "leave out parallel_vae.tiling" if self.tiling else WITHOUT
             raise UsageError(
                 f"one tile of {type(vae).__name__} covers {window[1]} x {window[0]} pixels, which leaves nothing to "
-                f"divide in a picture of "
-                f"{run.width} x {run.height}; draw a larger one, or {other}."
+                f"divide in a picture of {run.width} x {run.height}; draw a larger one, or {other}."
             )
 
     def decode(self, inner: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -117,8 +109,7 @@ class ParallelVae:
         if latents.shape[-2] < self.degree:
             raise UsageError(
                 f"latents of {latents.shape[-2]} rows cannot be decoded by {self.degree} ranks; draw a larger "
-                f"picture, or lower "
-                "parallel_vae.degree."
+                "picture, or lower parallel_vae.degree."
             )
         result = self.watched(inner)(latents, *args, **kwargs)
         picture = result[0]
@@ -134,61 +125,15 @@ class ParallelVae:
         """The function with its traffic counted, its waits told and the refusals of DistVAE as sentences."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with refusals(self.degree), Watch(self.rank, self.group):
-                return function(*args, **kwargs)
+            try:
+                with CollectiveWatch(self.rank, self.group, "vae", "the other ranks to decode"):
+                    return function(*args, **kwargs)
+            except ValueError as error:  # before any rank sends, and on all ranks alike
+                if not str(error).startswith("Cannot split"):
+                    raise
+                raise UsageError(
+                    f"the VAE cannot be divided among {self.degree} ranks ({error}); take a larger picture, or lower "
+                    "parallel_vae.degree."
+                ) from error
 
         return run
-
-
-@contextmanager
-def refusals(degree: int) -> Iterator[None]:
-    """What DistVAE cannot cut, it says before any rank sends, and on all ranks alike."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("Cannot split"):
-            raise
-        raise UsageError(
-            f"the VAE cannot be divided among {degree} ranks ({error}); take a larger picture, or lower "
-            f"parallel_vae.degree."
-        ) from error
-
-
-class Watch(TorchDispatchMode):
-    """Sees the collectives of others' code: counts what they send, and says when this rank waits.
-
-    Args:
-        rank: counted under ``vae``.
-        group: over which they go.
-    """
-
-    def __init__(self, rank: Rank, group: dist.ProcessGroup | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.rank, self.group, self.others = rank, group, dist.get_world_size(group) - 1
-        self._wait = ExitStack()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._wait.close()
-        if func.namespace == "c10d":
-            self.rank.sent["vae"] += self.bytes_of(func, args)
-            group = (
-                None if func.overloadpacket.__name__ in ("send", "recv_") else self.group
-            )  # messages are no collectives
-            wait = self.rank.waiting("the other ranks to decode", "vae", group)
-            self._wait.enter_context(wait)  # until the next operation
-        return func(*args, **(kwargs or {}))
-
-    def __exit__(self, *details: Any) -> None:
-        self._wait.close()
-        super().__exit__(*details)  # type: ignore[no-untyped-call]
-
-    def bytes_of(self, func: Any, args: Any) -> int:
-        """What this rank sends: its part to all others in a gather, about two parts in all in a reduction."""
-        name, sent = func.overloadpacket.__name__, 0
-        if name == "allgather_":
-            sent = sum(x.nbytes for x in args[1]) * self.others
-        elif name == "allreduce_":
-            sent = 2 * sum(x.nbytes for x in args[0]) * self.others // (self.others + 1)
-        elif name == "send":
-            sent = sum(x.nbytes for x in args[0])
-        return sent

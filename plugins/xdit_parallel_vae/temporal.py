@@ -18,23 +18,21 @@ from distvae.utils import ParallelContext, parallel_context
 from torch import nn
 
 
-def is_temporal(decoder: Any) -> bool:
-    """It is such a decoder."""
-    return isinstance(decoder, TemporalDecoder)
-
-
-def divide_temporal(decoder: Any, group: dist.ProcessGroup | None) -> None:
-    """Divide the part of the decoder behind its middle block, in place; the result is whole on every rank.
+def divide_temporal(decoder: Any, group: dist.ProcessGroup | None) -> bool:
+    """Divide the part of the decoder behind its middle block, in place; False if it is a decoder of another class.
 
     Args:
-        decoder: frames ``[B x f, C, h, w]`` in and out.
+        decoder: frames ``[B x f, C, h, w]`` in and out; the result is whole on every rank.
     """
+    if not isinstance(decoder, TemporalDecoder):
+        return False
     context = parallel_context(group, -2, ndim=4)
     cut, join = Patchify(parallel_context=context), DePatchify(parallel_context=context)
     for part in (decoder.up_blocks, decoder.conv_norm_out, decoder.conv_out):
         adapt(decoder, part, context)
     decoder.up_blocks[0].register_forward_pre_hook(lambda module, args: (cut(args[0]), *args[1:]))
     decoder.register_forward_hook(lambda module, args, out: join(out))
+    return True
 
 
 def adapt(parent: nn.Module, module: nn.Module, context: ParallelContext) -> None:

@@ -48,7 +48,8 @@ class NormAcross(ParallelStyle):
             if squares.numel():
                 squares = all_reduce(squares, "sum", group)
             part: Any = module.weight
-            return (x * torch.rsqrt(squares / columns + eps)).to(x.dtype) * part.to_local().to(x.dtype)
+            normed: torch.Tensor = (x * torch.rsqrt(squares / columns + eps)).to(x.dtype) * part.to_local().to(x.dtype)
+            return normed
 
         module.forward = forward
         return module
@@ -119,7 +120,8 @@ class Divide:
         """A matrix that can be divided evenly."""
         size = getattr(module, "in_features" if style == "rowwise" else "out_features", None)
         if style == "normed" and getattr(module, "weight", None) is not None:
-            size = module.weight.shape[0]
+            weight: Any = module.weight
+            size = weight.shape[0]
         if style not in styles() or size is None or size % self.degree:
             raise ModelError(
                 f"{name} of {self.rank.spec.name} cannot be divided {style} by tp.degree={self.degree} "
@@ -129,7 +131,9 @@ class Divide:
 
     def pass_nothing(self, module: nn.Module, style: str) -> None:
         """A stream may have no rows (text that belongs to another patch), with which DTensor cannot multiply."""
-        original, mesh, features = module.forward, self.mesh, module.weight.shape[0]
+        weight: Any = module.weight
+        original: Callable[[torch.Tensor], torch.Tensor] = module.forward
+        mesh, features = self.mesh, weight.shape[0]
 
         def forward(x: DTensor) -> torch.Tensor:
             if x.numel():

@@ -22,6 +22,7 @@ from xdit_core import (
     Rows,
     Selector,
     TrunkRun,
+    gather_parts,
     length,
     refuse_mask,
 )
@@ -167,16 +168,12 @@ class Gather:
         out = inner(rows)
         if out is None or self.group is None:
             return out
-        context, x = rows.context, out.tokens.contiguous()
+        context, x = rows.context, out.tokens
         counts = [length(context.layout.picture(context.patch, shard)) for shard in range(self.shards)]
-        most = max(counts)
-        if x.shape[1] < most:  # all_gather wants equal shapes; at most one row is added
-            x = torch.cat((x, x.new_zeros(x.shape[0], most - x.shape[1], x.shape[2])), dim=1)
-        parts = [torch.empty_like(x) for _ in counts]
         with self.rank.waiting("the rows of the other ranks", "gather", self.group):
-            dist.all_gather(parts, x, group=self.group)
+            parts, _ = gather_parts(x, counts, 1, self.group)
         self.rank.sent["gather"] += x.nbytes * (self.shards - 1)
-        whole = self.in_order(context, [p[:, :n] for p, n in zip(parts, counts, strict=True)])
+        whole = self.in_order(context, parts)
         return out.but(tokens=whole)
 
     def in_order(self, context: ForwardContext, parts: list[torch.Tensor]) -> torch.Tensor:

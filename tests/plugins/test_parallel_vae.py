@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xdit_core import Axis, PlanRefused, Traffic, UsageError
+from xdit_core import Axis, Plan, PlanRefused, Traffic, UsageError
 from xdit_core.testing.runs import plan_for
 
 # A tiny model of each class, the latents' channels and dims, and pixels a side of a latent element.
@@ -96,6 +96,12 @@ def inputs(kind, height, width, batch, frames=3):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)), more
 
 
+class AxesOnly(SimpleNamespace):
+    """Of a plan what the strategy reads."""
+
+    degree, picture_axes, ranks_of_a_picture = Plan.degree, Plan.picture_axes, Plan.ranks_of_a_picture
+
+
 @contextmanager
 def divided(vae, settings=None, kinds=("x",), run=None):
     """The strategy around a VAE on the ranks of the current group; ``kinds``: names of the mesh axes, ``own`` makes
@@ -117,8 +123,8 @@ def divided(vae, settings=None, kinds=("x",), run=None):
         for i, k in enumerate(kinds)
     )
     run = SimpleNamespace(**{"height": None, "width": None, "output_type": "image", **(run or {})})
-    rank = Rank(SimpleNamespace(axes=axes, run=run), None, Mesh(axes, "cpu"), torch.device("cpu"), torch.float32)
-    strategy = ParallelVae((settings or {}).get("degree"), (settings or {}).get("tiling"), rank)
+    rank = Rank(AxesOnly(axes=axes, run=run), None, Mesh(axes, "cpu"), torch.device("cpu"), torch.float32)
+    strategy = ParallelVae((settings or {}).get("degree"), (settings or {}).get("tiling", False), rank)
     strategy.prepare(SimpleNamespace(vae=vae))
     inner = vae.decode
     vae.decode = lambda *args, **kwargs: strategy.decode(inner, *args, **kwargs)
@@ -162,27 +168,27 @@ def test_rows_equal_serial(gloo, kind, world, height, width, batch):
 
 
 TILES = [
-    ("AutoencoderKLCogVideoX", None),
-    ("AutoencoderDC", None),
-    ("AutoencoderKL", True),
-    ("AutoencoderKLWan", True),
-    ("AutoencoderKLQwenImage", True),
+    "AutoencoderKLCogVideoX",
+    "AutoencoderDC",
+    "AutoencoderKL",
+    "AutoencoderKLWan",
+    "AutoencoderKLQwenImage",
 ]
 
 
-@pytest.mark.parametrize(("kind", "tiling"), TILES)
+@pytest.mark.parametrize("kind", TILES)
 @pytest.mark.parametrize(("world", "height", "width", "batch"), [(2, 13, 11, 1), (3, 12, 17, 2)])
-def test_tiles_equal_those_of_diffusers(gloo, kind, tiling, world, height, width, batch):
+def test_tiles_equal_those_of_diffusers(gloo, kind, world, height, width, batch):
     tiles, whole = serial(kind, height, width, batch, tiled=True), serial(kind, height, width, batch)
     assert tiles.shape != whole.shape or not torch.allclose(tiles, whole, atol=1e-3)
-    results = gloo.run(decoded, kind, height, width, batch, {"tiling": tiling}, world=world)
+    results = gloo.run(decoded, kind, height, width, batch, {"tiling": True}, world=world)
     close(results[0][0], tiles)
     assert sum(sent for _, sent in results) > 0
 
 
 def test_bytes_of_tiles(gloo):
     """Of 3 x 2 tiles the second rank has the right ones, of 2 columns of pixels, 3 channels, 4 bytes."""
-    results = gloo.run(decoded, "AutoencoderDC", 9, 5, 1, world=2)
+    results = gloo.run(decoded, "AutoencoderDC", 9, 5, 1, {"tiling": True}, world=2)
     assert [sent for _, sent in results] == [0, (12 + 10 + 2) * 2 * 3 * 4]
 
 
@@ -271,29 +277,29 @@ def refused(kind, settings, height, run=None, encode=False):
         ("AutoencoderKL", {}, 1, None, True, "divided among 2 ranks (Cannot split 2 rows"),
         (
             "AutoencoderKLCogVideoX",
-            {"tiling": False},
+            {},
             8,
             None,
             False,
-            "the rows of a AutoencoderKLCogVideoX cannot be divided; leave out",
+            "the rows of a AutoencoderKLCogVideoX cannot be divided among ranks; write parallel_vae.tiling=yes",
         ),
         (
             "AutoencoderKLCogVideoX",
-            {},
+            {"tiling": True},
             8,
             {"height": 48, "width": 40},
             False,
             "covers 40 x 48 pixels, which leaves nothing to divide in a picture of 40 x 48; draw a larger one, or "
-            "drop parallel_vae.",
+            "leave out parallel_vae.tiling.",
         ),
         ("AutoencoderKL", {"tiling": True}, 8, {"height": 16, "width": 16}, False, "or leave out parallel_vae.tiling."),
         (
             "AutoencoderTiny",
-            {},
+            {"tiling": True},
             8,
             None,
             False,
-            "can divide neither the rows nor the tiles of a AutoencoderTiny; drop parallel_vae.",
+            "the tiles of a AutoencoderTiny cannot be dealt out to ranks; drop parallel_vae.",
         ),
     ],
 )

@@ -52,7 +52,7 @@ class Lockstep(TorchDispatchMode):
         engine = default.add(f"lockstep/engines/{self._me}", 1)  # the ranks make their engines in one order
         self._store = dist.PrefixStore(f"lockstep/{engine}", default)  # type: ignore[attr-defined]
         self._counts: dict[str, int] = {}
-        self._picture = {a.name for a in rank.plan.axes if not a.own_outputs}
+        self._picture = set(rank.plan.picture_axes)
         self._one_picture: dict[str, bool] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -134,8 +134,7 @@ class Rank:
                 f"rank.agree takes a bool or a number, and was given {value!r:.60}; decide on one of these."
             )
         if self._deciders is None:
-            axes = [a.name for a in self.plan.axes if not a.own_outputs]
-            self._deciders = (self.mesh.decision_group(axes),)
+            self._deciders = (self.mesh.decision_group(self.plan.picture_axes),)
         (group,) = self._deciders
         if group is None:
             return choose([value])
