@@ -49,7 +49,6 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 
     most = facts.rows // facts.row_unit
     unet = not facts.blocks
-    code = (Claim("code", "it replaces the calls of convolutions and norms"),) if unet else ()
     return Declaration(
         axes=(
             Axis(
@@ -63,11 +62,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
                 setting="distrifusion.degree",
             ),
         ),
-        claims=(
-            Claim("patches", "it gives every rank a patch of the picture"),
-            Claim("kv", "it keeps keys and values of the step before"),
-            *code,
-        ),
+        claims=(Claim("code", "it replaces the calls of convolutions and norms"),) if unet else (),
         wraps=(Wrap("forward", "patches"), *(() if unet else (Wrap("attention", "cache"),))),
         transforms=(Transform("adapt"),) if unet else (),
         patches=patches,

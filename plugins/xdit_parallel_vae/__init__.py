@@ -77,4 +77,5 @@ def xdit_build(settings: Settings, rank: Rank) -> Built:
     """The wrap and the change of the VAE, on this rank's group."""
     from xdit_parallel_vae.strategy import ParallelVae
 
-    return ParallelVae(settings.degree, settings.tiling, rank).built()
+    vae = ParallelVae(settings.degree, settings.tiling, rank)
+    return Built(wraps={"decode/split": vae.decode}, transforms={"quantize": vae.prepare})

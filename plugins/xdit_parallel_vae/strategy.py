@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from distvae.vae import decoder_adapter_name, encoder_adapter_name, parallelize_decoder, parallelize_encoder, tile_shape
 
-from xdit_core import Built, CollectiveWatch, Rank, UsageError
+from xdit_core import CollectiveWatch, Rank, UsageError
 from xdit_parallel_vae.temporal import divide_temporal
 from xdit_parallel_vae.tiles import deal_tiles
 
@@ -34,10 +34,6 @@ class ParallelVae:
         self.degree = degree or ranks
         self.everyone = self.degree == ranks
         self.group = rank.mesh.joint_group(axes) if self.everyone else rank.mesh.first_group(axes, self.degree)
-
-    def built(self) -> Built:
-        """The callables for the engine."""
-        return Built(wraps={"decode/split": self.decode}, transforms={"quantize": self.prepare})
 
     def prepare(self, pipe: Any) -> None:
         """Divide the decoder, and the encoder where all ranks of a picture take part: one rank that encodes alone would

@@ -82,9 +82,8 @@ class Dealer(nn.Module):
 
         Sends per rank: its tiles, to the first rank.
         """
-        self._made, self._tile = [], -1
+        self._made, self._tile, self._step = [], -1, self.decode_mine
         try:
-            self._step = self.decode_mine
             out = loop(*args, **kwargs)
             self.exchange()
             if self.index == 0:
@@ -104,9 +103,8 @@ class Dealer(nn.Module):
         tile, more = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         if owner != self.index:
             tile = torch.zeros(tile.shape, dtype=tile.dtype, device=args[0].device)
-        self._made.append(
-            Made(owner, tile.clone() if owner == self.index else tile, more is not None)
-        )  # blending writes into it
+        # a copy, as blending writes into it
+        self._made.append(Made(owner, tile.clone() if owner == self.index else tile, more is not None))
         return tile if more is None else (tile, *more)
 
     def shapes(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,5 +132,5 @@ class Dealer(nn.Module):
 
 
 def answer(made: Made) -> Any:
-    """What the decoder gave, in its form."""
-    return (made.tile, True) if made.more else made.tile  # a cache that is not None: the tile goes on
+    """What the decoder gave, in its form; a cache that is not None says that the tile goes on."""
+    return (made.tile, True) if made.more else made.tile

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Claim, Declaration, Fidelity, ModelFacts, Problem, Stages, Traffic, Wrap, hookimpl
+from xdit_core import Axis, Built, Declaration, Fidelity, ModelFacts, Problem, Stages, Traffic, Wrap, hookimpl
 from xdit_core.parallel.tokens import even_bounds
 
 if TYPE_CHECKING:
@@ -81,11 +81,6 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
                 setting="pipefusion.stages",
             ),
         ),
-        claims=(
-            Claim("blocks", "it divides the blocks among stages"),
-            Claim("patches", "it cuts the picture into patches over time"),
-            Claim("kv", "it keeps keys and values of the step before"),
-        ),
         wraps=(Wrap("forward", "patches"), Wrap("trunk", "stage"), Wrap("attention", "cache")),
         stages=Stages("stages", split),
         patches=patches,
@@ -97,10 +92,8 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 def problems_of(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
     """What is wrong whatever the degrees will be."""
     if settings.patches is not None and not 1 <= settings.patches <= facts.rows:
-        yield Problem(
-            f"pipefusion.patches={settings.patches} does not fit {facts.rows} rows of tokens",
-            f"use 1 to {facts.rows}",
-        )
+        what = f"pipefusion.patches={settings.patches} does not fit {facts.rows} rows of tokens"
+        yield Problem(what, f"use 1 to {facts.rows}")
     if settings.warmup < 0:
         yield Problem(f"pipefusion.warmup={settings.warmup} is negative", "use 0 or more, 1 is usual")
     if settings.layers is not None:

@@ -43,10 +43,13 @@ def test_plugins_use_public_names_only(path):
 def test_sizes(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= 500
-    if path.is_relative_to(ROOT / "plugins"):
-        assert lines <= 400
     if path.is_relative_to(ROOT / "models") and path.name == "__init__.py":
         assert lines <= 60
+
+
+@pytest.mark.parametrize("package", [p for p in (ROOT / "plugins").glob("xdit_*") if p.is_dir()], ids=lambda p: p.name)
+def test_a_strategy_has_at_most_400_lines_in_all(package):
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in package.rglob("*.py")) <= 400
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
