@@ -71,7 +71,7 @@ def read_text(path: Path, setting: str, fix: str, most: int = MOST_TEXT) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{setting} is no UTF-8 text ({error}); {fix}, saved as UTF-8.") from error
+        raise UsageError(f"{setting} is not UTF-8 text ({error}); {fix}, saved as UTF-8.") from error
 
 
 def read_some(file: io.FileIO, most: int) -> bytes | None:

@@ -1,4 +1,4 @@
-"""From the words of the command line and a config file to flat settings. Values stay the text that was written."""
+"""Turn the words of the command line and a config file into flat settings. Values stay the text that was written."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from xdit_core.errors import UsageError
 from xdit_core.filesystem import read_text, user_path
 from xdit_core.planning.settings import parse_words
 
-MOST = 2**20  # bytes of a config file
+LARGEST_CONFIG = 2**20  # bytes
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 
 
 def is_setting(word: str) -> bool:
-    """``steps=20`` is one; ``a sign that says 1+1=2`` is a prompt."""
+    """Whether a word is a setting: ``steps=20`` is one; ``a sign that says 1+1=2`` is a prompt."""
     key, sign, _ = word.partition("=")
     return bool(sign) and KEY.fullmatch(key) is not None
 
@@ -41,7 +41,7 @@ def values_of(words: Iterable[str], config: str | None = None) -> tuple[dict[str
         values["prompt"] = [*as_list(values.get("prompt", ())), *prompts_in(sys.stdin.read())]
         del values["prompts"]
         if not values["prompt"]:
-            raise UsageError("prompts=- and nothing came from standard input; write a prompt a line.")
+            raise UsageError("prompts=- but standard input is empty; write one prompt a line.")
     for prompt in as_list(values.get("prompt", ())):
         if not prompt.strip():
             raise UsageError('the prompt is empty; write what to draw, such as "red heart".')
@@ -51,17 +51,17 @@ def values_of(words: Iterable[str], config: str | None = None) -> tuple[dict[str
 
 
 def names_in(text: str) -> list[str]:
-    """``a, b`` as a list."""
+    """The names in a text such as ``a, b``."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def as_list(value: str | Iterable[str]) -> list[str]:
-    """One string, or several."""
+    """A list of strings from one string or several."""
     return [value] if isinstance(value, str) else list(value)
 
 
 def is_text(value: str) -> bool:
-    """The terminal passed valid UTF-8."""
+    """Whether the terminal passed valid UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -74,19 +74,23 @@ def read_config(path: Path) -> dict[str, Any]:
     same, scalars stay text.
 
     Raises:
-        UsageError: it cannot be read, is no map, or gives a key twice.
+        UsageError: the file cannot be read, is not a map, or gives a key twice.
     """
     import yaml  # type: ignore[import-untyped]
 
-    text = read_text(path, f"--config {path}", "give a YAML file", MOST)
+    text = read_text(path, f"--config {path}", "give a YAML file", LARGEST_CONFIG)
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
     except RecursionError as error:
         raise UsageError(f"--config {path} nests too deep; write one setting a line, such as steps: 20.") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is no YAML ({' '.join(str(error).split())}); correct the file.") from error
+        raise UsageError(
+            f"--config {path} is not valid YAML ({' '.join(str(error).split())}); correct the file."
+        ) from error
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"--config {path} holds no map; write one setting a line, such as steps: 20.")
+        raise UsageError(
+            f"--config {path} does not hold settings by name; write one setting a line, such as steps: 20."
+        )
     return flat(root, path)
 
 

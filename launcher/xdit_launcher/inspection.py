@@ -9,7 +9,7 @@ from typing import Any
 from xdit_core.errors import XditError
 from xdit_core.planning.settings import check_class
 from xdit_core.records import Declaration, ModelFacts
-from xdit_core.registry.discovery import Found
+from xdit_core.registry.discovery import InstalledPlugin
 from xdit_core.registry.registry import Registry
 
 EXAMPLE = ModelFacts(model="a model", heads=24, blocks=24, rows=64, columns=64, text_tokens=333, pixels_per_token=16)
@@ -28,7 +28,7 @@ class Inspection:
         error: why it cannot be loaded, else "".
     """
 
-    plugin: Found
+    plugin: InstalledPlugin
     summary: str = ""
     text: str = ""
     settings: type[Any] | None = None
@@ -36,7 +36,7 @@ class Inspection:
     error: str = ""
 
 
-def inspect_strategy(installed: Found) -> Inspection:
+def inspect_strategy(installed: InstalledPlugin) -> Inspection:
     """Load one strategy by itself, so that a broken one harms no other."""
     registry, name = Registry(), installed.name
     try:

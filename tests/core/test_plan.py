@@ -99,7 +99,7 @@ def test_axes_are_ordered_by_traffic(tiny_sd3_folder):
         ),
         ({"usp__ulysses": 3}, "sd3 has 4 heads, which does not fit usp.ulysses=3; use one of 1, 2, 4."),
         ({"usp__ulysses": 0}, "usp.ulysses=0 is below 1; give 1 or more."),
-        ({"height": 30}, "height=30 is no multiple of 4, as sd3 needs; nearest are 28 and 32."),
+        ({"height": 30}, "height=30 is not a multiple of 4, as sd3 needs; nearest are 28 and 32."),
         ({"steps": 0}, "steps=0 is too small; give 1 or more."),
         ({"output_type": "video"}, "output_type=video is unknown; use image or latent."),
         ({"dtype": "int8"}, "dtype=int8 is unknown"),

@@ -30,7 +30,7 @@ def engine(tiny_sd3_folder):
         ({"steps": 10**9}, "steps=1000000000 is too large; give 100000 or less"),
         ({"images": 10**9}, "images=1000000000 is too large"),
         ({"frames": 5}, "frames=5: sd3 makes pictures"),
-        ({"height": 33}, "height=33 is no multiple of 4"),
+        ({"height": 33}, "height=33 is not a multiple of 4"),
         ({"width": 10**7}, "width=10000000 is too large"),
         ({"seed": 2**70}, "does not fit into 64 bits"),
         ({"seed": "1..x"}, "seed=x is not a whole number"),
@@ -43,7 +43,7 @@ def engine(tiny_sd3_folder):
         ({"call": {"self": 1}}, "call.self: StableDiffusion3Pipeline has no such argument"),
         ({"call": {"clip_skp": 1}}, "has no such argument; did you mean clip_skip"),
         ({"call": {"latents": torch.zeros(3, 4, 8, 8)}}, "must be a tensor of the noise of 1 pictures"),
-        ({"call": "x"}, "call=x is no mapping"),
+        ({"call": "x"}, "call=x is not a mapping"),
         ({"model": "emoji"}, "generate takes no model"),
         ({"scheduler": "DDIMScheduler"}, "generate takes no scheduler"),
     ],
@@ -68,8 +68,8 @@ def test_what_a_model_does_not_take(tmp_path):
         make_plan([], {**DIT, "model.path": saved("dit", tmp_path / "dit"), "device": "cpu", "output_type": "latent"})
     )
     for changes, said in (
-        ({"negative": "x"}, "negative=x is nothing that dit takes"),
-        ({"max_sequence_length": 3}, "max_sequence_length=3 is nothing that dit takes"),
+        ({"negative": "x"}, "dit does not take negative=x"),
+        ({"max_sequence_length": 3}, "dit does not take max_sequence_length=3"),
         ({"height": 64}, "height=64"),
         ({"frames": 3}, "dit makes pictures"),
     ):

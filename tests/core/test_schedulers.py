@@ -70,7 +70,8 @@ def test_the_configuration_decides():
 
 def test_an_unknown_one(tiny_sd3_folder):
     with pytest.raises(
-        PlanRefused, match=r"scheduler=FlowMatchEuler is no scheduler class of diffusers; use one of .*FlowMatchEulerD"
+        PlanRefused,
+        match=r"scheduler=FlowMatchEuler is not a scheduler class of diffusers; use one of .*FlowMatch",
     ):
         plan_for([], str(tiny_sd3_folder), {"scheduler": "FlowMatchEuler"})
 

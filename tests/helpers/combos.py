@@ -36,7 +36,7 @@ COMMON = {"images": 2, "steps": 3, "height": 24, "width": 40}
 
 def strategies() -> list[str]:
     """The strategies that this distribution brings."""
-    return sorted(name for name, found in Registry().found(STRATEGIES).items() if found[0].distribution == "xdit")
+    return sorted(name for name, found in Registry().installed(STRATEGIES).items() if found[0].distribution == "xdit")
 
 
 def settings(names: Sequence[str], model: str, **more: Any) -> dict[str, Any]:

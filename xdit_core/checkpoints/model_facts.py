@@ -27,7 +27,7 @@ def pipeline_class(folder: Path) -> str:
         raise ModelError(f"model.path={folder} does not exist; give the folder that holds {INDEX}.")
     if not (folder / INDEX).is_file():
         raise ModelError(
-            f"model.path={folder} is no diffusers pipeline: it has no {INDEX}; give the folder that has one."
+            f"model.path={folder} is not a diffusers pipeline: it has no {INDEX}; give the folder that has one."
         )
     return str(read_json(folder / INDEX).get("_class_name", "?"))
 
@@ -105,7 +105,7 @@ def components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
             continue
         if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise ModelError(
-                f"{folder / INDEX} has {name}={entry}, which is no library and class such as ['diffusers', "
+                f"{folder / INDEX} has {name}={entry}, which is not a library and a class such as ['diffusers', "
                 f"'AutoencoderKL']; "
                 "fetch it again."
             )
@@ -136,7 +136,7 @@ def natural(value: Any, file: str, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         shown = str(value)[:40]
         raise ModelError(
-            f"{file} has {key}={shown} where a whole number above 0 belongs; fetch the model's JSON files again."
+            f"{file} has {key}={shown}, where a whole number above 0 is expected; fetch the model's JSON files again."
         )
     return value
 
@@ -180,8 +180,8 @@ def latent_factor(configs: Mapping[str, Any]) -> int:
     channels = configs.get("vae", {}).get("block_out_channels", (0,) * 4)
     if not isinstance(channels, (list, tuple)) or not 0 < len(channels) <= 16:
         raise ModelError(
-            f"vae/config.json has block_out_channels={str(channels)[:40]} where a list of numbers belongs; fetch the "
-            f"model's JSON files again."
+            f"vae/config.json has block_out_channels={str(channels)[:40]}, where a list of numbers is expected; fetch "
+            "the model's JSON files again."
         )
     return int(2 ** (len(channels) - 1))
 

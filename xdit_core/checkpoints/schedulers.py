@@ -78,7 +78,7 @@ def check_scheduler(name: str | None, current: Mapping[str, Any]) -> list[Proble
     fitting = sorted(other for other, cls in known.items() if cls.default and fits(cls, current, predicts))
     if name not in known:
         near = get_close_matches(name, fitting, n=3) or fitting
-        return [Problem(f"scheduler={name} is no scheduler class of diffusers", f"use one of {', '.join(near)}")]
+        return [Problem(f"scheduler={name} is not a scheduler class of diffusers", f"use one of {', '.join(near)}")]
     if fits(known[name], current, predicts):
         return []
     what = f"scheduler={name} does not fit this model, which predicts {predicts}" + (

@@ -37,7 +37,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"cannot read {path}: {error.strerror}; check the folder given as model.path.") from error
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "it is nested too deeply"
-        raise ModelError(f"{path} is no JSON ({reason}); the download may be incomplete, fetch it again.") from error
+        raise ModelError(
+            f"{path} is not valid JSON ({reason}); the download may be incomplete, fetch it again."
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object; the download may be incomplete, fetch it again.")
     return value
@@ -100,7 +102,7 @@ def shards(index: Path) -> list[Path]:
     for name in sorted({str(value) for value in named.values()}):
         if Path(name).name != name or name == ".." or "\\" in name:
             raise ModelError(
-                f"{index} names {name}, which is no file of its own folder; such an index is not to be trusted, "
+                f"{index} names {name}, which is not a file in its own folder; such an index is not to be trusted, "
                 f"{FETCH}."
             )
         files.append(index.parent / name)

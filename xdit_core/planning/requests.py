@@ -66,7 +66,7 @@ def plan_of_request(
         raise UsageError("seed=random would be another number on every rank; give all of them the same number.")
     call = changes.get("call") or {}
     if not isinstance(call, Mapping):
-        raise UsageError(f"call={call} is no mapping; write call={{'name': value}} with arguments of the pipeline.")
+        raise UsageError(f"call={call} is not a mapping; write call={{'name': value}} with arguments of the pipeline.")
     by_embeddings = call.get("prompt_embeds") is not None
     if (by_embeddings and any(prompts)) or not (by_embeddings or all(isinstance(prompt, str) for prompt in prompts)):
         raise UsageError("give either a prompt, or None and call={'prompt_embeds': ...}.")

@@ -236,7 +236,7 @@ def numbers(key: str, part: Any) -> Iterable[int]:
         return (low,)
     high = convert(key, last, int)
     if not low <= high < low + MOST_NUMBERS:
-        raise UsageError(f"{key}={part} is no range of 1 to {MOST_NUMBERS} numbers; write for example {key}=1..8.")
+        raise UsageError(f"{key}={part} is not a range of 1 to {MOST_NUMBERS} numbers; write for example {key}=1..8.")
     return range(low, high + 1)
 
 

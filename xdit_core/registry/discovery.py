@@ -1,5 +1,5 @@
-"""What is installed: entry points of all distributions, each looked at by itself, so that a damaged one harms no other.
-Without torch."""
+"""Find what is installed: the entry points of all distributions, each read by itself, so that a damaged one harms no
+other. Without torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
-class Found:
-    """An installed plugin, not loaded."""
+class InstalledPlugin:
+    """An installed plugin that is not loaded yet.
+
+    Args:
+        name: of its entry point.
+        group: of its entry point.
+        distribution, version: where it comes from.
+        entry: its entry point.
+    """
 
     name: str
     group: str
@@ -28,21 +35,21 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Installed:
+class InstalledPlugins:
     """The entry points of a group.
 
     Args:
-        found: by name, each of which is usable; several where distributions other than ours share a name.
-        notices: a line for each that cannot be used, with its distribution and version.
+        plugins: those that can be used, by name; a name has several where distributions other than ours share it.
+        notices: a line for each entry point that cannot be used, with its distribution and version.
     """
 
-    found: dict[str, list[Found]]
+    plugins: dict[str, list[InstalledPlugin]]
     notices: tuple[str, ...]
 
 
-def installed(group: str) -> Installed:
+def installed(group: str) -> InstalledPlugins:
     """The entry points of a group, by name."""
-    found: dict[str, list[Found]] = {}
+    plugins: dict[str, list[InstalledPlugin]] = {}
     notices: list[str] = []
     for distribution in metadata.distributions():
         if not mentions(distribution, group):  # nearly all: parsing their metadata would take long
@@ -56,7 +63,7 @@ def installed(group: str) -> Installed:
             )
             continue
         for entry in entries:
-            item = Found(entry.name, group, name, version, entry)
+            plugin = InstalledPlugin(entry.name, group, name, version, entry)
             if not NAME.fullmatch(entry.name):
                 notices.append(
                     f"{entry.name} of {name} {version} cannot be used: a name has lower-case letters, digits and _ "
@@ -64,19 +71,19 @@ def installed(group: str) -> Installed:
                 )
             elif not entry.pattern.match(entry.value):
                 notices.append(f"{entry.name} of {name} {version} cannot be used: {entry.value!r} names no module")
-            elif not any((f.distribution, f.entry.value) == (name, entry.value) for f in found.get(entry.name, ())):
-                found.setdefault(entry.name, []).append(item)  # an editable install may list its metadata twice
-    for key, items in found.items():
+            elif not any((f.distribution, f.entry.value) == (name, entry.value) for f in plugins.get(entry.name, ())):
+                plugins.setdefault(entry.name, []).append(plugin)  # an editable install may list its metadata twice
+    for key, items in plugins.items():
         ours = [item for item in items if item.distribution == OWN]
         if len(items) > 1:
             others = ", ".join(f"{item.distribution} {item.version}" for item in items if item not in ours)
             notices.append(
-                f"{key} of {others} is left aside: {OWN} has one of that name"
+                f"{key} of {others} is ignored: {OWN} has one of that name"
                 if ours
                 else f"{key} cannot be used: {others} all have one; uninstall all but one of them"
             )
-            found[key] = ours or items
-    return Installed(dict(sorted(found.items())), tuple(sorted(notices)))
+            plugins[key] = ours or items
+    return InstalledPlugins(dict(sorted(plugins.items())), tuple(sorted(notices)))
 
 
 def mentions(distribution: metadata.Distribution, group: str) -> bool:
@@ -90,16 +97,18 @@ def mentions(distribution: metadata.Distribution, group: str) -> bool:
 def origin(distribution: metadata.Distribution) -> tuple[str, str]:
     """Name and version; ``?`` for what a damaged distribution does not say."""
     try:
-        told = distribution.metadata
-        return str(told["Name"] or "?"), str(told["Version"] or "?")
-    except Exception:  # no METADATA, or one that is no text
+        fields = distribution.metadata
+        return str(fields["Name"] or "?"), str(fields["Version"] or "?")
+    except Exception:  # there is no METADATA, or it is not text
         return "?", "?"
 
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Around code of a plugin: what it prints goes to standard error, and folder and warning filters are as they were
-    afterwards."""
+    """Run code of a plugin so that it changes nothing outside.
+
+    What it prints goes to standard error, and afterwards the working folder and the warning filters are as before.
+    """
     try:
         folder = os.getcwd()
     except OSError:  # it was deleted
@@ -113,4 +122,4 @@ def contained() -> Iterator[None]:
                     os.chdir(folder)
 
 
-__all__ = ["NAME", "OWN", "Found", "Installed", "contained", "installed", "origin"]
+__all__ = ["NAME", "OWN", "InstalledPlugin", "InstalledPlugins", "contained", "installed", "origin"]

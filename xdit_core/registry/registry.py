@@ -1,4 +1,4 @@
-"""Find plugins by entry point, load only those asked for, call their hooks with their name attached."""
+"""Find plugins by entry point, load only those that are selected, and call their hooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xdit_core import hookspecs
 from xdit_core.errors import PluginError, UsageError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.planning.settings import did_you_mean
-from xdit_core.registry.discovery import Found, contained, installed
+from xdit_core.registry.discovery import InstalledPlugin, contained, installed
 from xdit_core.registry.owners import Owner, line_of, owned_spec
 from xdit_core.registry.validation import check_record
 
@@ -36,37 +36,39 @@ class Registry:
         self.manager.add_hookspecs(hookspecs)
         self.extra = dict(extra or {})
         self.extra_models = dict(extra_models or {})
-        self._installed: dict[str, dict[str, list[Found]]] = {}  # by group, looked up once
+        self._installed: dict[str, dict[str, list[InstalledPlugin]]] = {}  # by group, looked up once
         self._origins: dict[str, tuple[str, str]] = {}
 
-    def found(self, group: str) -> dict[str, list[Found]]:
-        """Installed plugins of a group by name; a name that several distributions have is kept as often, to be refused
-        when selected."""
+    def installed(self, group: str) -> dict[str, list[InstalledPlugin]]:
+        """The installed plugins of a group by name.
+
+        A name that several distributions have stands for all of them; it is refused when it is selected.
+        """
         if group not in self._installed:
-            self._installed[group] = installed(group).found
+            self._installed[group] = installed(group).plugins
         return self._installed[group]
 
     def names(self, group: str) -> list[str]:
         """Names that can be selected."""
         extra = self.extra if group == STRATEGIES else self.extra_models
-        return sorted({*self.found(group), *extra})
+        return sorted({*self.installed(group), *extra})
 
-    def pick(self, group: str, name: str) -> Found:
+    def pick(self, group: str, name: str) -> InstalledPlugin:
         """The one installed plugin of that name.
 
         Raises:
             UsageError: there is none, or two distributions claim the name.
         """
-        candidates = self.found(group).get(name, [])
+        candidates = self.installed(group).get(name, [])
         kind, option = ("plugin", "--plugins") if group == STRATEGIES else ("model", "model=")
         if not candidates:
             raise UsageError(f"unknown {kind} {name!r} in {option}; {did_you_mean(name, self.names(group))}")
         if len(candidates) > 1:
-            both = " and ".join(f"{c.distribution} {c.version}" for c in candidates)
-            raise UsageError(f"two distributions register a {kind} {name!r}: {both}; uninstall one of them.")
+            distributions = " and ".join(f"{c.distribution} {c.version}" for c in candidates)
+            raise UsageError(f"two distributions register a {kind} {name!r}: {distributions}; uninstall one of them.")
         return candidates[0]
 
-    def load(self, found: Found) -> object:
+    def load(self, plugin: InstalledPlugin) -> object:
         """Import one plugin.
 
         Raises:
@@ -74,13 +76,13 @@ class Registry:
         """
         try:
             with contained():
-                return found.entry.load()
+                return plugin.entry.load()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a plugin must not end the program
             raise PluginError(
-                f"plugin {found.name} of {found.distribution} {found.version} cannot be loaded: "
-                f"{type(error).__name__}: {error}; repair or uninstall {found.distribution}."
+                f"plugin {plugin.name} of {plugin.distribution} {plugin.version} cannot be loaded: "
+                f"{type(error).__name__}: {error}; repair or uninstall {plugin.distribution}."
             ) from error
 
     def select(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -97,8 +99,8 @@ class Registry:
             if name in self.extra:
                 plugin, origin = self.extra[name], ("(given)", "0")
             else:
-                found = self.pick(STRATEGIES, name)
-                plugin, origin = self.load(found), (found.distribution, found.version)
+                entry = self.pick(STRATEGIES, name)
+                plugin, origin = self.load(entry), (entry.distribution, entry.version)
             register(self.manager, plugin, name, origin)
             chosen[name] = self._origins[name] = origin
         return chosen
@@ -107,11 +109,11 @@ class Registry:
         """The adapter of that name and its (distribution, version)."""
         if name in self.extra_models:
             return owned_spec(self.extra_models[name], ("(given)", "0")), ("(given)", "0")
-        found = self.pick(MODELS, name)
-        module = self.load(found)
+        plugin = self.pick(MODELS, name)
+        module = self.load(plugin)
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
-        origin = (found.distribution, found.version)
+        origin = (plugin.distribution, plugin.version)
         register(manager, module, name, origin, only=False)
         try:
             with contained():
@@ -120,12 +122,12 @@ class Registry:
             raise
         except BaseException as error:
             raise PluginError(
-                f"model {name} of {found.distribution} {found.version} failed in xdit_model: {type(error).__name__}: "
+                f"model {name} of {plugin.distribution} {plugin.version} failed in xdit_model: {type(error).__name__}: "
                 f"{error}."
             ) from error
         if len(specs) != 1 or not isinstance(specs[0], ModelSpec):
             raise PluginError(
-                f"model {name} of {found.distribution} must return one ModelSpec from xdit_model; it returned {specs}."
+                f"model {name} of {plugin.distribution} must return one ModelSpec from xdit_model; it returned {specs}."
             )
         check_record(specs[0], ModelSpec, Owner("adapter", name, *origin), "xdit_model")
         return owned_spec(specs[0], origin), origin
@@ -169,9 +171,9 @@ class Registry:
             except (PluginError, UsageError, KeyboardInterrupt):
                 raise
             except (Exception, SystemExit) as error:
-                whose = Owner("plugin", name, *self._origins[name])
+                owner = Owner("plugin", name, *self._origins[name])
                 raise PluginError(
-                    f"{whose} failed in {hook}: {type(error).__name__}: {error}{line_of(error)}."
+                    f"{owner} failed in {hook}: {type(error).__name__}: {error}{line_of(error)}."
                 ) from error
             if answers:
                 results[name] = answers[0]
@@ -184,27 +186,28 @@ def register(
     """Register a plugin under its name.
 
     Args:
-        only: it has no other marked functions than hooks; an adapter may hold that of another which it builds on.
+        only: refuse functions that are marked as hooks and are none; an adapter may hold the hook of another adapter on
+            which it builds.
 
     Raises:
         PluginError: a hook is misspelt, takes arguments that it is not given, or is not marked as one.
     """
-    whose = Owner("plugin", name, *origin)
+    owner = Owner("plugin", name, *origin)
     try:
         manager.register(plugin, name=name)
         if only:
             manager.check_pending()  # a misspelt hook would otherwise be ignored
     except Exception as error:  # pluggy raises more than its own class
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise PluginError(
-            f"{whose} has a hook that does not fit: {told}; compare with xdit_core/hookspecs.py."
+            f"{owner} has a hook that does not fit: {reason}; compare with xdit_core/hookspecs.py."
         ) from error
     marked = {caller.name for caller in manager.get_hookcallers(plugin) or ()}
     for hook in (name for name in vars(hookspecs) if name.startswith("xdit_")):
         function = getattr(plugin, hook, None)
         if callable(function) and hook not in marked:
             raise PluginError(
-                f"{whose} has a function {hook} without @hookimpl{place_of(function)}, which would be ignored; add it."
+                f"{owner} has a function {hook} without @hookimpl{place_of(function)}, which would be ignored; add it."
             )
 
 

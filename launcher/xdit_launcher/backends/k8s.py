@@ -26,7 +26,7 @@ NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pods are."""
+    """What the pods of the job look like."""
 
     image: str = field(default="", metadata={"help": "container image with xdit in it"})
     kind: str = field(default="PyTorchJob", metadata={"help": "PyTorchJob or JobSet"})
@@ -34,15 +34,15 @@ class Settings:
     gpus: int | None = field(
         default=None, metadata={"help": "GPUs of each pod; default: one for each of its processes"}
     )
-    name: str = field(default="xdit", metadata={"help": "of the job"})
-    namespace: str = field(default="", metadata={"help": "of the job; default: that of kubectl"})
+    name: str = field(default="xdit", metadata={"help": "name of the job"})
+    namespace: str = field(default="", metadata={"help": "namespace of the job; default: that of kubectl"})
     claim: str = field(default="", metadata={"help": "a PersistentVolumeClaim with models and results"})
     mount: str = field(default="/data", metadata={"help": "where the claim is mounted, and the pods work"})
     port: int = field(default=29500, metadata={"help": "where the ranks meet"})
 
 
 def devices(settings: Settings) -> int | None:
-    """How many processes suit the pods; None: those of this machine."""
+    """How many processes suit the pods, None for as many as suit this machine."""
     return settings.gpus * settings.nnodes if settings.gpus else None
 
 
@@ -50,7 +50,7 @@ def document(plan: Plan, settings: Settings, words: Sequence[str]) -> str:
     """The manifest as YAML.
 
     Raises:
-        UsageError: a setting is missing or cannot be.
+        UsageError: a setting is missing or wrong.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -58,41 +58,46 @@ def document(plan: Plan, settings: Settings, words: Sequence[str]) -> str:
         raise UsageError(
             "the pods do not have your config file; write its settings on the command line instead of --config."
         )
-    plain = json.loads(json.dumps(manifest(plan, settings, words)))  # no part twice, so YAML needs no aliases
-    text: str = yaml.safe_dump(plain, sort_keys=False, width=120)
+    # through JSON, so that no object occurs twice and YAML needs no aliases
+    data = json.loads(json.dumps(manifest(plan, settings, words)))
+    text: str = yaml.safe_dump(data, sort_keys=False, width=120)
     return text
 
 
 def manifest(plan: Plan, settings: Settings, words: Sequence[str]) -> dict[str, Any]:
-    """The manifest as data."""
+    """The manifest as data, see `document`."""
     if not settings.image:
         raise UsageError("the pods need an image with xdit in it; give k8s.image=REGISTRY/NAME:TAG.")
     if settings.kind not in KINDS:
-        raise UsageError(f"k8s.kind={settings.kind} is not known; use {' or '.join(KINDS)}.")
+        raise UsageError(f"k8s.kind={settings.kind} is unknown; use {' or '.join(KINDS)}.")
     if not NAME.fullmatch(settings.name):
         raise UsageError(
-            f"k8s.name={settings.name} is no name for Kubernetes; use small letters, digits and dashes, 52 at most."
+            f"k8s.name={settings.name} is not a valid Kubernetes name; use lower-case letters, digits and dashes, "
+            "52 at most."
         )
     if settings.nnodes < 1 or not 0 < settings.port < 65536:
-        raise UsageError("k8s.nnodes= is 1 or more, and k8s.port= below 65536; correct them.")
+        raise UsageError("k8s.nnodes= must be 1 or more, and k8s.port= from 1 to 65535; correct them.")
     if problem := host_facts.device_problem(plan, True, "the pods may have some"):
         raise UsageError(problem)
     each = len(Node(0, settings.nnodes).ranks(plan.world))
     if settings.gpus is None:
         settings = replace(settings, gpus=0 if plan.device == "cpu" else each)
     meta: dict[str, Any] = {"name": settings.name, **({"namespace": settings.namespace} if settings.namespace else {})}
-    made = pytorchjob(settings, words) if settings.kind == KINDS[0] else jobset(settings, words)
-    return {"apiVersion": made.pop("apiVersion"), "kind": settings.kind, "metadata": meta, **made}
+    job = pytorchjob(settings, words) if settings.kind == KINDS[0] else jobset(settings, words)
+    return {"apiVersion": job.pop("apiVersion"), "kind": settings.kind, "metadata": meta, **job}
 
 
 def pod(settings: Settings, words: Sequence[str], container: str, index: str, host: str) -> dict[str, Any]:
     """The specification of one pod.
 
     Args:
-        index, host: words with the number of the pod and the address of the first.
+        words: of the command line.
+        container: its name.
+        index: a word that Kubernetes replaces by the number of the pod.
+        host: a word that Kubernetes replaces by the address of the first pod.
     """
     where = ["--nnodes", str(settings.nnodes), "--node-rank", index, "--rdzv", f"{host}:{settings.port}"]
-    one: dict[str, Any] = {
+    spec: dict[str, Any] = {
         "name": container,
         "image": settings.image,
         "command": ["xdit-launch", *(where if settings.nnodes > 1 else []), *escaped(words)],
@@ -100,19 +105,19 @@ def pod(settings: Settings, words: Sequence[str], container: str, index: str, ho
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
     if settings.gpus:
-        one["resources"] = {"limits": {"nvidia.com/gpu": settings.gpus}}
+        spec["resources"] = {"limits": {"nvidia.com/gpu": settings.gpus}}
     volumes: list[Mapping[str, Any]] = [
         {"name": "shm", "emptyDir": {"medium": "Memory"}}
     ]  # NCCL needs more than a container's 64 MB
     if settings.claim:
-        one |= {"workingDir": settings.mount}
-        one["volumeMounts"].append({"name": "data", "mountPath": settings.mount})
+        spec |= {"workingDir": settings.mount}
+        spec["volumeMounts"].append({"name": "data", "mountPath": settings.mount})
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": settings.claim}})
-    return {"restartPolicy": "Never", "containers": [one], "volumes": volumes}
+    return {"restartPolicy": "Never", "containers": [spec], "volumes": volumes}
 
 
 def escaped(words: Sequence[str]) -> list[str]:
-    """Kubernetes replaces ``$(NAME)`` in commands."""
+    """The words with ``$(`` escaped, because Kubernetes replaces ``$(NAME)`` in commands."""
     return [word.replace("$(", "$$(") for word in words]
 
 
@@ -123,8 +128,8 @@ def pytorchjob(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
 
     def replicas(count: int) -> dict[str, Any]:
         port = {"name": "pytorchjob-port", "containerPort": settings.port}
-        own = {**spec["containers"][0], "ports": [port]}
-        return {"replicas": count, "restartPolicy": "Never", "template": {"spec": {**spec, "containers": [own]}}}
+        container = {**spec["containers"][0], "ports": [port]}
+        return {"replicas": count, "restartPolicy": "Never", "template": {"spec": {**spec, "containers": [container]}}}
 
     groups = {"Master": replicas(1), **({"Worker": replicas(settings.nnodes - 1)} if settings.nnodes > 1 else {})}
     policy = {"cleanPodPolicy": "Running", "backoffLimit": 0}
@@ -153,7 +158,7 @@ def jobset(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
 
 
 def check(plan: Plan, settings: Settings) -> None:
-    """Nothing is started from here.
+    """Refuse to start anything, since this backend only prints a manifest.
 
     Raises:
         UsageError: always.

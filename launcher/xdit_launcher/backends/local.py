@@ -185,8 +185,8 @@ class Node:
         """
         if world % self.count:
             raise UsageError(
-                f"{world} processes cannot be shared evenly by {self.count} nodes; change the degrees, or set nproc "
-                f"to a multiple of {self.count}."
+                f"{world} processes cannot be divided evenly among {self.count} nodes; change the degrees, or set "
+                f"nproc to a multiple of {self.count}."
             )
         each = world // self.count
         return range(self.index * each, (self.index + 1) * each)

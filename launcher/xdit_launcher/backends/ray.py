@@ -1,5 +1,5 @@
-"""The backend ``ray``: a placement group over a Ray cluster, with one actor a device, each with the agent of one
-rank."""
+"""The backend ``ray``: reserve a placement group on a Ray cluster with one actor, which holds an
+agent, for each rank."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 @dataclass(frozen=True)
 class Settings:
-    """Which cluster, and what of it."""
+    """Which cluster to use, and what to reserve of it."""
 
     address: str = field(
-        default="auto", metadata={"help": "of the cluster: HOST:PORT, or auto for the one that runs here"}
+        default="auto", metadata={"help": "address of the cluster: HOST:PORT, or auto for the one that runs here"}
     )
     strategy: str = field(
         default="PACK", metadata={"help": "placement of the actors: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD"}
@@ -45,14 +45,14 @@ class Settings:
     wait: float = field(default=30.0, metadata={"help": "seconds to wait for resources that others use now"})
 
 
-class Seat(Agent):
-    """The agent in an actor: what it says is fetched instead of sent."""
+class AgentActor(Agent):
+    """The agent in an actor: its messages are fetched instead of sent."""
 
     def __init__(self) -> None:
-        self.said: list[Mapping[str, Any]] = []
-        super().__init__(self.said.append)
+        self._unfetched: list[Mapping[str, Any]] = []
+        super().__init__(self._unfetched.append)
 
-    def where(self) -> str:
+    def node(self) -> str:
         """The id of the node of this actor, and its address."""
         import ray
 
@@ -60,35 +60,41 @@ class Seat(Agent):
         return f"{ray.get_runtime_context().get_node_id()} {util.get_node_ip_address()}"
 
     def news(self) -> list[Mapping[str, Any]]:
-        """What was said since the last time."""
+        """The messages since the last call."""
         self.turn()
-        said, self.said[:] = list(self.said), []
-        return said
+        messages, self._unfetched[:] = list(self._unfetched), []
+        return messages
 
 
-class Actor:
-    """The link to an actor."""
+class ActorConnection:
+    """The connection to the agent in an actor.
+
+    Args:
+        actor: Ray's handle of it.
+        number: of its host.
+        deliver: takes the messages of the agent.
+    """
 
     def __init__(self, actor: Any, number: int, deliver: Deliver) -> None:
         self.actor, self.number, self.deliver = actor, number, deliver
-        self._over = threading.Event()
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fetch, daemon=True)
         self._thread.start()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """A request, in order with the others."""
+        """Send a request; Ray keeps the order."""
         if message["do"] != "ping":  # Ray itself notices when either side is gone
             self.actor.handle.remote(dict(message))
 
     def close(self) -> None:
-        """No more news; a question to Ray after its shutdown would start it again."""
-        self._over.set()
+        """Fetch no more; a call after the shutdown of Ray would start it again."""
+        self._closed.set()
         self._thread.join(5)
 
     def _fetch(self) -> None:
         import ray
 
-        while not self._over.wait(0.1):
+        while not self._closed.wait(0.1):
             try:
                 for message in ray.get(self.actor.news.remote()):
                     self.deliver(self.number, message)
@@ -101,7 +107,7 @@ class Actor:
 
 
 def connected(settings: Settings) -> Any:
-    """The module, connected to the cluster.
+    """The module ``ray``, connected to the cluster.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster.
@@ -112,7 +118,7 @@ def connected(settings: Settings) -> Any:
         raise UsageError("the backend ray needs the package ray; run pip install 'xdit[ray]'.") from error
     if settings.strategy not in STRATEGIES:
         raise UsageError(
-            f"ray.strategy={settings.strategy} is none of Ray's; use {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}."
+            f"ray.strategy={settings.strategy} is unknown to Ray; use {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}."
         )
     try:
         probe_cluster(os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address)
@@ -136,7 +142,7 @@ def probe_cluster(address: str) -> None:
     """Find out at once whether anybody answers at an address; Ray itself would try for minutes.
 
     Raises:
-        OSError: nobody does.
+        OSError: nobody answers.
     """
     host, sign, port = address.removeprefix("ray://").rpartition(":")
     if sign and port.isdecimal() and len(port) < 6:
@@ -144,13 +150,17 @@ def probe_cluster(address: str) -> None:
 
 
 def bundle(plan: Plan, settings: Settings, total: Mapping[str, float]) -> dict[str, float]:
-    """What an actor reserves."""
+    """The resources that each actor reserves.
+
+    Args:
+        total: the resources of the cluster.
+    """
     gpu = (plan.device != "cpu" and total.get("GPU", 0) > 0) or plan.device == "cuda"
     return {"CPU": settings.cpus, **({"GPU": 1.0} if gpu else {})}
 
 
 def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
-    """A placement group that is there.
+    """Reserve a placement group and wait until it is ready.
 
     Raises:
         UsageError: the cluster does not have what is needed, or not now.
@@ -167,7 +177,7 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
                 f"--address."
             )
     if settings.cpus <= 0:
-        raise UsageError(f"ray.cpus={settings.cpus:g} is too little; give what an actor needs, such as 1.")
+        raise UsageError(f"ray.cpus={settings.cpus:g} is too small; give what an actor needs, such as 1.")
     if problem := host_facts.device_problem(
         plan, total.get("GPU", 0) > 0, f"the Ray cluster has {total.get('GPU', 0):g}"
     ):
@@ -192,10 +202,10 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     group = None
     try:
         group = reserve(ray, plan, settings)
-        actors, names = place(ray, group, plan.world, settings.wait)
+        actors, names = start_actors(ray, group, plan.world, settings.wait)
         count = Counter(names)
         hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
-        with Fleet(hosts, lambda i, deliver: Actor(actors[i], i, deliver)) as fleet:
+        with Fleet(hosts, lambda i, deliver: ActorConnection(actors[i], i, deliver)) as fleet:
             return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
     finally:
         if group is not None:
@@ -204,17 +214,20 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
         ray.shutdown()
 
 
-def place(ray: Any, group: Any, world: int, seconds: float) -> tuple[list[Any], list[str]]:
-    """Actors in the bundles of a group, and the addresses of their nodes: those of one node are neighbours.
+def start_actors(ray: Any, group: Any, world: int, seconds: float) -> tuple[list[Any], list[str]]:
+    """Start an actor in each bundle of a placement group.
+
+    Returns:
+        The actors, and the address of the node of each; actors of one node are neighbours.
 
     Raises:
         UsageError: one does not start.
     """
-    cls = ray.remote(max_restarts=0)(Seat)
+    actor_class = ray.remote(max_restarts=0)(AgentActor)
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
     bundles = group.bundle_specs
     actors = [
-        cls.options(
+        actor_class.options(
             num_cpus=bundles[i]["CPU"],
             num_gpus=bundles[i].get("GPU", 0),
             scheduling_strategy=strategy(group, placement_group_bundle_index=i),
@@ -222,14 +235,14 @@ def place(ray: Any, group: Any, world: int, seconds: float) -> tuple[list[Any], 
         for i in range(world)
     ]
     try:
-        found = ray.get([actor.where.remote() for actor in actors], timeout=seconds + 30)
+        nodes = ray.get([actor.node.remote() for actor in actors], timeout=seconds + 30)
     except ray.exceptions.RayError as error:
         text = " ".join(str(error).split())
         raise UsageError(
             f"an actor did not start ({text[:300]}); install xdit on every node of the cluster, and see ray logs."
         ) from error
-    order = sorted(range(world), key=lambda i: (found.index(found[i]), i))
-    return [actors[i] for i in order], [found[i].split()[1] for i in order]
+    order = sorted(range(world), key=lambda i: (nodes.index(nodes[i]), i))
+    return [actors[i] for i in order], [nodes[i].split()[1] for i in order]
 
 
 def devices(settings: Settings) -> int | None:

@@ -13,12 +13,12 @@ import click
 from xdit_core.errors import PluginError, UsageError
 from xdit_core.planning.settings import build, check_class, check_keys, did_you_mean, fields_of
 from xdit_core.registry import discovery
-from xdit_core.registry.discovery import Found
+from xdit_core.registry.discovery import InstalledPlugin
 from xdit_core.registry.registry import STRATEGIES
 from xdit_launcher.backends.base import Backend
 
 LAUNCHERS = "xdit.launchers"
-USUAL = "local"
+DEFAULT = "local"
 
 # Options that stand for a setting of the backend: --hosts a,b --on ssh is ssh.hosts=a,b.
 OPTIONS = (
@@ -26,7 +26,7 @@ OPTIONS = (
         "--on",
         "backend",
         metavar="NAME",
-        help="What starts the processes; default: local, or who takes the options below.",
+        help="What starts the processes; default: local, or the backend that takes the options below.",
     ),
     click.option("--hosts", metavar="A:8,B:8", help="Machines, with the number of processes on each."),
     click.option("--hostfile", metavar="FILE", help="The same as lines: host slots=8."),
@@ -47,10 +47,10 @@ def options(command: Any) -> Any:
     return command
 
 
-def installed() -> dict[str, list[Found]]:
-    """Backends by name, ours first."""
-    found = discovery.installed(LAUNCHERS).found
-    return dict(sorted(found.items(), key=lambda pair: (pair[1][0].distribution != discovery.OWN, pair[0])))
+def installed() -> dict[str, list[InstalledPlugin]]:
+    """The installed backends by name, those of xdit itself first."""
+    backends = discovery.installed(LAUNCHERS).plugins
+    return dict(sorted(backends.items(), key=lambda pair: (pair[1][0].distribution != discovery.OWN, pair[0])))
 
 
 def load(name: str) -> Any:
@@ -60,15 +60,15 @@ def load(name: str) -> Any:
         UsageError: there is none of that name.
         PluginError: it cannot be used.
     """
-    found = installed()
-    if name not in found:
-        raise UsageError(f"unknown backend {name!r} in --on; {did_you_mean(name, found)}")
-    if len(found[name]) > 1:
-        both = " and ".join(f"{item.distribution} {item.version}" for item in found[name])
-        raise PluginError(f"{both} all have a backend {name}; uninstall all but one of them.")
+    backends = installed()
+    if name not in backends:
+        raise UsageError(f"unknown backend {name!r} in --on; {did_you_mean(name, backends)}")
+    if len(backends[name]) > 1:
+        distributions = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in backends[name])
+        raise PluginError(f"{distributions} all have a backend {name}; uninstall all but one of them.")
     try:
         with discovery.contained():
-            module = found[name][0].entry.load()
+            module = backends[name][0].entry.load()
             module.start  # noqa: B018
     except KeyboardInterrupt:
         raise
@@ -81,13 +81,13 @@ def load(name: str) -> Any:
 
 
 def choose(
-    name: str | None, given: Mapping[str, str | None], values: Mapping[str, Any]
+    name: str | None, options: Mapping[str, str | None], values: Mapping[str, Any]
 ) -> tuple[Backend, dict[str, Any]]:
-    """The backend that is asked for, or that takes the options that are given.
+    """Choose the backend that ``--on`` names, or else one that takes the options, and read its settings.
 
     Args:
-        name: of ``--on``.
-        given: options by name, None for those that are not given.
+        name: the value of ``--on``, None if it was left out.
+        options: the options of `OPTIONS` by name, None for those that were left out.
         values: flat settings.
 
     Returns:
@@ -96,38 +96,38 @@ def choose(
     Raises:
         UsageError: it does not take an option or setting.
     """
-    flags = {k: v for k, v in given.items() if v is not None}
+    flags = {k: v for k, v in options.items() if v is not None}
     name = name or backend_for(flags)
     module = load(name)
     cls = getattr(module, "Settings", None)
-    own = {k: v for k, v in values.items() if k.startswith(f"{name}.")}
+    backend_values = {k: v for k, v in values.items() if k.startswith(f"{name}.")}
     for option in flags:
         if option not in fields_of(cls):
-            who = [other for other in installed() if takes(other, (option,))]
-            fix = f"add --on {' or '.join(who)}, or leave it out" if who else "leave it out"
+            takers = [backend for backend in installed() if takes(backend, (option,))]
+            fix = f"add --on {' or '.join(takers)}, or leave it out" if takers else "leave it out"
             raise UsageError(f"the backend {name} does not take --{option.replace('_', '-')}; {fix}.")
-        if f"{name}.{option}" in own:
+        if f"{name}.{option}" in backend_values:
             raise UsageError(f"--{option.replace('_', '-')} and {name}.{option}= say the same; keep one.")
-        own[f"{name}.{option}"] = flags[option]
-    if errors := check_keys(own, {f"{name}.": cls}):
+        backend_values[f"{name}.{option}"] = flags[option]
+    if errors := check_keys(backend_values, {f"{name}.": cls}):
         raise errors[0]
-    rest = {k: v for k, v in values.items() if k not in own}
-    strategies = discovery.installed(STRATEGIES).found
-    for key in rest:
-        other = key.split(".")[0]
-        if "." in key and other in installed() and other not in (*strategies, "model", "call"):
-            raise UsageError(f"{key} belongs to the backend {other}; add --on {other}, or leave it out.")
-    return Backend(name, module, build(cls, f"{name}.", own)), rest
+    others = {k: v for k, v in values.items() if k not in backend_values}
+    strategies = discovery.installed(STRATEGIES).plugins
+    for key in others:
+        prefix = key.split(".")[0]
+        if "." in key and prefix in installed() and prefix not in (*strategies, "model", "call"):
+            raise UsageError(f"{key} belongs to the backend {prefix}; add --on {prefix}, or leave it out.")
+    return Backend(name, module, build(cls, f"{name}.", backend_values)), others
 
 
 def backend_for(flags: Mapping[str, str]) -> str:
-    """The usual backend if it takes the options, else the first that does."""
-    names = (USUAL, *(name for name in installed() if name != USUAL))
-    return next((name for name in names if takes(name, flags)), USUAL) if flags else USUAL
+    """The name of the default backend if it takes the options, else of the first that does."""
+    names = (DEFAULT, *(name for name in installed() if name != DEFAULT))
+    return next((name for name in names if takes(name, flags)), DEFAULT) if flags else DEFAULT
 
 
 def takes(name: str, flags: Mapping[str, str] | Sequence[str]) -> bool:
-    """A backend has settings of these names; one that is broken has none."""
+    """Whether a backend has settings of these names; one that is broken has none."""
     try:
         return set(flags) <= set(fields_of(getattr(load(name), "Settings", None)))
     except (UsageError, PluginError):

@@ -1,5 +1,5 @@
-"""The backend ``slurm``: inside an allocation (``salloc``, ``sbatch``) one agent a node through ``srun``; outside, a
-batch job that does it.
+"""The backend ``slurm``: inside an allocation (``salloc``, ``sbatch``) start one agent on each node with ``srun``;
+outside, submit a batch job that does it.
 
 A batch job runs ``python -m xdit_launcher.backends.slurm FOLDER`` with the plan that was made when it was submitted.
 """
@@ -58,34 +58,34 @@ class Settings:
 def devices(settings: Settings) -> int | None:
     """How many processes suit the nodes; outside an allocation, as many on each as suit this machine."""
     nodes = node_count(settings)
-    known = [os.environ.get(name, "") for name in ("SLURM_GPUS_ON_NODE", "SLURM_CPUS_ON_NODE")]
-    each = next((int(text) for text in known if text.isdecimal()), 0)
+    counts = [os.environ.get(name, "") for name in ("SLURM_GPUS_ON_NODE", "SLURM_CPUS_ON_NODE")]
+    each = next((int(text) for text in counts if text.isdecimal()), 0)
     return nodes * each if each else hosts.devices([Host("")] * nodes)
 
 
 def node_count(settings: Settings) -> int:
-    """Nodes of the run.
+    """The number of nodes of the run.
 
     Raises:
         UsageError: more than the allocation has.
     """
-    there = int(os.environ.get("SLURM_JOB_NUM_NODES", "0"))
-    if settings.nnodes is not None and (settings.nnodes < 1 or (there and settings.nnodes > there)):
+    allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", "0"))
+    if settings.nnodes is not None and (settings.nnodes < 1 or (allocated and settings.nnodes > allocated)):
         raise UsageError(
-            f"--nnodes {settings.nnodes} but the allocation has {there or 'no'} nodes; give 1 to "
-            f"{there or 'as many as you need'}."
+            f"--nnodes {settings.nnodes} but the allocation has {allocated or 'no'} nodes; give 1 to "
+            f"{allocated or 'as many as you need'}."
         )
-    return settings.nnodes or there or 1
+    return settings.nnodes or allocated or 1
 
 
 def node_names(environ: Mapping[str, str], count: int) -> list[str]:
-    """The first nodes of the allocation.
+    """The names of the first nodes of the allocation.
 
     Raises:
-        UsageError: Slurm does not tell.
+        UsageError: Slurm does not name them.
     """
     try:
-        shown = subprocess.run(
+        listing = subprocess.run(
             ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]],
             capture_output=True,
             text=True,
@@ -94,14 +94,17 @@ def node_names(environ: Mapping[str, str], count: int) -> list[str]:
         )
     except (OSError, KeyError, subprocess.SubprocessError) as error:
         raise UsageError(
-            f"the nodes of job {environ.get('SLURM_JOB_ID')} are not to be had from scontrol ({error})."
+            f"scontrol does not name the nodes of job {environ.get('SLURM_JOB_ID')} ({error}); run this on a node of "
+            "the allocation."
         ) from error
-    return shown.stdout.split()[:count]
+    return listing.stdout.split()[:count]
 
 
 def srun(node: str) -> list[str]:
-    """The command that starts an agent on a node. One for each: the outputs of several tasks of one step get mixed
-    within lines."""
+    """The command that starts an agent on a node.
+
+    Each node has a step of its own, because the outputs of several tasks of one step get mixed within lines.
+    """
     step = [
         "srun",
         "--nodes=1",
@@ -116,9 +119,9 @@ def srun(node: str) -> list[str]:
 
 
 def script(folder: str, settings: Settings) -> list[str]:
-    """The batch job, as lines."""
+    """The lines of the script of the batch job."""
     log = f"{folder}/slurm.out"
-    asked = [
+    wanted = [
         f"--nodes={settings.nnodes or 1}",
         "--ntasks-per-node=1",
         "--job-name=xdit",
@@ -126,7 +129,7 @@ def script(folder: str, settings: Settings) -> list[str]:
         *options_of(settings),
     ]
     command = [sys.executable, "-P", "-m", "xdit_launcher.backends.slurm", folder]
-    return ["#!/bin/bash", *(f"#SBATCH {shlex.quote(word)}" for word in asked), f"exec {shlex.join(command)}"]
+    return ["#!/bin/bash", *(f"#SBATCH {shlex.quote(word)}" for word in wanted), f"exec {shlex.join(command)}"]
 
 
 def options_of(settings: Settings) -> list[str]:
@@ -155,21 +158,20 @@ def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
     return ["sbatch with this script:", *script(f"{Path(plan.run.runs).absolute()}/FOLDER", settings)]
 
 
-def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
-    """A sentence about a step that ended."""
-    last = next((line for line in said if "error" in line), said[-1] if said else f"exit code {code}").rstrip(".")
-    return (
-        f"its agent ended ({last}); see whether the node is up: sinfo -N"
-        if met
-        else f"{last}; see the state of the nodes with sinfo -N"
-    )
+def explain(code: int, last_lines: Sequence[str], host: str, heard: bool) -> str:
+    """A sentence about a step that ended, see `xdit_launcher.cluster.connection.Explain`."""
+    last_line = last_lines[-1] if last_lines else f"exit code {code}"
+    reason = next((line for line in last_lines if "error" in line), last_line).rstrip(".")
+    if heard:
+        return f"its agent ended ({reason}); see whether the node is up: sinfo -N"
+    return f"{reason}; see the state of the nodes with sinfo -N"
 
 
 def check(plan: Plan, settings: Settings) -> None:
-    """What can be said before anything is written.
+    """Refuse what can be known before anything is written.
 
     Raises:
-        UsageError: options that cannot be read, or a plan for CPUs that nobody asked for, made where there is no GPU.
+        UsageError: the options cannot be read, or the plan is for CPUs only because this machine has no GPU.
     """
     options_of(settings)
     if "SLURM_JOB_ID" not in os.environ and (
@@ -194,16 +196,16 @@ def connect(settings: Settings) -> Fleet:
         UsageError: there is none.
     """
     if "SLURM_JOB_ID" not in os.environ:
-        raise UsageError("this is no Slurm allocation; get one first: salloc --nodes=2.")
+        raise UsageError("this is not inside a Slurm allocation; get one first: salloc --nodes=2.")
     names = node_names(os.environ, node_count(settings))
     return Fleet(
         [Host(name) for name in names],
-        lambda i, deliver: PipeConnection(srun(names[i]), i, names[i], deliver, why),
+        lambda i, deliver: PipeConnection(srun(names[i]), i, names[i], deliver, explain),
     )
 
 
 def submit(plan: Plan, folder: Path, settings: Settings) -> int:
-    """As a batch job; says where its output goes.
+    """Submit a plan as a batch job, and say where its output goes.
 
     Raises:
         UsageError: there is no Slurm here, or it refuses the job.
@@ -229,12 +231,12 @@ def submit(plan: Plan, folder: Path, settings: Settings) -> int:
     sbatch.stdin.close()
     number = sbatch.stdout.readline().strip().split(";")[0]
     if not number:
-        said = " ".join(sbatch.stderr.read().split()).removeprefix("sbatch: error: ")
+        reason = " ".join(sbatch.stderr.read().split()).removeprefix("sbatch: error: ")
         raise UsageError(
-            f"Slurm refuses the job: {said}; see what it has with sinfo, and change slurm.options= or --nnodes."
+            f"Slurm refuses the job: {reason}; see what it has with sinfo, and change slurm.options= or --nnodes."
         )
     try:
-        with signals_interrupt():  # before its number is told: whoever reads it may interrupt at once
+        with signals_interrupt():  # before the number is printed: the user may interrupt as soon as it is there
             say(f"batch job {number}; its output: {folder / 'slurm.out'}; to end it: scancel {number}")
             return sbatch.wait()
     except KeyboardInterrupt:
@@ -246,7 +248,7 @@ def submit(plan: Plan, folder: Path, settings: Settings) -> int:
 
 
 def main(folder: Path) -> int:
-    """What a batch job does."""
+    """Run the plan of a batch job inside its allocation."""
     from xdit_core.plan import Plan
 
     plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))

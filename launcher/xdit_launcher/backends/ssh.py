@@ -1,4 +1,4 @@
-"""The backend ``ssh``: one command starts an agent on every host.
+"""The backend ``ssh``: log in to every host and start an agent there.
 
 The remote command is always the same; what to do travels as JSON on its stdin, so nothing needs quoting, and the end of
 stdin ends it.
@@ -65,11 +65,12 @@ def hosts_of(settings: Settings) -> list[Host]:
         UsageError: none are named, or they cannot be read.
     """
     if bool(settings.hosts) == bool(settings.hostfile):
-        raise UsageError("give the hosts with one of --hosts a:8,b:8 and --hostfile FILE.")
-    found = (
-        parse_hosts(settings.hosts) if settings.hosts else read_hostfile(user_path(settings.hostfile, "--hostfile "))
-    )
-    return filtered(found, settings.include, settings.exclude)
+        raise UsageError("give the hosts with either --hosts a:8,b:8 or --hostfile FILE.")
+    if settings.hosts:
+        hosts = parse_hosts(settings.hosts)
+    else:
+        hosts = read_hostfile(user_path(settings.hostfile, "--hostfile "))
+    return filtered(hosts, settings.include, settings.exclude)
 
 
 def devices(settings: Settings) -> int:
@@ -78,7 +79,7 @@ def devices(settings: Settings) -> int:
 
 
 def remote_command(host: Host, settings: Settings) -> str:
-    """What runs on a host."""
+    """The shell command that starts the agent on a host."""
     return f"{shlex.quote(host.python or settings.python or sys.executable)} -P -m xdit_launcher.node.agent"
 
 
@@ -109,7 +110,7 @@ def connect(settings: Settings) -> Fleet:
     hosts = hosts_of(settings)
     return Fleet(
         hosts,
-        lambda i, deliver: PipeConnection(command_to(hosts[i], settings), i, hosts[i].name, deliver, why),
+        lambda i, deliver: PipeConnection(command_to(hosts[i], settings), i, hosts[i].name, deliver, explain),
         typed=True,
     )
 
@@ -120,19 +121,20 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
         return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
 
 
-def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
+def explain(code: int, last_lines: Sequence[str], host: str, heard: bool) -> str:
     """A sentence about an agent that ended.
 
     Args:
-        code: of the program that led to it.
-        said: its last lines.
-        met: the agent had said something.
+        code: exit code of ssh.
+        last_lines: what ssh and the agent printed last.
+        host: name of the host.
+        heard: the agent had said something before.
     """
-    text = " ".join(said)
-    last = said[-1].rstrip(".") if said else f"exit code {code}"
-    if met:
+    text = " ".join(last_lines)
+    last = last_lines[-1].rstrip(".") if last_lines else f"exit code {code}"
+    if heard:
         reason = "the connection ended" if code == 255 else f"its agent ended with exit code {code}"
-        return f"{reason}{f' ({last})' if said else ''}; see whether the host is up, and what ended the agent"
+        return f"{reason}{f' ({last})' if last_lines else ''}; see whether the host is up, and what ended the agent"
     for part, fix in (
         ("Could not resolve hostname", "write it as ssh knows it, or add it to /etc/hosts or ~/.ssh/config"),
         (
@@ -149,5 +151,5 @@ def why(code: int, said: Sequence[str], host: str, met: bool) -> str:
         ("No such file", "name the interpreter there with ssh.python=PATH, or python=PATH in the hostfile"),
     ):
         if part in text:
-            return f"{next((line for line in said if part in line), last).rstrip('.')}; {fix}."
+            return f"{next((line for line in last_lines if part in line), last).rstrip('.')}; {fix}."
     return f"{last}; try by hand: ssh {host}"

@@ -32,7 +32,7 @@ VARIANTS = frozenset(("fp16", "bf16", "non_ema"))  # parts of the names of those
 
 def origins(plan: Plan | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Distributions and top-level packages of what a plan uses, or of all that is installed."""
-    entries = [f for group in (STRATEGIES, MODELS) for items in installed(group).found.values() for f in items]
+    entries = [f for group in (STRATEGIES, MODELS) for items in installed(group).plugins.values() for f in items]
     if plan is not None:
         entries = [f for f in entries if (f.name in plan.plugins if f.group == STRATEGIES else f.name == plan.model)]
     modules = [f.entry.module for f in entries]
@@ -179,7 +179,7 @@ def imported(seconds: float) -> dict[str, Any]:
 
 def last_line(text: str) -> str:
     """Of a traceback: what is wrong."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it ended without a word")
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it ended without a message")
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -> Iterator[str]:
@@ -232,7 +232,7 @@ def device_problem(plan: Plan, gpus: bool, where: str) -> str:
     """
     if plan.device != "cpu" or "device" in plan.values or not gpus:
         return ""
-    return f"this machine has no GPU and {where}; say which are meant with device=cuda or device=cpu."
+    return f"this machine has no GPU and {where}; choose where to run with device=cuda or device=cpu."
 
 
 def model_problem(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str, folder: str) -> str:

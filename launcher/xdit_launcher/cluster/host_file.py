@@ -51,7 +51,7 @@ def read_hostfile(path: Path) -> list[Host]:
         where = f"{path} line {number}"
         pairs = dict(word.partition("=")[::2] for word in words)
         if len(pairs) < len(words):
-            raise UsageError(f"{where} gives a word twice; a line is {LINE}, and python=PATH if need be.")
+            raise UsageError(f"{where} gives an option twice; a line is {LINE}, and python=PATH if need be.")
         if unknown := sorted(set(pairs) - {"slots", "python"}):
             raise UsageError(f"{where} has {', '.join(unknown)}; a line is {LINE}, and python=PATH if need be.")
         found.append(
@@ -69,14 +69,14 @@ def read_hostfile(path: Path) -> list[Host]:
 def checked(name: str, where: str) -> str:
     """A host name that no program takes for an option."""
     if not NAME.fullmatch(name) or name.startswith("-"):
-        raise UsageError(f"{where}: {name or 'an empty word'} is no host name; write for example a:8,b:8.")
+        raise UsageError(f"{where}: {name or 'an empty word'} is not a host name; write for example a:8,b:8.")
     return name
 
 
 def count(text: str, where: str) -> int:
     """A number of slots."""
     if not (text.isascii() and text.isdecimal() and len(text) < 9) or not 0 < int(text) <= 4096:
-        raise UsageError(f"{where}: {text or 'nothing'} is no number of slots; write 1 or more.")
+        raise UsageError(f"{where}: {text or 'nothing'} is not a number of slots; write 1 or more.")
     return int(text)
 
 

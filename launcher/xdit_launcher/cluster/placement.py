@@ -64,7 +64,7 @@ def warnings(plan: Plan, places: Sequence[Sequence[int]]) -> Iterator[str]:
         if axis.traffic >= Traffic.PER_LAYER and (axis.degree or 1) > 1 and spans(plan, axis, used):
             name = f"{axis.setting or axis.name}={axis.degree}"
             yield (
-                f"warning: {name} spans {len(used)} machines, and its ranks talk at every layer; "
+                f"warning: {name} spans {len(used)} machines, and its ranks exchange data at every layer; "
                 f"{better(plan, axis, len(used))}."
             )
 
@@ -84,7 +84,9 @@ def better(plan: Plan, axis: Axis, machines: int) -> str:
 
 def seldom() -> list[str]:
     """Installed plugins whose ranks talk less often than at every layer."""
-    strategies = [inspect_strategy(plugin) for plugins in Registry().found(STRATEGIES).values() for plugin in plugins]
+    strategies = [
+        inspect_strategy(plugin) for plugins in Registry().installed(STRATEGIES).values() for plugin in plugins
+    ]
     return [
         strategy.plugin.name
         for strategy in strategies

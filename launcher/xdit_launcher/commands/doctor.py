@@ -65,7 +65,7 @@ def doctor(on: Backend, plan: Plan | None, as_json: bool = False) -> int:
     for problem in problems:
         print_lines([f"problem: {problem}"])
     if not problems:
-        click.echo("all is well." if not notes else "nothing that would stop a run.")
+        click.echo("all is well." if not notes else "no problem that would stop a run.")
     return 1 if problems else 0
 
 

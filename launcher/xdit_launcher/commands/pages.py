@@ -33,7 +33,7 @@ def as_json(data: object) -> list[str]:
 def strategies() -> list[dict[str, Any]]:
     """All installed strategies."""
     everyone = installed(STRATEGIES)
-    listed = [strategy(inspect_strategy(plugin)) for plugins in everyone.found.values() for plugin in plugins]
+    listed = [strategy(inspect_strategy(plugin)) for plugins in everyone.plugins.values() for plugin in plugins]
     return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
 
 
@@ -75,7 +75,7 @@ def settings(cls: type[Any] | None, prefix: str) -> list[dict[str, Any]]:
 def model_list() -> list[dict[str, Any]]:
     """All installed models."""
     everyone, listed = installed(MODELS), []
-    for items in everyone.found.values():
+    for items in everyone.plugins.values():
         for found in items:
             about: dict[str, Any] = {"name": found.name, "distribution": found.distribution, "version": found.version}
             try:

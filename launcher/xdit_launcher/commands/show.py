@@ -167,7 +167,7 @@ def plugin_list() -> Iterator[str]:
     """A line or two for each strategy; behind them one for each that is broken, which changes nothing in the
     others'."""
     everyone = installed(STRATEGIES)
-    strategies = [inspect_strategy(plugins[0]) for plugins in everyone.found.values() if len(plugins) == 1]
+    strategies = [inspect_strategy(plugins[0]) for plugins in everyone.plugins.values() if len(plugins) == 1]
     healthy = [strategy for strategy in strategies if not strategy.error]
     wide = max((len(strategy.plugin.name) for strategy in healthy), default=0)
     for strategy in healthy:
@@ -224,7 +224,7 @@ def source(spec: ModelSpec) -> str:
 def model_list() -> Iterator[str]:
     """A line for each model; behind them one for each that is broken."""
     everyone, healthy, broken = installed(MODELS), [], []
-    for plugin in (plugins[0] for plugins in everyone.found.values() if len(plugins) == 1):
+    for plugin in (plugins[0] for plugins in everyone.plugins.values() if len(plugins) == 1):
         try:
             healthy.append((plugin, Registry().model(plugin.name)[0]))
         except XditError as error:

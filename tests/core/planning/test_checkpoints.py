@@ -96,7 +96,7 @@ def test_no_weights_or_another_variant(folder, component):
 def test_an_index_that_points_outside(folder, name):
     (folder / "secret.safetensors").write_bytes((folder / "transformer" / WEIGHTS).read_bytes())
     (folder / "transformer" / (WEIGHTS + ".index.json")).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ModelError, match="which is no file of its own folder; such an index is not to be trusted"):
+    with pytest.raises(ModelError, match="which is not a file in its own folder; such an index is not to be trusted"):
         plan(folder)
 
 
@@ -200,7 +200,7 @@ def test_odd_numbers_of_a_text_encoder(folder, key, value):
 )
 def test_odd_entries_of_the_index(folder, entry):
     change(folder / "model_index.json", transformer=entry)
-    with pytest.raises(ModelError, match=r"model_index.json has transformer=.*no library and class"):
+    with pytest.raises(ModelError, match=r"model_index.json has transformer=.*not a library and a class"):
         plan(folder)
 
 
@@ -213,7 +213,7 @@ def test_a_denoiser_of_an_odd_class(folder, entry):
 
 def test_deep_json(folder):
     (folder / "transformer" / "config.json").write_text("[" * 100_000)
-    with pytest.raises(ModelError, match="is no JSON"):
+    with pytest.raises(ModelError, match="is not valid JSON"):
         plan(folder)
 
 

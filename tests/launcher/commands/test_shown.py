@@ -117,8 +117,8 @@ def test_a_mistake_of_ours_is_told_in_a_sentence(say: Say, monkeypatch: pytest.M
         (["--config", "/dev/zero"], "--config /dev/zero holds more than 1 MiB; give a YAML file."),
         (["--config", "~nosuchuser/x"], "--config ~nosuchuser/x: the home folder"),
         (["--hostfile", "/dev/zero"], "the hostfile /dev/zero holds more than"),
-        (["--hostfile", "twice"], "twice line 1 gives a word twice"),
-        (["--hosts", "a:" + "9" * 5000], "is no number of slots"),
+        (["--hostfile", "twice"], "twice line 1 gives an option twice"),
+        (["--hosts", "a:" + "9" * 5000], "is not a number of slots"),
         (["--nnodes", "1", "--node-rank", "0", "--rdzv", "a:" + "9" * 5000], "is not HOST:PORT"),
         (
             ["--on", "slurm", "slurm.options=--x\n#SBATCH --y"],

@@ -257,7 +257,7 @@ def test_text_files_of_users(tmp_path: Path) -> None:
     for path, part in (
         (Path("/dev/zero"), "more than 16 MiB"),
         (tmp_path / "pipe", "a pipe into which nobody writes"),
-        (tmp_path / "bytes", "is no UTF-8 text"),
+        (tmp_path / "bytes", "is not UTF-8 text"),
         (tmp_path, "Is a directory"),
         (tmp_path / ("x" * 300), "File name too long"),
         (Path("a\0b"), "null byte"),

@@ -128,7 +128,7 @@ def test_doctor(hosts: Cluster, tmp_path: Path) -> None:
     )
     speeds = [line for line in lines if "bit/s" in line]
     assert len(speeds) == 2 and all(line.count("ms") == 1 for line in speeds)
-    assert "beta is not known by that name on alpha" in done.stdout and lines[-1] == "nothing that would stop a run."
+    assert "beta is not known by that name on alpha" in done.stdout and lines[-1] == "no problem that would stop a run."
     hosts.hosts.link("beta", "down")
     try:
         bad = xdit(tmp_path, "doctor", "--hosts", "alpha,beta,nowhere.invalid", f"{command} -o ConnectTimeout=3")
@@ -268,7 +268,7 @@ def test_ray(ray_cluster: None, tmp_path: Path) -> None:
     shown = xdit(tmp_path, "--on", "ray", "--dry-run", *USP, *SMALL)
     assert "2 actors with 1 CPU each, placed with PACK" in shown.stdout
     nothing = xdit(tmp_path, "--on", "ray", "ray.cpus=0", *USP, *SMALL)
-    assert nothing.returncode == 2 and "ray.cpus=0 is too little" in nothing.stderr
+    assert nothing.returncode == 2 and "ray.cpus=0 is too small" in nothing.stderr
 
 
 def test_no_ray_cluster(tmp_path: Path) -> None:
@@ -319,13 +319,16 @@ def test_manifests(say: Callable[..., Result], kind: str) -> None:
     [
         (
             ("--dry-run", "k8s.image=a"),
-            "this machine has no GPU and the pods may have some; say which are meant with device=cuda or",
+            "this machine has no GPU and the pods may have some; choose where to run with device=cuda or",
         ),
         (("--dry-run", "k8s.image=a", "--config", "nothing.yaml"), "--config nothing.yaml cannot be read"),
         (("--dry-run",), "the pods need an image with xdit in it"),
-        (("--dry-run", "k8s.image=a", "k8s.kind=Job"), "k8s.kind=Job is not known; use PyTorchJob or JobSet."),
-        (("--dry-run", "k8s.image=a", "k8s.name=My_Job"), "is no name for Kubernetes"),
-        (("--dry-run", "k8s.image=a", "device=cpu", "--nnodes", "2"), "1 processes cannot be shared evenly by 2 nodes"),
+        (("--dry-run", "k8s.image=a", "k8s.kind=Job"), "k8s.kind=Job is unknown; use PyTorchJob or JobSet."),
+        (("--dry-run", "k8s.image=a", "k8s.name=My_Job"), "is not a valid Kubernetes name"),
+        (
+            ("--dry-run", "k8s.image=a", "device=cpu", "--nnodes", "2"),
+            "cannot be divided evenly among 2 nodes",
+        ),
         (("k8s.image=a",), "prints a manifest and starts nothing; add --dry-run"),
     ],
 )

@@ -32,10 +32,10 @@ def test_hosts() -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("a:8,,b", "an empty word is no host name"),
-        ("-oProxyCommand=x", "-oProxyCommand=x is no host name"),
-        ("a;reboot", "a;reboot is no host name"),
-        ("a:0", "0 is no number of slots"),
+        ("a:8,,b", "an empty word is not a host name"),
+        ("-oProxyCommand=x", "-oProxyCommand=x is not a host name"),
+        ("a;reboot", "a;reboot is not a host name"),
+        ("a:0", "0 is not a number of slots"),
         ("a:8,a:8", "names a twice"),
     ],
 )
@@ -54,7 +54,7 @@ def test_a_hostfile(tmp_path: Path) -> None:
     ("text", "part"),
     [
         ("", "names no host; write lines such as host slots=8."),
-        ("a slots=x", "line 1: x is no number of slots"),
+        ("a slots=x", "line 1: x is not a number of slots"),
         ("a gpus=8", "line 1 has gpus; a line is host slots=8"),
         ("a\na", "names a twice"),
         ("a:8", None),
@@ -74,7 +74,7 @@ def test_no_hostfile(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: No such file or directory; write one with lines"):
         read_hostfile(tmp_path / "nothing")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="is no UTF-8 text"):
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
         read_hostfile(tmp_path / "binary")
 
 
@@ -173,7 +173,7 @@ def test_ssh_commands() -> None:
     ],
 )
 def test_what_ssh_says(code: int, said: list[str], part: str) -> None:
-    assert part in ssh.why(code, said, "b", met=False)
+    assert part in ssh.explain(code, said, "b", heard=False)
 
 
 def test_variables_are_passed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_a_plan_for_cpus_that_nobody_asked_for() -> None:
     values = {"model": "emoji", "prompt": ["a"]}
     unsure = make_plan([], values, Registry())
     if unsure.run.device == "cpu":
-        wanted = "this machine has no GPU and b has 8; say which are meant with device=cuda or device=cpu."
+        wanted = "this machine has no GPU and b has 8; choose where to run with device=cuda or device=cpu."
         assert host_facts.device_problem(unsure, True, "b has 8") == wanted
     assert not host_facts.device_problem(unsure, False, "b has 0")
     assert not host_facts.device_problem(make_plan([], {**values, "device": "cpu"}, Registry()), True, "b has 8")

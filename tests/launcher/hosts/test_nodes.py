@@ -84,7 +84,9 @@ def test_refusals(say: Callable[..., Result], tiny: tuple[str, ...]) -> None:
     assert "--node-rank counts from 0 to nnodes - 1" in told("--nnodes", "2", "--node-rank", "2", *where)
     assert "--rdzv somewhere is not HOST:PORT" in told("--nnodes", "2", "--node-rank", "0", "--rdzv", "somewhere")
     odd = told("--nnodes", "2", "--node-rank", "0", *where, "--plugins", "pipefusion", "pipefusion.stages=3")
-    assert "3 processes cannot be shared evenly by 2 nodes; change the degrees, or set nproc to a multiple of 2." in odd
+    assert (
+        "3 processes cannot be divided evenly among 2 nodes; change the degrees, or set nproc to a multiple of" in odd
+    )
     with socket.create_server(("", 0)) as server:
         taken = ("--rdzv", f"127.0.0.1:{server.getsockname()[1]}")
         text = told("--nnodes", "2", "--node-rank", "0", *taken, "--plugins", "usp", "usp.ulysses=2")

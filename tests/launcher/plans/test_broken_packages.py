@@ -90,7 +90,7 @@ KINDS: dict[str, tuple[str, str, str | None, str]] = {
         "[xdit.plugins]\nusp = bad\n",
         "raise ValueError('thief')\n",
         "ok",
-        "usp of xdit-bad 1.0 is left aside: xdit has one of that name",
+        "usp of xdit-bad 1.0 is ignored: xdit has one of that name",
     ),
     "no-metadata": ("[xdit.plugins]\nbad = bad\n", "raise ValueError('oh')\n", None, "ValueError: oh"),
     "model-raises": (
@@ -115,7 +115,7 @@ KINDS: dict[str, tuple[str, str, str | None, str]] = {
         "[xdit.models]\nsd3 = bad\n",
         "raise ValueError('thief')\n",
         "ok",
-        "sd3 of xdit-bad 1.0 is left aside",
+        "sd3 of xdit-bad 1.0 is ignored",
     ),
     "backend-raises": ("[xdit.launchers]\nbad = bad\n", "raise ValueError('no')\n", "ok", ""),
     "backend-exits": ("[xdit.launchers]\nbad = bad\n", "raise SystemExit(9)\n", "ok", ""),
@@ -236,5 +236,5 @@ def test_entry_points_that_are_no_text(tmp_path, monkeypatch):
     (tmp_path / "xdit_bad-1.0.dist-info" / "entry_points.txt").write_bytes(b"\xff\xfe[xdit.plugins]")
     monkeypatch.syspath_prepend(str(tmp_path))
     found = installed(STRATEGIES)
-    assert "usp" in found.found
+    assert "usp" in found.plugins
     assert any("xdit-bad 1.0 has an entry_points.txt that cannot be read" in notice for notice in found.notices)

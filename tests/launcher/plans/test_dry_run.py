@@ -69,4 +69,4 @@ def test_a_video_has_a_length(tiny: tuple[str, ...]) -> None:
     lines = shown({"frame_step": 4, "blocks": 0, "heads": 0}, {"frames": 1, "fps": 8, "images": 2})
     assert "video 32 x 32, 1 frame at 8 a second (0.1 s), 3 steps, guidance 7, seed 0" in lines
     assert "prompt a fox (2 videos)" in lines
-    assert not any(line.startswith("blocks") for line in lines)  # of a U-Net, which is no list of blocks
+    assert not any(line.startswith("blocks") for line in lines)  # of a U-Net, which is not a list of blocks

@@ -38,7 +38,7 @@ def refused(result: Result, code: int, *parts: str) -> None:
         (["--plugins", "usp", "usp.ulysses=3"], 3, ["4 heads", "usp.ulysses=3", "use one of 1, 2, 4"]),
         (["--plugins", "usp", "usp.ulysses=2", "nproc=3"], 3, ["nproc=3", "usp.ulysses=2"]),
         (["nproc=2"], 3, ["nproc=2", "nothing can use more than one process"]),
-        (["height=33"], 3, ["height=33 is no multiple of 4", "32 and 36"]),
+        (["height=33"], 3, ["height=33 is not a multiple of 4", "32 and 36"]),
         (["threads=0", "images=0"], 3, ["threads=0 is too small; give 1 or more.", "images=0"]),
         (["--plugins", "pipefusion", "pipefusion.patches=0"], 3, ["pipefusion.patches=0", "use 1 to 8"]),
         (["--plugins", "pipefusion", "pipefusion.warmup=-1"], 3, ["pipefusion.warmup=-1 is negative"]),
@@ -103,7 +103,7 @@ def test_missing_folder(say: Say) -> None:
 
 
 def test_no_pipeline(say: Say, tmp_path: Path) -> None:
-    refused(say("model=sd3", f"model.path={tmp_path}", "a fox"), 2, "is no diffusers pipeline", "model_index.json")
+    refused(say("model=sd3", f"model.path={tmp_path}", "a fox"), 2, "is not a diffusers pipeline", "model_index.json")
 
 
 def test_hub_out_of_reach(launch: Callable[..., object], tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_missing_config(say: Say) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("- a\n- b\n", "holds no map"),
-        ("", "holds no map"),
-        ("a: [1\n", "is no YAML"),
+        ("- a\n- b\n", "does not hold settings by name"),
+        ("", "does not hold settings by name"),
+        ("a: [1\n", "is not valid YAML"),
         ("steps: 3\nsteps: 4\n", "gives steps twice"),
         ("usp: {ulysses: 2}\nusp.ulysses: 4\n", "gives usp.ulysses twice"),
         ("usp: {ulysses: {x: 1}}\n", "nests too deep"),

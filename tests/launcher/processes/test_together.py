@@ -226,7 +226,7 @@ def worker(plan: Path, **env: str) -> subprocess.CompletedProcess[str]:
         ("7", "cannot be read as a plan"),
         ('{"run": 5}', "cannot be read as a plan"),
         ("[" * 100000, "cannot be read as a plan (RecursionError"),
-        ("\x00\xff", "is no UTF-8 text"),
+        ("\x00\xff", "is not UTF-8 text"),
     ],
 )
 def test_a_worker_by_hand_with_no_plan(tmp_path: Path, text: str, part: str) -> None:
