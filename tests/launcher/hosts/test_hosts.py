@@ -156,7 +156,7 @@ def test_ssh_commands() -> None:
         "'/opt/my python' -P -m xdit_launcher.node.agent",
     ]
     assert ssh.devices(settings) == 3
-    with pytest.raises(UsageError, match="give the hosts with one of"):
+    with pytest.raises(UsageError, match="give the hosts with either"):
         ssh.hosts_of(ssh.Settings())
     with pytest.raises(UsageError, match="cannot be read"):
         ssh.command_to(Host("a"), ssh.Settings(command="ssh '"))

@@ -132,7 +132,7 @@ def test_another_pipeline(say: Say, tiny_sd3_folder: Path, tmp_path: Path) -> No
 
 def test_empty_prompt_file(say: Say, tiny: tuple[str, ...]) -> None:
     Path("empty.txt").write_text("\n  \n")
-    refused(say(*tiny, "prompts=empty.txt"), 2, "prompts=empty.txt holds no prompt; write one a line.")
+    refused(say(*tiny, "prompts=empty.txt"), 2, "prompts=empty.txt holds no prompt; write one on each line.")
 
 
 def test_out_below_a_file(say: Say, tiny: tuple[str, ...]) -> None:
