@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from xdit_core.printable import printable
+
+if TYPE_CHECKING:
+    from xdit_core.records import Problem
 
 LONGEST = 2000  # characters of a sentence
 
@@ -37,11 +41,15 @@ class UsageError(XditError):
 
 
 class PlanRefused(XditError):
-    """The chosen plugins, model and degrees do not fit together. Lists every problem at once."""
+    """The chosen plugins, model and degrees do not fit together. Lists every problem at once.
+
+    Args:
+        problems: what is wrong, each with its fix.
+    """
 
     exit_code = 3
 
-    def __init__(self, problems: Sequence[object]) -> None:
+    def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__(*problems)
         self.problems = tuple(problems)
 

@@ -236,7 +236,8 @@ class RequestSpec(Record):
         not_taken: shared settings that the pipeline does not take. Without ``images``, every picture is a call.
         subject: the setting that says what to draw, ``prompt`` or ``class``.
         encode_subject: called with ``configs``, the subject and the number of pictures; returns the value for the
-            pipeline. By default that is the subject. It raises ValueError with what is wrong and what to give.
+            pipeline. By default that is the subject. It raises PlanRefused with a Problem for a subject that the model
+            does not know.
         uses_cfg: called with ``asked``; returns whether each step has a conditional and an unconditional prediction
             (classifier-free guidance). By default, if ``guidance`` is above 1.
         check: called with ``configs`` and ``asked``; returns what this model cannot do.

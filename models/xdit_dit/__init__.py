@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xdit_core import ModelSpec, Problem, default_size, hookimpl
+from xdit_core import ModelSpec, PlanRefused, Problem, default_size, hookimpl
 from xdit_core.model_spec import Blocks, Caching, Checkpoint, RequestSpec, Text, TrunkSpec
 
 
@@ -16,8 +16,8 @@ def labels(configs: Mapping[str, Any], word: str, pictures: int) -> list[int]:
     known = {name.strip(): int(i) for i, all_of in names.items() for name in all_of.split(",")}
     number = known.get(word, int(word) if word.isascii() and word.isdigit() else -1)
     if not 0 <= number < count:
-        examples = f" or a name such as {next(iter(known))}" if known else ""
-        raise ValueError(f"class={word} is none of the {count} classes; give a number from 0 to {count - 1}{examples}")
+        fix = f"give a number from 0 to {count - 1}" + (f" or a name such as {next(iter(known))}" if known else "")
+        raise PlanRefused([Problem(f"class={word} is none of the {count} classes", fix)])
     return [number] * pictures
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from xdit_core.checkpoints import model_facts
-from xdit_core.errors import UsageError
+from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.filesystem import read_text, user_path
 from xdit_core.model_spec import ModelSpec
 from xdit_core.planning.degrees import MOST_RANKS
@@ -92,13 +92,12 @@ def check_taken(typed: RunSettings, spec: ModelSpec) -> list[Problem]:
 
 def check_subject(run: RunSettings, spec: ModelSpec, configs: Mapping[str, Any]) -> list[Problem]:
     """Refuse subjects that the model does not know, where it draws classes and no text."""
-    problems = []
+    problems: list[Problem] = []
     for subject in run.prompt if spec.request.encode_subject else ():
         try:
             spec.request.encode_subject(configs, subject, 1)  # type: ignore[misc]
-        except ValueError as error:
-            what, _, fix = str(error).partition("; ")
-            problems.append(Problem(what, fix))
+        except PlanRefused as error:
+            problems += error.problems
     return problems
 
 
@@ -106,9 +105,8 @@ def check_loras(run: RunSettings) -> list[Problem]:
     """Refuse LoRAs whose files are missing, and any where the package that reads them is missing."""
     try:
         loras = parse_loras(run.lora)
-    except ValueError as error:
-        what, _, fix = str(error).partition("; ")
-        return [Problem(what, fix)]
+    except PlanRefused as error:
+        return list(error.problems)
     if loras and find_spec("peft") is None:
         return [Problem("lora= needs the package peft", "pip install peft")]
     return []

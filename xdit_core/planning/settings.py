@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xdit_core.errors import PluginError, UsageError
+from xdit_core.errors import PlanRefused, PluginError, UsageError
 from xdit_core.filesystem import user_path
+from xdit_core.records import Problem
 
 CALL = "call."
 COLLECTED = ("prompt", "class", "lora")
@@ -157,9 +158,9 @@ def parse_loras(texts: Iterable[str]) -> dict[str, float]:
     """``PATH[:scale]`` to path and scale.
 
     Raises:
-        ValueError: no such file or folder, or one that is given twice; says what to do.
+        PlanRefused: no such file or folder, or one that is given twice.
     """
-    found: dict[str, float] = {}
+    scales: dict[str, float] = {}
     for text in texts:
         path, _, number = text.rpartition(":")
         try:
@@ -168,13 +169,12 @@ def parse_loras(texts: Iterable[str]) -> dict[str, float]:
             path, scale = text, 1.0
         path = str(user_path(path or text, "lora=").resolve())
         if not Path(path).exists():
-            raise ValueError(
-                f"lora={text}: there is no {path}; give a file or folder, with a scale behind it such as PATH:0.8"
-            )
-        if path in found:
-            raise ValueError(f"lora={text}: {path} is given twice; keep one of them")
-        found[path] = scale
-    return found
+            fix = "give a file or folder, with a scale behind it such as PATH:0.8"
+            raise PlanRefused([Problem(f"lora={text}: there is no {path}", fix)])
+        if path in scales:
+            raise PlanRefused([Problem(f"lora={text}: {path} is given twice", "keep one of them")])
+        scales[path] = scale
+    return scales
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:

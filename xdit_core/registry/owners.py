@@ -89,16 +89,11 @@ def line_of(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class AdapterCall:
-    """A callable of an adapter: its errors, and results of another kind than the core relies on, name the adapter.
-
-    Args:
-        passes: errors that callers expect of it.
-    """
+    """A callable of an adapter: its errors, and results of another kind than the core relies on, name the adapter."""
 
     function: Callable[..., Any]
     owner: Owner
     field: str
-    passes: tuple[type[Exception], ...] = ()
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -110,8 +105,6 @@ class AdapterCall:
             result = self.function(*args, **kwargs)
             if inspect.isgenerator(result):
                 result = list(result)
-        except self.passes:
-            raise
         except Exception as error:
             explained = self.owner.explain(error, f"its {self.field}")
             if explained is error:
@@ -149,8 +142,7 @@ def owned_record(record: Any, owner: Owner, path: str = "") -> Any:
         if isinstance(value, AdapterCall) or value is field.default:
             continue
         if callable(value):
-            passes = (ValueError,) if name == "request.encode_subject" else ()
-            changes[field.name] = AdapterCall(value, owner, name, passes)
+            changes[field.name] = AdapterCall(value, owner, name)
         elif dataclasses.is_dataclass(value):
             changes[field.name] = owned_record(value, owner, f"{name}.")
         elif isinstance(value, tuple):

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from xdit_core import Built, Declaration, Engine, PlanRefused, PluginError, Registry, Transform, Wrap, hookimpl
+from xdit_core import Built, Declaration, Engine, PlanRefused, PluginError, Problem, Registry, Transform, Wrap, hookimpl
 from xdit_core.observe.status import STARTING
 from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.records import POINTS
@@ -353,11 +353,11 @@ def test_a_strategy_cannot_swallow_the_error_of_a_request(tiny_sd3_folder):
 
 
 def test_a_request_for_what_the_model_does_not_know_is_refused_before_it_begins(tiny_sd3_folder):
-    """As by the plan; the ValueError that an adapter says it with was a traceback in the middle of the request."""
+    """As by the plan; what the adapter says it with was a traceback in the middle of the request."""
 
     def known(configs, subject, count):
         if subject != "a red fox":
-            raise ValueError(f"there is no {subject}; ask for a red fox")
+            raise PlanRefused([Problem(f"there is no {subject}", "ask for a red fox")])
         return subject
 
     models = {"extra_models": {"sd3": changed_record(Registry().model("sd3")[0], "request.encode_subject", known)}}
