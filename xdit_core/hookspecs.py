@@ -6,7 +6,7 @@ never matters: what runs inside what follows from the records they return. Decla
 the hot path calls plain functions.
 
 The lifecycle, in order: ``xdit_settings`` -> ``xdit_declare`` -> ``xdit_check`` (launcher, and again on every rank)
--> ``xdit_build`` (every rank). ``xdit_model`` is the only hook of an adapter.
+-> ``xdit_observe`` -> ``xdit_build`` (every rank). ``xdit_model`` is the only hook of an adapter.
 
 The functions that run in the launcher must not import torch: ``--help`` and refusals are meant to be instant.
 """
@@ -22,6 +22,7 @@ from xdit_core.model_spec import ModelSpec
 from xdit_core.records import Built, Declaration, ModelFacts, Problem
 
 if TYPE_CHECKING:
+    from xdit_core.observe.observer import Observer
     from xdit_core.parallel.rank import Rank
     from xdit_core.plan import Plan
 
@@ -99,6 +100,43 @@ def xdit_check(settings: Any, facts: ModelFacts, plan: Plan) -> Sequence[Problem
             if facts.tokens < plan.degree("ulysses"):
                 yield Problem(f"{facts.tokens} tokens cannot be shared by {plan.degree('ulysses')} ranks",
                               "take a larger picture or lower usp.ulysses")
+    """
+
+
+@hookspec
+def xdit_observe(settings: Any, rank: Rank) -> Observer:  # type: ignore[empty-body]
+    """Watch a rank: its steps, waits, messages, wraps, blocks, rows and outputs.
+
+    When: once an engine, after the process groups exist and before ``xdit_build``.
+    Where: every rank.
+
+    A plugin that has this hook and no ``xdit_declare`` only observes. It is selected with ``--plugins`` like a
+    strategy, and changes nothing of what is computed.
+
+    Args:
+        settings: an instance of the class from ``xdit_settings``, None without one.
+        rank: this rank's view; the observer may keep it.
+
+    Returns:
+        An ``Observer``. What it does not override is not called, and costs nothing. Nothing: this rank is not watched.
+
+    Example::
+
+        class SlowSteps(Observer):
+            def __init__(self, limit):
+                self.limit, self.last = limit, time.monotonic()
+
+            def job_started(self, job):
+                self.last = time.monotonic()
+
+            def step_done(self, step, steps):
+                took, self.last = time.monotonic() - self.last, time.monotonic()
+                if took > self.limit:
+                    print(f"step {step} of {steps} took {took:.1f} s")
+
+        @hookimpl
+        def xdit_observe(settings, rank):
+            return SlowSteps(settings.limit)
     """
 
 

@@ -51,9 +51,10 @@ from xdit_core.points.request import Job, Output, Request, jobs_for, joined
 from xdit_core.points.request import Run as RequestRun
 from xdit_core.points.trunk import Trunk, replace_blocks
 from xdit_core.records import PHASES, Built
-from xdit_core.registry.owners import OwnedRequest, Owner
+from xdit_core.registry.owned_observer import OwnedObserver
+from xdit_core.registry.owners import OwnedContext, Owner
 from xdit_core.registry.registry import Registry
-from xdit_core.registry.validation import check_built
+from xdit_core.registry.validation import check_built, check_observer
 
 BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
 AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of the strategies
@@ -107,10 +108,12 @@ class Engine:
         mesh = Mesh(plan.axes, device.type)
         self.trace = Trace() if plan.run.trace or plan.run.profile else None
         self.recorder = Recorder(plan, mesh.rank) if plan.run.record else None
-        observer = combined((self.trace, self.recorder, observer, steps_observer(progress, mesh.rank)))
-        self.rank = Rank(plan, spec, mesh, device, dtype, observer=observer)
+        self.rank = Rank(plan, spec, mesh, device, dtype)
         self.owner = plan.owns(mesh.rank)
-        self._built = self._build(registry)
+        own = {name: {"settings": value, "rank": self.rank} for name, value in self._settings(registry).items()}
+        own_observers = (self.trace, self.recorder, observer, steps_observer(progress, mesh.rank))
+        observer = self.rank.observer = combined((*own_observers, *self._observers(registry, own)))
+        self._built = self._build(registry, own)
         observer.status(Status(Phase.LOADING, "the model"))
         early, late = self._transforms(BEFORE_VALUES), self._transforms(AFTER_WEAVING)
         where, loras = torch.device("cpu") if late else device, parse_loras(plan.run.lora)
@@ -145,6 +148,7 @@ class Engine:
         registry: Registry | None = None,
         pipe: Any = None,
         progress: Progress | bool | None = None,
+        observer: Observer | None = None,
         **settings: Any,
     ) -> Engine:
         """An engine from the name of a model, a folder or a hub id.
@@ -156,10 +160,10 @@ class Engine:
 
         Args:
             model, plugins, settings: as of ``xdit_core.engine.pretrained.plan_from``.
-            registry, pipe, progress: as of the class.
+            registry, pipe, progress, observer: as of the class.
         """
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        return cls(plan_from(model, plugins, registry, world, **settings), registry, pipe, progress)
+        return cls(plan_from(model, plugins, registry, world, **settings), registry, pipe, progress, observer)
 
     def __enter__(self) -> Engine:
         return self
@@ -172,12 +176,21 @@ class Engine:
         methods = "+".join(plan.plugins) or "serial"
         return f"Engine({plan.model}, {methods}, rank {rank.mesh.rank} of {plan.world}, {rank.device}, {rank.dtype})"
 
-    def _build(self, registry: Registry) -> dict[str, Built]:
+    def _settings(self, registry: Registry) -> dict[str, Any]:
+        """The settings of every plugin."""
+        classes = registry.call("xdit_settings", {name: {} for name in self.plan.plugins})
+        return {name: build(classes.get(name), name + ".", self.plan.values) for name in self.plan.plugins}
+
+    def _observers(self, registry: Registry, arguments: Mapping[str, Mapping[str, Any]]) -> list[Observer]:
+        """The observers of the plugins."""
+        observers = registry.call("xdit_observe", arguments)
+        for name, observer in observers.items():
+            check_observer(observer, self._owner_of(name))
+        return [OwnedObserver(observer, self._owner_of(name)) for name, observer in observers.items()]
+
+    def _build(self, registry: Registry, arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Built]:
         """The callables of every strategy."""
-        plan = self.plan
-        classes = registry.call("xdit_settings", {name: {} for name in plan.plugins})
-        own = {name: build(classes.get(name), name + ".", plan.values) for name in plan.plugins}
-        built = registry.call("xdit_build", {name: {"settings": own[name], "rank": self.rank} for name in plan.plugins})
+        plan, built = self.plan, registry.call("xdit_build", arguments)
         for name in plan.plugins:
             wraps = [
                 f"{point}/{level}" for point, pairs in plan.wraps.items() for level, other in pairs if other == name
@@ -354,7 +367,7 @@ class Engine:
             self._state.begin(pictures, grid)
             for name, built in self._built.items():
                 if built.request:
-                    stack.enter_context(OwnedRequest(built.request, self._owner_of(name)))
+                    stack.enter_context(OwnedContext(built.request, self._owner_of(name), "a request"))
             yield
 
     def _forget_request(self) -> None:

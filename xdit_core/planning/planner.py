@@ -42,11 +42,12 @@ from xdit_core.planning.settings import (
     without_random,
 )
 from xdit_core.planning.signatures import typed_call
-from xdit_core.records import FIDELITIES, Axis, Declaration, Fidelity, ModelFacts, Problem, join_words
+from xdit_core.records import EXACT, FIDELITIES, Axis, Declaration, Fidelity, ModelFacts, Problem, join_words
 from xdit_core.registry.owners import Owner
 from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
 from xdit_core.registry.validation import check_declaration, problems_of
 
+ONLY_OBSERVES = Declaration(fidelity=EXACT)
 Origins = Mapping[str, tuple[str, str]]  # name of a plugin to its (distribution, version)
 Arguments = Mapping[str, Mapping[str, Any]]  # name of a plugin to the arguments of its hooks
 
@@ -237,15 +238,17 @@ def complete_request(
 
 
 def collect_declarations(registry: Registry, origins: Origins, arguments: Arguments) -> dict[str, Declaration]:
-    """Ask every strategy what it brings to the plan.
+    """Ask every strategy what it brings to the plan; a plugin that only observes brings nothing.
 
     Raises:
         PluginError: a declaration that cannot be used.
     """
-    declared: dict[str, Declaration] = registry.call("xdit_declare", arguments)
+    answers = registry.call("xdit_declare", arguments)
     for name in origins:
-        check_declaration(declared.get(name), owner_of(name, origins))
-    return declared
+        if registry.implements(name, "xdit_observe") and not registry.implements(name, "xdit_declare"):
+            answers[name] = ONLY_OBSERVES
+        check_declaration(answers.get(name), owner_of(name, origins))
+    return {name: answers[name] for name in origins}
 
 
 def declared_problems(declared: Mapping[str, Declaration], facts: ModelFacts) -> list[Problem]:

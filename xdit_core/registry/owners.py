@@ -153,16 +153,17 @@ def owned_record(record: Any, owner: Owner, path: str = "") -> Any:
     return dataclasses.replace(record, **changes)
 
 
-class OwnedRequest(AbstractContextManager[None]):
-    """The context of a strategy around a request (``Built.request``); it cannot swallow the error of a request.
+class OwnedContext(AbstractContextManager[None]):
+    """A context that a plugin makes, whose errors name the plugin; it cannot swallow an error from inside.
 
     Args:
         make: makes it.
         owner: the plugin.
+        what: the context is around.
     """
 
-    def __init__(self, make: Callable[[], AbstractContextManager[None]], owner: Owner) -> None:
-        self._make, self._owner = make, owner
+    def __init__(self, make: Callable[[], AbstractContextManager[None]], owner: Owner, what: str) -> None:
+        self._make, self._owner, self._what = make, owner, what
 
     def __enter__(self) -> None:
         def enter() -> AbstractContextManager[None]:
@@ -170,13 +171,13 @@ class OwnedRequest(AbstractContextManager[None]):
             context.__enter__()
             return context
 
-        self._context = self._owner.call("the begin of a request", enter)
+        self._context = self._owner.call(f"the begin of {self._what}", enter)
 
     def __exit__(self, *details: Any) -> None:
         try:
             self._context.__exit__(*details)
         except Exception as error:
-            explained = error if error is details[1] else self._owner.explain(error, "the end of a request")
+            explained = error if error is details[1] else self._owner.explain(error, f"the end of {self._what}")
             if explained is error:
                 raise
             raise explained from error

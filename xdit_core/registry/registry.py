@@ -150,6 +150,11 @@ class Registry:
             raise UsageError(f"model=auto: {which} a {pipeline}; name one with model=, of {names}.")
         return fitting[0]
 
+    def implements(self, name: str, hook: str) -> bool:
+        """Whether a selected plugin has a hook."""
+        callers = self.manager.get_hookcallers(self.manager.get_plugin(name)) or ()
+        return any(caller.name == hook for caller in callers)
+
     def call(self, hook: str, arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Call one hook of each plugin named in ``arguments``, each with its own arguments.
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xdit_core.errors import PluginError
+from xdit_core.observe.observer import Observer
 from xdit_core.planning.settings import did_you_mean
 from xdit_core.records import SLOTS, Declaration, Problem
 from xdit_core.registry.owners import AdapterCall, Owner
@@ -130,6 +131,16 @@ def problems_of(result: Any, owner: Owner) -> Sequence[Problem]:
     for problem in result:
         check_record(problem, Problem, owner, "xdit_check")
     return result
+
+
+def check_observer(observer: Any, owner: Owner) -> None:
+    """What ``xdit_observe`` returned is an observer.
+
+    Raises:
+        PluginError: it is something else.
+    """
+    if not isinstance(observer, Observer):
+        raise PluginError(f"{owner} must return an Observer from xdit_observe; it returned {shown(observer)}.")
 
 
 def check_built(built: Any, declared: typing.Collection[str], transforms: typing.Collection[str], owner: Owner) -> None:
