@@ -134,19 +134,17 @@ def test_an_error_in_an_observer_names_its_plugin(tiny_sd3_folder, method, does,
 def test_waits_and_messages_too():
     faulty = type("Faulty", (Observer,), {"waiting": broken, "sending": broken})()
     owned = OwnedObserver(faulty, Owner("plugin", "odd", "some-package", "1.2"))
-    for context, name in (
-        (owned.waiting(Awaited("x")), "waiting"),
-        (owned.sending(Sending("a", "b", 1, 2, 3)), "sending"),
-    ):
-        with pytest.raises(PluginError, match=f"^plugin odd of some-package 1.2 failed in the begin of {name} of its"):
-            with context:
-                pass
+    contexts = {"waiting": owned.waiting(Awaited("x")), "sending": owned.sending(Sending("a", "b", 1, 2, 3))}
+    for name, context in contexts.items():
+        says = f"^plugin odd of some-package 1.2 failed in the begin of {name} of its observer"
+        with pytest.raises(PluginError, match=says), context:
+            pass
 
 
 @pytest.mark.parametrize("returned", [5, Observer, [Observer()], "watch"])
 def test_a_hook_that_returns_something_else(tiny_sd3_folder, returned):
     extra = {"odd": Odd(returned)}
-    with pytest.raises(PluginError, match="^plugin odd must return an Observer from xdit_observe; it returned "):
+    with pytest.raises(PluginError, match=r"^plugin odd must return an Observer from xdit_observe; it returned "):
         Engine(plan_for(["odd"], str(tiny_sd3_folder), extra=extra), Registry(extra))
 
 
