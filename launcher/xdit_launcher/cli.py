@@ -17,7 +17,7 @@ from xdit_core.printable import printable
 from xdit_launcher import completion, hints
 from xdit_launcher.backends import registry
 from xdit_launcher.commands import listings
-from xdit_launcher.node.watching import INTERRUPTED
+from xdit_launcher.node.signals import INTERRUPTED
 from xdit_launcher.printing import UNEXPECTED, print_lines, report_unexpected
 from xdit_launcher.run_folders import run_folder
 

@@ -22,6 +22,7 @@ YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 SETTING_TYPES = (int, float, bool, str, tuple[int, ...], tuple[str, ...])
 MOST_NUMBERS = 10_000  # of a range
+STUCK = 600.0  # seconds without progress after which a run counts as stuck, if the user gave no timeout=
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class RunSettings:
     @property
     def patience(self) -> float:
         """Seconds without progress after which anything counts as stuck."""
-        return 600.0 if self.timeout is None else self.timeout
+        return STUCK if self.timeout is None else self.timeout
 
 
 # Shared settings that change nothing of what is computed.

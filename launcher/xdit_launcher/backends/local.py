@@ -8,7 +8,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +24,11 @@ from xdit_launcher.cluster.connection import PipeConnection
 from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.hosts import Host
 from xdit_launcher.node import processes, root_cause, sockets
-from xdit_launcher.node.processes import Here, Share, Workers
-from xdit_launcher.node.root_cause import RankStatus
-from xdit_launcher.node.watching import INTERRUPTED, Suspension, say, signals_interrupt, stay_deaf, watch
+from xdit_launcher.node.processes import LocalRanks, NodeShare, Workers
+from xdit_launcher.node.root_cause import RankStatuses
+from xdit_launcher.node.signals import INTERRUPTED, Suspension, ignore_interrupts, signals_interrupt
+from xdit_launcher.node.watching import watch
+from xdit_launcher.printing import say
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -37,8 +39,7 @@ EXAMPLE = "--nnodes 2 --node-rank 0 --rdzv 10.0.0.1:29500"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one machine among several on which the same command is started by hand; leave all out for this machine
-    alone."""
+    """Which machine this is among several, on each of which the user starts the same command; none for one machine."""
 
     nnodes: int | None = field(default=None, metadata={"help": "machines of the run"})
     node_rank: int | None = field(default=None, metadata={"help": "which of them this is, from 0"})
@@ -48,13 +49,13 @@ class Settings:
 
 
 def devices(settings: Settings) -> int | None:
-    """How many processes suit all machines; None: those of this one."""
-    here = machine.cuda_devices() or machine.cores()
-    return settings.nnodes * here if settings.nnodes and settings.nnodes > 1 else None
+    """How many processes suit all machines, None for as many as suit this one."""
+    each = machine.cuda_devices() or machine.cores()
+    return settings.nnodes * each if settings.nnodes and settings.nnodes > 1 else None
 
 
 def check(plan: Plan, settings: Settings) -> None:
-    """What can be said before anything is written.
+    """Refuse what can be known before anything is written.
 
     Raises:
         UsageError: the machine has too few GPUs, the nodes cannot share the ranks, or the results cannot be written
@@ -62,7 +63,7 @@ def check(plan: Plan, settings: Settings) -> None:
     """
     node = Node.of(settings)
     ranks = node.ranks(plan.world)
-    Share(Path(), ranks, plan.world, node.address, node.port).check(plan.device)
+    NodeShare(Path(), ranks, plan.world, node.address, node.port).check(plan.device)
     if any(plan.owns(rank) for rank in ranks):
         results.check_writable(plan)
 
@@ -72,11 +73,11 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
 
     Args:
         plan: what to run.
-        folder: an existing folder for the plan, the logs and the beats.
-        settings: if it is one of several machines.
+        folder: an existing folder for the plan, the logs and the heartbeats.
+        settings: which of several machines this is.
 
     Returns:
-        0, the exit code of the rank to blame, or 130 after Ctrl-C and SIGTERM.
+        0, the exit code of the rank that is the cause of a failure, or 130 after Ctrl-C and SIGTERM.
 
     Raises:
         UsageError: the port is taken.
@@ -87,40 +88,40 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
         say(line)
     write_text(folder / "plan.json", plan.to_json(), "runs")
     workers: Workers = {}
-    here = Here(folder, workers, socket.gethostname())
+    local_ranks = LocalRanks(folder, workers, socket.gethostname())
     suspension = Suspension(lambda: processes.pause(workers), lambda: processes.resume(workers))
 
-    def look() -> Mapping[int, RankStatus]:
+    def look() -> RankStatuses:
         suspension.settle()
-        return here.look()
+        return local_ranks.look()
 
     try:
         with signals_interrupt(), suspension.installed():
             with node.server(2 * plan.world) as server:
                 port = server.getsockname()[1] if server else node.port
                 with duplicates(1, 2) as screen:
-                    share = Share(folder, ranks, plan.world, node.address, port, plan.run.threads)
+                    share = NodeShare(folder, ranks, plan.world, node.address, port, plan.run.threads)
                     processes.spawn(share, workers, server, screen)
-            found = watch(
+            cause = watch(
                 look,
                 plan.run.timeout,
                 ask_for_stacks=lambda: processes.ask_for_stacks(workers),
                 elsewhere=node.count > 1,
-                absent=(lambda seen: node.absent(seen, plan.world)) if node.count > 1 else None,
+                absent=(lambda statuses: node.absent(statuses, plan.world)) if node.count > 1 else None,
             )
     except KeyboardInterrupt:
-        stay_deaf()
+        ignore_interrupts()
         processes.stop(workers)
-        say("\n".join(["interrupted; every process has ended.", *root_cause.progress(here.last(), plan)]))
+        say("\n".join(["interrupted; every process has ended.", *root_cause.results_lines(local_ranks.last(), plan)]))
         return INTERRUPTED
     except BaseException:
         processes.stop(workers)
         raise
-    if found is None:
+    if cause is None:
         return 0
     processes.stop(workers)
-    say("\n".join([*root_cause.lines(found, plan.world), *root_cause.progress(here.last(), plan)]))
-    return found.code
+    say("\n".join([*root_cause.report_lines(cause, plan.world), *root_cause.results_lines(local_ranks.last(), plan)]))
+    return cause.code
 
 
 def connect(settings: Settings) -> Fleet:
@@ -130,14 +131,14 @@ def connect(settings: Settings) -> Fleet:
     return Fleet(
         [Host(name)],
         lambda i, deliver: PipeConnection(
-            command, i, name, deliver, lambda code, said, *_: " ".join(said) or f"exit code {code}"
+            command, i, name, deliver, lambda code, last_lines, *_: " ".join(last_lines) or f"exit code {code}"
         ),
     )
 
 
 @contextlib.contextmanager
 def duplicates(*fds: int) -> Iterator[tuple[int, ...]]:
-    """Copies of file descriptors, for a child to inherit."""
+    """Copies of file descriptors, for child processes to inherit; they are closed after the block."""
     copies = tuple(os.dup(fd) for fd in fds)
     try:
         yield copies
@@ -167,18 +168,18 @@ class Node:
         Raises:
             UsageError: one is missing or out of range.
         """
-        count, index, place = settings.nnodes, settings.node_rank, settings.rdzv
-        if count is None and index is None and place is None:
+        count, index, rdzv = settings.nnodes, settings.node_rank, settings.rdzv
+        if count is None and index is None and rdzv is None:
             return Node()
-        if count is None or index is None or place is None:
+        if count is None or index is None or rdzv is None:
             raise UsageError(f"--nnodes, --node-rank and --rdzv go together; write for example {EXAMPLE}.")
         if not 0 <= index < count:
             raise UsageError(f"--node-rank counts from 0 to nnodes - 1; write for example {EXAMPLE}.")
-        address, port = address_of(place)
+        address, port = parse_address(rdzv)
         return Node(index, count, address, port)
 
     def ranks(self, world: int) -> range:
-        """The ranks that run here: neighbours, since those talk most.
+        """The ranks of this node: neighbours, since those exchange most.
 
         Raises:
             UsageError: the nodes cannot have equally many.
@@ -191,15 +192,17 @@ class Node:
         each = world // self.count
         return range(self.index * each, (self.index + 1) * each)
 
-    def absent(self, seen: Mapping[int, RankStatus], world: int) -> str:
-        """A sentence about the nodes that have not come, "" if all have, or if ranks of this one are not ready
-        themselves."""
-        waits = [not_started(s.status) for s in seen.values()]
-        ranks = {rank for ranks in waits for rank in ranks} - set(seen)
+    def absent(self, statuses: RankStatuses, world: int) -> str:
+        """A sentence about the nodes that have not joined.
+
+        It is "" if all have joined, or if ranks of this node are not ready themselves.
+        """
+        waits = [not_started(s.status) for s in statuses.values()]
+        ranks = {rank for ranks in waits for rank in ranks} - set(statuses)
         nodes = [k for k in range(self.count) if k != self.index and ranks & set(Node(k, self.count).ranks(world))]
         if not nodes or not all(waits):
             return ""
-        if 0 in nodes and self.index:  # nobody else is known while rank 0 is not there
+        if 0 in nodes and self.index:  # while rank 0 is missing, nothing is known of the others
             nodes = [0]
         which = f"node {nodes[0]} has" if len(nodes) == 1 else f"nodes {join_words(nodes)} have"
         each = "it with: " if len(nodes) == 1 else "each with its own --node-rank, such as: "
@@ -207,10 +210,10 @@ class Node:
 
     @contextlib.contextmanager
     def server(self, backlog: int) -> Iterator[socket.socket | None]:
-        """Where rank 0 will be met. None on the other nodes.
+        """The socket on which rank 0 will be met, None on the other nodes.
 
         Raises:
-            UsageError: somebody has the port.
+            UsageError: another program has the port.
         """
         if self.index:
             yield None
@@ -220,28 +223,28 @@ class Node:
 
 
 def command_for(index: int, words: Sequence[str]) -> str:
-    """The command of this node as another one needs it."""
-    found, number = list(words), str(index)
+    """The command to start on another node, made from the words of the command here."""
+    changed, number = list(words), str(index)
     for i, word in enumerate(words):
         if word == "--node-rank" and i + 1 < len(words):
-            found[i + 1] = number
+            changed[i + 1] = number
         for start in ("--node-rank=", "local.node_rank="):
             if word.startswith(start):
-                found[i] = start + number
-    if found == list(words):  # it is in a config file, or this is no command line
+                changed[i] = start + number
+    if changed == list(words):  # the setting is in a config file, or this was not started from a command line
         return f"the same command and --node-rank {index}"
-    return shlex.join(["xdit-launch", *found])
+    return shlex.join(["xdit-launch", *changed])
 
 
-def address_of(place: str) -> tuple[str, int]:
+def parse_address(rdzv: str) -> tuple[str, int]:
     """``HOST:PORT``.
 
     Raises:
         UsageError: it is something else.
     """
-    address, _, port = place.rpartition(":")
+    address, _, port = rdzv.rpartition(":")
     if not address or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
         raise UsageError(
-            f"--rdzv {place} is not HOST:PORT; write an address of machine 0 and a free port, such as 10.0.0.1:29500."
+            f"--rdzv {rdzv} is not HOST:PORT; write an address of machine 0 and a free port, such as 10.0.0.1:29500."
         )
     return address.strip("[]"), int(port)

@@ -61,7 +61,7 @@ class AgentActor(Agent):
 
     def news(self) -> list[Mapping[str, Any]]:
         """The messages since the last call."""
-        self.turn()
+        self.send_news()
         messages, self._unfetched[:] = list(self._unfetched), []
         return messages
 

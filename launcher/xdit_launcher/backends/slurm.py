@@ -27,7 +27,8 @@ from xdit_launcher.cluster.connection import PipeConnection
 from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.hosts import Host
 from xdit_launcher.cluster.run import run
-from xdit_launcher.node.watching import INTERRUPTED, say, signals_interrupt, stay_deaf
+from xdit_launcher.node.signals import INTERRUPTED, ignore_interrupts, signals_interrupt
+from xdit_launcher.printing import say
 from xdit_launcher.run_folders import QUEUED, note_end, queued
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def submit(plan: Plan, folder: Path, settings: Settings) -> int:
             say(f"batch job {number}; its output: {folder / 'slurm.out'}; to end it: scancel {number}")
             return sbatch.wait()
     except KeyboardInterrupt:
-        stay_deaf()
+        ignore_interrupts()
         subprocess.run(["scancel", number], capture_output=True)
         (folder / QUEUED).unlink(missing_ok=True)
         say(f"interrupted; batch job {number} is cancelled.")

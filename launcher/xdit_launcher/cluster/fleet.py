@@ -27,7 +27,8 @@ from xdit_launcher.cluster.protocol import (
     read_status,
 )
 from xdit_launcher.node.root_cause import RankStatus
-from xdit_launcher.node.watching import ASLEEP, Suspension, undisturbed
+from xdit_launcher.node.signals import Suspension, without_interrupts
+from xdit_launcher.node.watching import ASLEEP
 
 
 class Fleet:
@@ -194,7 +195,7 @@ class Fleet:
         Returns:
             What became of them. A host that does not answer ends its processes by itself, which nobody sees from here.
         """
-        with undisturbed():
+        with without_interrupts():
             alive: dict[int, dict[str, Any]] = {
                 i: {}
                 for i in range(len(self.connections))
@@ -209,7 +210,7 @@ class Fleet:
     def close(self) -> None:
         """Close all connections; agents that still run end by themselves."""
         self._closed.set()
-        with undisturbed():
+        with without_interrupts():
             for connection in self.connections:
                 connection.close()
 

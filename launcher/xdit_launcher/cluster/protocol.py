@@ -46,10 +46,10 @@ class Connection(Protocol):
 
 def status_message(status: RankStatus) -> dict[str, Any]:
     """The status of a rank as an agent sends it; `read_status` reads it."""
-    beat = status.pulse
+    beat = status.heartbeat
     return {
         "code": status.code,
-        "pulse": [beat.count, beat.status.to_dict(), beat.written] if beat else None,
+        "heartbeat": [beat.count, beat.status.to_dict(), beat.written] if beat else None,
         "error": status.error,
         "log": status.log,
     }
@@ -65,7 +65,7 @@ def read_status(message: Mapping[str, Any], rank: int, host: str, clock_offset: 
     Raises:
         TypeError, ValueError, KeyError, IndexError, AttributeError: it is no such message.
     """
-    beat, error = message["pulse"], message["error"]
+    beat, error = message["heartbeat"], message["error"]
     if error:
         error = {**error, "host": host, "wall": error["wall"] + clock_offset, "rank": rank}
     heartbeat = Heartbeat(beat[0], 0.0, Status.from_dict(beat[1]), beat[2]) if beat else None

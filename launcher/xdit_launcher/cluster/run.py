@@ -21,7 +21,9 @@ from xdit_launcher.cluster.rendezvous import meet
 from xdit_launcher.node import root_cause
 from xdit_launcher.node.processes import log_path
 from xdit_launcher.node.root_cause import RankStatus
-from xdit_launcher.node.watching import CAUSE, INTERRUPTED, say, signals_interrupt, stay_deaf, watch
+from xdit_launcher.node.signals import INTERRUPTED, ignore_interrupts, signals_interrupt
+from xdit_launcher.node.watching import CAUSE_PATIENCE, watch
+from xdit_launcher.printing import say
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -51,11 +53,11 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
                 raise UsageError(*problems)
             place_ranks(fleet, plan, facts)
             start_ranks(fleet, plan, folder, variables, rdzv, facts)
-            patience = CAUSE if len(fleet.hosts) == 1 else SILENCE + CAUSE  # so long a silent host may go unnoticed
+            patience = CAUSE_PATIENCE + (SILENCE if len(fleet.hosts) > 1 else 0.0)  # for a silent host to be noticed
             cause = watch(fleet.look, plan.run.timeout, patience, lambda: ask_for_stacks(fleet))
     except KeyboardInterrupt:
-        stay_deaf()
-        say("\n".join([f"interrupted; {fleet.end()}.", *root_cause.progress(fleet.statuses, plan)]))
+        ignore_interrupts()
+        say("\n".join([f"interrupted; {fleet.end()}.", *root_cause.results_lines(fleet.statuses, plan)]))
         return INTERRUPTED
     except XditError:
         fleet.end()
@@ -68,8 +70,8 @@ def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: s
         pass
     if cause is None:
         return 0
-    report = root_cause.lines(cause, plan.world, together=shared_disk)
-    say("\n".join([*report, *root_cause.progress(fleet.statuses, plan)]))
+    report = root_cause.report_lines(cause, plan.world, together=shared_disk)
+    say("\n".join([*report, *root_cause.results_lines(fleet.statuses, plan)]))
     return cause.code
 
 
@@ -117,7 +119,7 @@ def start_ranks(
         for i in used
     }
     fleet.must(
-        "go",
+        "start",
         each,
         plan=plan.to_json(),
         folder=str(folder),
@@ -150,7 +152,7 @@ def copy_log(fleet: Fleet, rank: int, folder: Path) -> str:
     if path.exists():
         return str(path)
     host = next(i for i, ranks in enumerate(fleet.ranks_of) if rank in ranks)
-    answers, _ = fleet.ask("bring", {host: {"rank": rank}}, patience=3.0, kind=str)
+    answers, _ = fleet.ask("read_log", {host: {"rank": rank}}, patience=3.0, kind=str)
     if not answers.get(host):
         return ""
     try:

@@ -1,7 +1,7 @@
-"""One machine's part of a run: ``python -m xdit_launcher.node.agent``.
+"""The agent, which runs one machine's share of a run: ``python -m xdit_launcher.node.agent``.
 
-It takes requests as lines of JSON on stdin and answers on stdout; the end of stdin means stop, so nothing outlives
-whoever started it, and so does silence: the launcher says something every two seconds.
+It takes requests as lines of JSON on stdin and answers on stdout, see `xdit_launcher.cluster.protocol`. It ends
+itself and all ranks when stdin ends or the launcher says nothing for long, so that nothing outlives the launcher.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from xdit_core.outputs.results import check_writable
 from xdit_launcher.cluster import bandwidth, host_facts
 from xdit_launcher.cluster.protocol import ALIVE, MARK, SILENCE, status_message
 from xdit_launcher.node import processes, sockets
-from xdit_launcher.node.processes import Here, Share, Workers
-from xdit_launcher.node.watching import signals_interrupt
+from xdit_launcher.node.processes import LocalRanks, NodeShare, Workers
+from xdit_launcher.node.signals import signals_interrupt
 from xdit_launcher.run_folders import remove_old
 
 if TYPE_CHECKING:
@@ -35,22 +35,22 @@ Send = Callable[[Mapping[str, Any]], None]
 
 
 class Agent:
-    """What a machine does for a run; each method that takes a request returns the answer as JSON.
+    """What a machine does for a run. Each method ``do_NAME`` takes a request and returns the answer as JSON.
 
     Args:
-        send: takes answers and news to the launcher.
+        send: sends a message to the launcher.
     """
 
     def __init__(self, send: Send) -> None:
-        self.send, self.workers, self.done, self.paused = send, Workers(), False, False
+        self.send, self.workers, self.ended, self.paused = send, Workers(), False, False
         self._server: socket.socket | None = None
         self._screens: dict[int, int] = {}  # file descriptor of a pipe from rank 0 to 1 or 2
-        self._here: Here | None = None
-        self._told: dict[int, Any] = {}
-        self._spoke = 0.0
+        self._local_ranks: LocalRanks | None = None
+        self._sent: dict[int, Any] = {}  # the last message about each rank
+        self._last_message = 0.0
 
     def handle(self, request: Mapping[str, Any]) -> None:
-        """Do what is asked and answer."""
+        """Do what a request asks for, and answer it."""
         name = request["do"]
         arguments = {k: v for k, v in request.items() if k not in ("do", "id")}
         if name == "ping":
@@ -64,27 +64,28 @@ class Agent:
         self.send({"did": request["id"], **answer})
 
     def do_hello(self, distributions: Sequence[str], modules: Sequence[str], plan: str, folder: str) -> dict[str, Any]:
-        """Facts about this machine; and work in the same folder as the launcher, if there is one."""
+        """Work in the same folder as the launcher if there is one, and answer with the facts about this machine."""
         with suppress(OSError):
             os.chdir(folder)
         model = ""
-        with suppress(
-            Exception
-        ):  # another version may not read the plan; that the versions differ is what must be said
-            model = located(plan).folder if plan else ""
+        with suppress(Exception):  # another version may not read the plan; that the versions differ is reported then
+            model = locate_model(plan).folder if plan else ""
         return host_facts.about(distributions, modules, model)
 
     def do_serve(self, port: int) -> int:
-        """Listen for the other ranks; 0: on any free port, which is the answer."""
+        """Listen for the other ranks on a port, 0 for any free one, and answer with the port."""
         self._server = sockets.listen("", port, backlog=1024)
         return int(self._server.getsockname()[1])
 
     def do_reach(self, addresses: Sequence[str], port: int) -> dict[str, str]:
-        """Which names and addresses of another machine answer, with the address that it was; names may lead elsewhere
-        on each machine."""
+        """Try names and addresses of another machine.
+
+        Returns:
+            Those that answer, each with the address to which it led, since names may lead elsewhere on each machine.
+        """
         return bandwidth.answering(addresses, port)
 
-    def do_go(
+    def do_start(
         self,
         plan: str,
         folder: str,
@@ -96,18 +97,27 @@ class Agent:
         devices: Sequence[int],
         sharing: int,
     ) -> str:
-        """Start the ranks of this machine; the answer is the run folder."""
-        found, place = located(plan), Path(folder)
-        make_folder(place, "runs", folder)
-        remove_old(place.parent, found.run.keep_runs)
-        with atomically(place / "plan.json") as temporary:
-            temporary.write_text(found.to_json(), encoding="utf-8")
-        if any(found.owns(rank) for rank in range(*ranks)):
-            check_writable(found)
-        share = Share(
-            place, range(*ranks), found.world, address, port, found.run.threads, host, env, tuple(devices), sharing
+        """Start the ranks of this machine, and answer with the run folder."""
+        local_plan, run_folder = locate_model(plan), Path(folder)
+        make_folder(run_folder, "runs", folder)
+        remove_old(run_folder.parent, local_plan.run.keep_runs)
+        with atomically(run_folder / "plan.json") as temporary:
+            temporary.write_text(local_plan.to_json(), encoding="utf-8")
+        if any(local_plan.owns(rank) for rank in range(*ranks)):
+            check_writable(local_plan)
+        share = NodeShare(
+            folder=run_folder,
+            ranks=range(*ranks),
+            world=local_plan.world,
+            address=address,
+            port=port,
+            threads=local_plan.run.threads,
+            host=host,
+            env=env,
+            devices=tuple(devices),
+            sharing=sharing,
         )
-        share.check(found.device)
+        share.check(local_plan.device)
         screen: list[int] = []
         if 0 in share.ranks:
             for number in (1, 2):
@@ -122,74 +132,80 @@ class Agent:
                 os.close(fd)
             if self._server:
                 self._server.close()
-        self._here = Here(place, self.workers, host)
-        return str(place)
+        self._local_ranks = LocalRanks(run_folder, self.workers, host)
+        return str(run_folder)
 
     def do_stacks(self) -> None:
-        """Every rank writes into its log where it is."""
+        """Let every rank write the stacks of its threads into its log."""
         processes.ask_for_stacks(self.workers)
 
-    def do_bring(self, rank: int) -> str:
-        """The end of the log of a rank."""
-        if self._here is None:
+    def do_read_log(self, rank: int) -> str:
+        """Answer with the end of the log of a rank."""
+        if self._local_ranks is None:
             return ""
         with suppress(OSError):
-            return processes.log_path(self._here.folder, rank).read_text(encoding="utf-8", errors="replace")[-65536:]
+            return processes.log_path(self._local_ranks.folder, rank).read_text(encoding="utf-8", errors="replace")[
+                -65536:
+            ]
         return ""
 
     def do_resolve(self, names: Sequence[str]) -> dict[str, str]:
-        """Addresses of host names, as this machine knows them."""
+        """Answer with the addresses of host names, as this machine resolves them."""
         return host_facts.resolved(names)
 
     def do_import(self, seconds: float) -> dict[str, Any]:
-        """Whether torch works here."""
+        """Import torch, and answer with what it sees."""
         return host_facts.imported(seconds)
 
     def do_clock(self) -> float:
-        """The time of day here, in seconds."""
+        """Answer with the time of day on this machine, in seconds."""
         return time.time()
 
     def do_echo(self, seconds: float) -> int:
-        """Let others measure the way to this machine for a while; the answer is a port."""
+        """Let other machines measure their connection to this one for a while, and answer with the port."""
         return bandwidth.serve(seconds)
 
     def do_measure(self, addresses: Sequence[str], port: int, seconds: float) -> dict[str, Any]:
-        """Latency and bandwidth to a machine that does `do_echo`."""
+        """Measure latency and bandwidth to a machine that does `do_echo`."""
         return bandwidth.measure(addresses, port, seconds)
 
     def do_pause(self) -> None:
-        """Stop the ranks until `do_resume`; the launcher is stopped too, so that its silence means nothing."""
+        """Stop the ranks until `do_resume`. The launcher is stopped too, so its silence means nothing until then."""
         self.paused = True
         processes.pause(self.workers)
 
     def do_resume(self) -> None:
-        """Go on."""
+        """Let the ranks go on."""
         self.paused = False
         processes.resume(self.workers)
 
     def do_stop(self) -> None:
-        """End everything."""
+        """End all ranks and this agent."""
         processes.stop(self.workers)
-        self.turn()
-        self.done = True
+        self.send_news()
+        self.ended = True
 
-    def turn(self) -> None:
-        """Tell what is new, or at least that there is still somebody here; nothing while nobody listens."""
+    def send_news(self) -> None:
+        """Send what is new of the ranks, or a sign of life if nothing is; nothing while the run is paused."""
         if self.paused:
             return
         for fd in list(self._screens):
             self._show(fd)
         news = {}
-        for rank, status in self._here.look().items() if self._here else ():
+        for rank, status in self._local_ranks.look().items() if self._local_ranks else ():
             message = status_message(status)
-            if self._told.get(rank) != message:
-                news[rank] = self._told[rank] = message
-        if news or time.monotonic() - self._spoke > ALIVE:
-            self._spoke = time.monotonic()
+            if self._sent.get(rank) != message:
+                news[rank] = self._sent[rank] = message
+        if news or time.monotonic() - self._last_message > ALIVE:
+            self._last_message = time.monotonic()
             self.send({"seen": news, "wall": time.time()})
 
     def _show(self, fd: int) -> None:
-        """Pass on what rank 0 prints."""
+        """Send what rank 0 has printed.
+
+        Args:
+            fd: of the pipe from rank 0.
+        """
         with suppress(BlockingIOError):
             while data := os.read(fd, 65536):
                 self.send({"screen": self._screens[fd], "data": base64.b64encode(data).decode()})
@@ -197,8 +213,11 @@ class Agent:
             del self._screens[fd]
 
 
-def located(text: str) -> Plan:
-    """A plan with the folder that its model has here: the same as at the launcher, or where this machine keeps it."""
+def locate_model(text: str) -> Plan:
+    """Read a plan and set the folder that its model has on this machine.
+
+    It is the folder of the launcher if it exists here, or else the one where this machine keeps the model.
+    """
     from xdit_core.checkpoints import hub
     from xdit_core.plan import Plan
     from xdit_core.planning.settings import ModelSettings, build
@@ -215,9 +234,9 @@ def located(text: str) -> Plan:
 
 
 def main() -> None:
-    """Serve until the end of stdin, an end of the work, or silence."""
+    """Serve until stdin ends, the work is done, or the launcher is silent for too long."""
     out = os.dup(1)
-    os.dup2(2, 1)  # whatever prints must not come between the answers
+    os.dup2(2, 1)  # so that nothing else is printed between the answers
 
     def send(message: Mapping[str, Any]) -> None:
         data = memoryview(f"{MARK}{json.dumps(message)}\n".encode())
@@ -235,12 +254,12 @@ def main() -> None:
 
 
 def serve(agent: Agent) -> None:
-    """Requests from stdin, news in between."""
+    """Handle the requests that come on stdin, and send news in between."""
     os.set_blocking(0, False)
     buffer, heard = b"", time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
-        while not agent.done and (agent.paused or time.monotonic() - heard < SILENCE):
+        while not agent.ended and (agent.paused or time.monotonic() - heard < SILENCE):
             if selector.select(0.1):
                 data = os.read(0, 65536)
                 if not data:
@@ -249,8 +268,8 @@ def serve(agent: Agent) -> None:
                 *lines, buffer = (buffer + data).split(b"\n")
                 for request in map(json.loads, lines):
                     agent.handle(request)
-                    heard = time.monotonic()  # it was busy, not left alone
-            agent.turn()
+                    heard = time.monotonic()  # this agent was busy meanwhile, and not left alone
+            agent.send_news()
 
 
 if __name__ == "__main__":

@@ -23,28 +23,28 @@ from xdit_core.records import join_words
 from xdit_core.worker.failure import HOST_VARIABLE
 from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
 from xdit_launcher.node.root_cause import RankStatus, read_error
+from xdit_launcher.node.signals import without_interrupts
 from xdit_launcher.node.sockets import interface_to
-from xdit_launcher.node.watching import undisturbed
 
-GRACE = 1.0  # seconds that a worker has to end by itself
-LOOK = 0.25  # seconds between two looks at the beats
+GRACE = 1.0  # seconds that a worker has to end by itself after SIGTERM
+LOOK_INTERVAL = 0.25  # seconds between two reads of the heartbeats
 
 Workers = dict[int, "subprocess.Popen[bytes]"]  # by rank
 
 
 @dataclass(frozen=True)
-class Share:
-    """One machine's part of a run.
+class NodeShare:
+    """One machine's share of a run.
 
     Args:
         folder: the run folder, which holds plan.json.
-        ranks: of all ``world`` ranks those that run here.
-        threads: CPU threads of each, None for its share of the cores.
+        ranks: those of all ``world`` ranks that run here.
+        threads: CPU threads of each rank, None to divide the cores among them.
         address, port: where rank 0 is met.
         host: the name of this machine in reports.
-        env: further variables of the environment.
-        devices: numbers of the GPUs to use; none: all that there are.
-        sharing: how many of equal size are on this machine.
+        env: further environment variables.
+        devices: numbers of the GPUs to use; none given means all of them.
+        sharing: how many shares of equal size are on this machine.
     """
 
     folder: Path
@@ -59,17 +59,17 @@ class Share:
     sharing: int = 1
 
     def check(self, device: str | None) -> None:
-        """There is a GPU for each rank.
+        """Make sure that each rank has a GPU, if the ranks compute on GPUs.
 
         Raises:
-            UsageError: there are fewer.
+            UsageError: there are too few.
         """
         gpus = machine.cuda_devices()
         if device == "cpu" or not (gpus or device == "cuda"):
             return
-        if absent := [d for d in self.devices if d >= gpus]:
+        if missing := [device for device in self.devices if device >= gpus]:
             raise UsageError(
-                f"there is no GPU {join_words(absent)} on {self.host}, which has {gpus}, counted from 0; leave it out."
+                f"there is no GPU {join_words(missing)} on {self.host}, which has {gpus}, counted from 0; leave it out."
             )
         if len(self.ranks) > (len(self.devices) or gpus):
             raise UsageError(
@@ -77,7 +77,7 @@ class Share:
             )
 
     def environment(self, rank: int) -> dict[str, str]:
-        """What ``xdit_core.worker.entry`` reads."""
+        """The environment of a rank, which `xdit_core.worker.entry` reads."""
         together = len(self.ranks) * self.sharing
         threads = self.threads or machine.threads(together)
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")} | dict(self.env)
@@ -106,18 +106,21 @@ class Share:
         }
 
 
-def spawn(share: Share, workers: Workers, server: socket.socket | None, screen: Sequence[int]) -> None:
-    """Start one process a rank; each is added to ``workers`` at once, so that none is forgotten if this is interrupted.
+def spawn(share: NodeShare, workers: Workers, server: socket.socket | None, screen: Sequence[int]) -> None:
+    """Start one process for each rank; each is added to ``workers`` at once, so that an interruption forgets none.
 
     Args:
-        server: where rank 0 is met, on the machine that has it: rank 0 inherits it, so that nobody can take the port.
-        screen: file descriptors for what rank 0 shows.
+        share: which ranks, and how.
+        workers: takes the processes.
+        server: the socket on which rank 0 is met, on the machine that has it. Rank 0 inherits it, so that no other
+            program can take the port.
+        screen: file descriptors for what rank 0 prints.
     """
     for rank in share.ranks:
         env = share.environment(rank)
-        kept: tuple[int, ...] = ()
+        inherited: tuple[int, ...] = ()
         if rank == 0 and server is not None:
-            kept = (server.fileno(), *screen)
+            inherited = (server.fileno(), *screen)
             env |= {"XDIT_LISTEN": str(server.fileno()), "XDIT_SCREEN": ",".join(map(str, screen))}
         with log_path(share.folder, rank).open("wb") as log:
             workers[rank] = subprocess.Popen(
@@ -126,18 +129,18 @@ def spawn(share: Share, workers: Workers, server: socket.socket | None, screen: 
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                pass_fds=kept,
+                pass_fds=inherited,
                 start_new_session=True,  # Ctrl-C comes to the launcher alone, and children end with their rank
             )
 
 
 def log_path(folder: Path, rank: int) -> Path:
-    """What a rank prints."""
+    """The file that takes what a rank prints."""
     return folder / f"rank{rank}.log"
 
 
-class Here:
-    """The ranks of this machine, seen by their processes and files.
+class LocalRanks:
+    """The ranks of this machine, known by their processes and files.
 
     Args:
         host: its name in reports.
@@ -145,20 +148,20 @@ class Here:
 
     def __init__(self, folder: Path, workers: Workers, host: str) -> None:
         self.folder, self.workers, self.host = folder, workers, host
-        self._looked, self._seen = 0.0, dict[int, RankStatus]()
+        self._last_look, self._statuses = 0.0, dict[int, RankStatus]()
 
     def look(self) -> Mapping[int, RankStatus]:
-        """What is known now; takes some milliseconds."""
+        """What is known of each rank now; takes some milliseconds."""
         time.sleep(0.03)
         codes = {rank: w.poll() for rank, w in self.workers.items()}
-        changed = codes != {rank: seen.code for rank, seen in self._seen.items()}
-        if changed or any(codes.values()) or time.monotonic() - self._looked > LOOK:
-            self._looked = time.monotonic()
-            self._seen = {rank: self._read(rank, code) for rank, code in codes.items()}
-        return self._seen
+        changed = codes != {rank: status.code for rank, status in self._statuses.items()}
+        if changed or any(codes.values()) or time.monotonic() - self._last_look > LOOK_INTERVAL:
+            self._last_look = time.monotonic()
+            self._statuses = {rank: self._read(rank, code) for rank, code in codes.items()}
+        return self._statuses
 
     def last(self) -> Mapping[int, RankStatus]:
-        """What the files say, now that the processes have ended."""
+        """What the files say of each rank, now that the processes have ended."""
         return {rank: self._read(rank, w.poll()) for rank, w in self.workers.items()}
 
     def _read(self, rank: int, code: int | None) -> RankStatus:
@@ -172,7 +175,7 @@ class Here:
 
 
 def ask_for_stacks(workers: Workers) -> None:
-    """Every rank writes the stack of its threads into its log."""
+    """Let every rank write the stacks of its threads into its log."""
     for w in workers.values():
         if w.poll() is None:
             w.send_signal(signal.SIGUSR1)
@@ -180,12 +183,14 @@ def ask_for_stacks(workers: Workers) -> None:
 
 
 def stop(workers: Workers) -> None:
-    """End every worker and what it started; returns when none is left. Not to be interrupted: it takes a second at
-    most."""
-    with undisturbed():
+    """End every worker and all that it started, and return when none is left.
+
+    It cannot be interrupted, and takes a second in most cases.
+    """
+    with without_interrupts():
         for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10.0)):
             signal_all(workers, number)
-            resume(workers)  # one that is stopped takes no other signal
+            resume(workers)  # a process that is stopped takes no other signal
             end = time.monotonic() + patience
             for w in workers.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -193,23 +198,25 @@ def stop(workers: Workers) -> None:
 
 
 def pause(workers: Workers) -> None:
-    """Stop every worker and what it started, until `resume`. SIGTSTP would not do: nobody could continue a session
-    without a terminal."""
+    """Stop every worker and all that it started, until `resume`.
+
+    SIGTSTP would not do, since nothing continues a session that has no terminal.
+    """
     signal_all(workers, signal.SIGSTOP)
 
 
 def resume(workers: Workers) -> None:
-    """Let them go on."""
+    """Let every worker go on after `pause`."""
     signal_all(workers, signal.SIGCONT)
 
 
 def signal_all(workers: Workers, number: int) -> None:
-    """A signal to every worker and what it started."""
+    """Send a signal to every worker and all that it started."""
     for pid in pids(workers.values()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, number)
 
 
 def pids(workers: Iterable[subprocess.Popen[bytes]]) -> list[int]:
-    """Process ids, each the leader of a group of its own."""
+    """Process ids of the workers, each the leader of a process group of its own."""
     return [w.pid for w in workers]

@@ -1,4 +1,4 @@
-"""Which rank to blame for a failed run, and how to say so in a few lines."""
+"""Find the rank that is the cause of a failed run, and report it in a few lines."""
 
 from __future__ import annotations
 
@@ -18,47 +18,59 @@ from xdit_core.worker.heartbeat import Heartbeat
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
+ON_ANOTHER_NODE = "no rank of this node is the cause; the launcher of another node says what happened there"
+
 
 @dataclass(frozen=True)
 class RankStatus:
     """What is known of a rank.
 
     Args:
-        host: where it runs.
+        host: name of the machine where it runs.
         code: its exit code, negative for signals; None while it runs.
-        pulse: its last beat.
-        error: what it told of its failure, see `xdit_core.worker.failure`.
-        lost: why nothing is heard of its host any more.
-        log: where its log is.
+        heartbeat: its last heartbeat, None if there was none yet.
+        error: what it wrote about its failure, see `xdit_core.worker.failure`; None if it wrote nothing.
+        lost: why its host cannot be heard any more, "" while it can.
+        log: path of its log.
     """
 
     host: str
     code: int | None = None
-    pulse: Heartbeat | None = None
+    heartbeat: Heartbeat | None = None
     error: Mapping[str, Any] | None = None
     lost: str = ""
     log: str = ""
 
     @property
     def failed(self) -> bool:
-        """It ended badly, or its host is gone before it was done."""
-        return bool(self.code) or bool(self.lost and self.code is None)
+        """Whether it ended with an error, or its host was lost before it ended."""
+        return bool(self.code) or self.host_lost
+
+    @property
+    def host_lost(self) -> bool:
+        """Whether its host was lost before it ended."""
+        return bool(self.lost) and self.code is None
 
     @property
     def status(self) -> Status:
-        """What it was doing at its last beat."""
-        return self.pulse.status if self.pulse else STARTING
+        """What it was doing at its last heartbeat."""
+        return self.heartbeat.status if self.heartbeat else STARTING
+
+
+RankStatuses = Mapping[int, RankStatus]  # by rank
 
 
 @dataclass(frozen=True)
 class RootCause:
-    """The cause of a failure.
+    """The cause of a failed run.
 
     Args:
-        status: what the rank was doing.
+        rank: the rank that failed first.
+        host: name of its machine.
+        status: what it was doing.
         sentence: what went wrong.
         code: the exit code for the whole run.
-        log: where the rank's log is.
+        log: path of its log.
     """
 
     rank: int
@@ -70,99 +82,88 @@ class RootCause:
 
 
 def read_error(folder: Path, rank: int) -> Mapping[str, Any] | None:
-    """The error file of a rank, None if there is none or its disk failed."""
+    """The error file of a rank, None if there is none or it cannot be read."""
     try:
-        found: Mapping[str, Any] = json.loads(error_path(folder, rank).read_text(encoding="utf-8"))
+        error: Mapping[str, Any] = json.loads(error_path(folder, rank).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found
+    return error
 
 
-def errors_in(seen: Mapping[int, RankStatus]) -> list[Mapping[str, Any]]:
-    """What the ranks told, the earliest first."""
-    found = [s.error for s in seen.values() if s.error]
-    one_host = len({e["host"] for e in found}) == 1
-    return sorted(found, key=lambda e: float(e["monotonic" if one_host else "wall"]))
+def errors_by_time(statuses: RankStatuses) -> list[Mapping[str, Any]]:
+    """What the ranks wrote about their failures, the earliest first."""
+    errors = [s.error for s in statuses.values() if s.error]
+    one_host = len({error["host"] for error in errors}) == 1
+    return sorted(errors, key=lambda error: float(error["monotonic" if one_host else "wall"]))
 
 
-def decided(seen: Mapping[int, RankStatus]) -> bool:
-    """A cause is known, and not only ranks that lost their peers."""
-    silent = any(s.failed and not s.error for s in seen.values())
-    return silent or any(not e["victim"] for e in errors_in(seen))
+def cause_is_known(statuses: RankStatuses) -> bool:
+    """Whether a rank failed by itself, and not only because it lost its peers."""
+    silent = any(s.failed and not s.error for s in statuses.values())
+    return silent or any(not error["victim"] for error in errors_by_time(statuses))
 
 
-ELSEWHERE = "no rank of this node is the cause; the launcher of another node says what happened there"
+def find_root_cause(statuses: RankStatuses, stuck_for: float | None = None, elsewhere: bool = False) -> RootCause:
+    """Find the cause of a failed run.
 
-
-def blame(seen: Mapping[int, RankStatus], stuck_for: float | None = None, elsewhere: bool = False) -> RootCause:
-    """The cause: the earliest error of a rank's own, else a lost host, a death by signal, an exit without a word, or
-    who is behind.
+    It is the first of these that there is: the earliest error that is not the loss of a peer, a lost host, a rank that
+    a signal ended, a rank that left no error, the rank that is furthest behind.
 
     Args:
-        seen: the ranks, before anything was ended by the launcher.
+        statuses: of the ranks, before the launcher ended any of them.
         stuck_for: seconds without progress, if that is why the run is ended.
-        elsewhere: there are ranks that are not among those seen.
+        elsewhere: other machines run ranks that are not in ``statuses``.
     """
-    errors = errors_in(seen)
-    own = next((e for e in errors if not e["victim"]), None)
-    if own is not None:
-        return told(own, seen[own["rank"]].log)
+    own_error = next((error for error in errors_by_time(statuses) if not error["victim"]), None)
+    if own_error is not None:
+        return cause_from_error(own_error, statuses[own_error["rank"]].log)
 
-    def silent(rank: int, sentence: str, code: int) -> RootCause:
-        return RootCause(rank, seen[rank].host, seen[rank].status, sentence, code, seen[rank].log)
+    def cause(rank: int, sentence: str, code: int) -> RootCause:
+        return RootCause(rank, statuses[rank].host, statuses[rank].status, sentence, code, statuses[rank].log)
 
-    for rank, s in seen.items():
-        if s.lost and s.code is None:
-            others = [r for r, t in seen.items() if t.host == s.host and t.code is None]
-            which = (
-                f"ranks {others[0]} to {others[-1]} were lost with their host"
-                if len(others) > 1
-                else "it was lost with its host"
-            )
-            return silent(rank, f"{which}: {s.lost}", 1)
-    for rank, s in seen.items():
+    for rank, s in statuses.items():
+        if s.host_lost:
+            lost = [r for r, other in statuses.items() if other.host == s.host and other.code is None]
+            several = f"ranks {lost[0]} to {lost[-1]} were lost with their host"
+            return cause(rank, f"{several if len(lost) > 1 else 'it was lost with its host'}: {s.lost}", 1)
+    for rank, s in statuses.items():
         if s.code is not None and s.code < 0:
-            return silent(rank, by_signal(-s.code), 128 - s.code)
-    for rank, s in seen.items():
+            return cause(rank, describe_signal(-s.code), 128 - s.code)
+    for rank, s in statuses.items():
         if s.code and not s.error:
-            return silent(rank, f"it ended with exit code {s.code} and left no error", s.code)
-    running = [rank for rank, s in seen.items() if s.code != 0] or list(seen)
+            return cause(rank, f"it ended with exit code {s.code} and left no error", s.code)
+    last = furthest_behind(statuses)
+    if stuck_for is not None:
+        hint = "its stack is in the log; give a larger timeout= if it is only slow"
+        return cause(last, f"no rank made progress for {stuck_for:.0f} s and this one is behind; {hint}", 1)
+    if error := statuses[last].error:
+        victim = cause_from_error(error, statuses[last].log)
+        if elsewhere:
+            return replace(victim, sentence=f"it lost its connection to other ranks; {ON_ANOTHER_NODE}")
+        return victim
+    return cause(last, "the other ranks lost their connection and this one is behind", 1)
+
+
+def furthest_behind(statuses: RankStatuses) -> int:
+    """The rank that works and does not wait, or else the one with the fewest heartbeats."""
+    running = [rank for rank, s in statuses.items() if s.code != 0] or list(statuses)
 
     def progress(rank: int) -> tuple[bool, int, int]:
-        pulse = seen[rank].pulse
-        return (pulse.status.waiting, pulse.count, rank) if pulse else (False, 0, rank)
+        beat = statuses[rank].heartbeat
+        return (beat.status.waiting, beat.count, rank) if beat else (False, 0, rank)
 
-    last = min(running, key=progress)
-    if stuck_for is not None:
-        hint = "its stack is in the log; give a larger timeout= if it only is slow"
-        return silent(last, f"no rank made progress for {stuck_for:.0f} s and this one is behind; {hint}", 1)
-    error = seen[last].error
-    if error:
-        found = told(error, seen[last].log)
-        return replace(found, sentence=f"it lost its connection to other ranks; {ELSEWHERE}") if elsewhere else found
-    return silent(last, "the other ranks lost their connection and this one is behind", 1)
+    return min(running, key=progress)
 
 
-def told(error: Mapping[str, Any], log: str = "") -> RootCause:
-    """From what a rank wrote itself."""
+def cause_from_error(error: Mapping[str, Any], log: str = "") -> RootCause:
+    """The cause as the rank itself wrote it."""
     text = " ".join(str(error["message"]).split("\nException raised from")[0].split())
     sentence = text if error["known"] else f"{error['type']}: {text}"
     return RootCause(error["rank"], error["host"], Status.from_dict(error["status"]), sentence, error["exit_code"], log)
 
 
-def progress(seen: Mapping[int, RankStatus], plan: Plan) -> list[str]:
-    """How many of several results are where they should be, after a run that did not go to its end."""
-    total = sum(map(len, targets(plan.run, plan.facts.video)))
-    if total < 2:
-        return []
-    written = sum(s.pulse.written for s in seen.values() if s.pulse)
-    folder = plan.run.out if is_folder(plan.run.out) else str(Path(plan.run.out).parent)
-    hint = "; resume=yes draws the rest" if 0 < written < total else ""
-    return [f"{written} of {total} {'is' if written == 1 else 'are'} in {folder.rstrip('/')}/{hint}"]
-
-
-def by_signal(number: int) -> str:
-    """A death by signal in words."""
+def describe_signal(number: int) -> str:
+    """A sentence about a process that a signal ended."""
     try:
         name = signal.Signals(number).name
     except ValueError:
@@ -171,15 +172,27 @@ def by_signal(number: int) -> str:
     return f"it was killed by signal {number} ({name}){often}"
 
 
-def lines(found: RootCause, world: int, together: bool = True) -> list[str]:
-    """The report: who, doing what; why; where the logs are.
+def report_lines(cause: RootCause, world: int, together: bool = True) -> list[str]:
+    """The report of a failure: which rank, what it was doing, what went wrong, where the logs are.
 
     Args:
+        world: number of ranks.
         together: the logs of all ranks lie in one folder.
     """
     report = [
-        f"rank {found.rank} of {world} on {found.host} failed at: {found.status}",
-        f"  {found.sentence[:600]}",
-        f"  log: {found.log}" + (" (the others' beside it)" if world > 1 and together else ""),
+        f"rank {cause.rank} of {world} on {cause.host} failed at: {cause.status}",
+        f"  {cause.sentence[:600]}",
+        f"  log: {cause.log}" + (" (the others' beside it)" if world > 1 and together else ""),
     ]
     return [printable(line) for line in report]
+
+
+def results_lines(statuses: RankStatuses, plan: Plan) -> list[str]:
+    """A line that says how many of several results are written, after a run that did not finish."""
+    total = sum(map(len, targets(plan.run, plan.facts.video)))
+    if total < 2:
+        return []
+    written = sum(s.heartbeat.written for s in statuses.values() if s.heartbeat)
+    folder = plan.run.out if is_folder(plan.run.out) else str(Path(plan.run.out).parent)
+    hint = "; resume=yes draws the rest" if 0 < written < total else ""
+    return [f"{written} of {total} {'is' if written == 1 else 'are'} in {folder.rstrip('/')}/{hint}"]

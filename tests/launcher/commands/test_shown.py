@@ -21,7 +21,7 @@ from xdit_core.records import Problem
 from xdit_core.worker.progress import Progress
 from xdit_launcher.node import root_cause
 from xdit_launcher.node.root_cause import RootCause
-from xdit_launcher.node.watching import say as shout
+from xdit_launcher.printing import say as shout
 
 Say = Callable[..., Result]
 FORGED = "x\x1b[2J\r\nrank 0 of 2 on host failed at: nothing"
@@ -60,7 +60,9 @@ def test_nothing_of_a_prompt_moves_the_cursor(
     for line in terminal.getvalue().split("\r\x1b[K"):
         assert printable(line) == line and sum(map(columns, line)) < 40
     found = RootCause(0, FORGED, FORGED, FORGED, 1, FORGED)
-    assert len(root_cause.lines(found, 1)) == 3 and all(printable(line) == line for line in root_cause.lines(found, 1))
+    assert len(root_cause.report_lines(found, 1)) == 3 and all(
+        printable(line) == line for line in root_cause.report_lines(found, 1)
+    )
     shout(FORGED)
     assert capsys.readouterr().err == "x\\x1b[2J\\r\nrank 0 of 2 on host failed at: nothing\n"
 

@@ -20,8 +20,8 @@ from xdit_launcher.cluster.host_file import filtered, parse_hosts, read_hostfile
 from xdit_launcher.cluster.hosts import Host
 from xdit_launcher.cluster.protocol import read_message
 from xdit_launcher.cluster.rendezvous import parse_rendezvous
-from xdit_launcher.node.agent import located
-from xdit_launcher.node.watching import QUICK, STUCK, Pace
+from xdit_launcher.node.agent import locate_model
+from xdit_launcher.node.watching import SHORTEST_LIMIT, STUCK, StallLimit
 
 
 def test_hosts() -> None:
@@ -272,30 +272,30 @@ def test_how_long_a_run_may_stand_still() -> None:
     from xdit_launcher.node.root_cause import RankStatus
 
     def at(*statuses: Status) -> dict[int, RankStatus]:
-        return {i: RankStatus("a", pulse=Heartbeat(1, 0.0, status)) for i, status in enumerate(statuses)}
+        return {i: RankStatus("a", heartbeat=Heartbeat(1, 0.0, status)) for i, status in enumerate(statuses)}
 
     def step(number: int, waiting_for: str = "") -> Status:
         return Status(Phase.DENOISING, step=number, steps=9, waiting_for=waiting_for)
 
-    pace = Pace(None)
-    assert pace.limit == STUCK
-    pace.moved(30.0, at(step(1), Status(Phase.LOADING, "the model")))
-    pace.moved(4.0, at(step(2), step(2, "the ring")))
-    assert pace.limit == STUCK  # the second step may still compile something
-    pace.moved(3.0, at(step(3), step(3, "the ring")))
-    assert pace.limit == 40.0
-    pace.moved(0.1, at(Status(Phase.DECODING), Status(Phase.DONE)))
-    assert pace.limit == STUCK
-    quick = Pace(None)
+    pace = StallLimit(None)
+    assert pace.seconds == STUCK
+    pace.note_progress(30.0, at(step(1), Status(Phase.LOADING, "the model")))
+    pace.note_progress(4.0, at(step(2), step(2, "the ring")))
+    assert pace.seconds == STUCK  # the second step may still compile something
+    pace.note_progress(3.0, at(step(3), step(3, "the ring")))
+    assert pace.seconds == 40.0
+    pace.note_progress(0.1, at(Status(Phase.DECODING), Status(Phase.DONE)))
+    assert pace.seconds == STUCK
+    quick = StallLimit(None)
     for number in (1, 2, 3):
-        quick.moved(0.1, at(step(number)))
-    assert quick.limit == QUICK
-    assert Pace(7.0).limit == 7.0
+        quick.note_progress(0.1, at(step(number)))
+    assert quick.seconds == SHORTEST_LIMIT
+    assert StallLimit(7.0).seconds == 7.0
 
 
 def test_every_machine_looks_for_the_model_where_it_keeps_it() -> None:
     plan = make_plan([], {"model": "emoji", "prompt": ["a"]}, Registry())
     elsewhere = dataclasses.replace(plan, folder="/opt/of/the/launcher/xdit_emoji/pipeline")
-    assert located(elsewhere.to_json()).folder == plan.folder and elsewhere.digest() == plan.digest()
+    assert locate_model(elsewhere.to_json()).folder == plan.folder and elsewhere.digest() == plan.digest()
     unknown = dataclasses.replace(plan, folder="/no/such", model="sd3", values={"model": "sd3"})
-    assert located(unknown.to_json()).folder == "/no/such"
+    assert locate_model(unknown.to_json()).folder == "/no/such"

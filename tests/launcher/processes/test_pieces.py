@@ -25,7 +25,7 @@ from xdit_core.worker.progress import Progress, Tee
 from xdit_core.worker.rendezvous import RankEnv, compare, not_started
 from xdit_launcher.arguments import is_setting, values_of
 from xdit_launcher.node import root_cause
-from xdit_launcher.node.root_cause import RankStatus, RootCause, lines
+from xdit_launcher.node.root_cause import RankStatus, RootCause, report_lines
 
 
 def names(**settings: object) -> list[list[str]]:
@@ -145,7 +145,7 @@ def blame(folder: Path, codes: list[int | None], stuck_for: float | None = None)
         )
         for rank, code in enumerate(codes)
     }
-    return root_cause.blame(seen, stuck_for)
+    return root_cause.find_root_cause(seen, stuck_for)
 
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
@@ -174,7 +174,7 @@ def test_an_exit_without_a_word(tmp_path: Path) -> None:
 
 def test_a_lost_host() -> None:
     seen = {rank: RankStatus("ab"[rank // 2], lost="no word from it." if rank > 1 else "") for rank in range(4)}
-    found = root_cause.blame(seen)
+    found = root_cause.find_root_cause(seen)
     assert (found.rank, found.host, found.code) == (2, "b", 1)
     assert found.sentence == "ranks 2 to 3 were lost with their host: no word from it."
 
@@ -219,7 +219,7 @@ def test_codes_and_sentences(tmp_path: Path, error: BaseException, code: int, se
     fail(tmp_path, 1, error)
     found = blame(tmp_path, [None, 1])
     assert found.code == code and found.sentence.startswith(sentence)
-    assert len(lines(found, 2)) <= 5
+    assert len(report_lines(found, 2)) <= 5
 
 
 def test_ranks_with_another_plan_are_named() -> None:
