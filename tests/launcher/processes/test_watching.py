@@ -29,5 +29,17 @@ def test_trace_and_profile(launch: Launch, tiny: tuple[str, ...]) -> None:
 
 
 def test_flags_are_settings(say: Callable[..., Result], tiny: tuple[str, ...]) -> None:
-    shown = json.loads(say("--trace", "--dry-run", "--json", *tiny, "a").stdout)
-    assert "trace" in json.dumps(shown) and Path("runs").exists() is False
+    """A flag gives the same plan as its setting, which differs from the plan without it in that setting alone."""
+
+    def plan(*words: str) -> dict[str, Any]:
+        shown: dict[str, Any] = json.loads(say(*words, "--dry-run", "--json", *tiny, "a").stdout)
+        return shown
+
+    plain = plan()
+    for name in ("trace", "profile"):
+        watched = plan(f"--{name}")
+        assert watched == plan(f"{name}=yes")
+        assert watched["run"].pop(name) is True and watched["values"].pop(name)
+        assert plain["run"][name] is False
+        assert watched == {**plain, "run": {k: v for k, v in plain["run"].items() if k != name}}
+    assert not Path("runs").exists()
