@@ -89,18 +89,20 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "rocket.png").stat().st_size > 500
 
 
-def test_the_example_of_a_strategy_runs(tiny_sd3_folder, monkeypatch, capsys):
-    code = re.search(
-        r"```python\n(.*?)```", (DOCS / "inside" / "adding-a-strategy.md").read_text(encoding="utf-8"), re.S
-    )[1]
-    plugin = types.ModuleType("slow_calls")
+@pytest.mark.parametrize(
+    ("number", "name", "says"),
+    [(0, "slow_calls", r"^a call of the denoiser took [\d.]+ s$"), (1, "slow_steps", r"^step \d of 4 took [\d.]+ s$")],
+)
+def test_the_examples_of_plugins_run(tiny_sd3_folder, monkeypatch, capsys, number, name, says):
+    page = (DOCS / "inside" / "adding-a-strategy.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.S)[number]
+    plugin = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
     exec(compile(code, "adding-a-strategy.md", "exec"), plugin.__dict__)
-    changes = {"slow_calls.limit": 0.0}
-    plan = plan_for(["slow_calls"], str(tiny_sd3_folder), changes, extra={"slow_calls": plugin})
-    with Engine(plan, Registry({"slow_calls": plugin})) as engine:
+    plan = plan_for([name], str(tiny_sd3_folder), {f"{name}.limit": 0.0}, extra={name: plugin})
+    with Engine(plan, Registry({name: plugin})) as engine:
         engine.generate("a red fox")
-    assert capsys.readouterr().out.count("a call of the denoiser took") == plan.run.steps
+    assert len(re.findall(says, capsys.readouterr().out, re.M)) == plan.run.steps == 4
 
 
 def test_constraints_pin_what_the_project_needs():
