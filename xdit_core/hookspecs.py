@@ -178,5 +178,10 @@ def xdit_model() -> ModelSpec:  # type: ignore[empty-body]
 
         @hookimpl
         def xdit_model():
-            return ModelSpec(name="sd3", pipelines=("StableDiffusion3Pipeline",), ...)
+            return ModelSpec(
+                name="sd3",
+                checkpoint=Checkpoint(pipelines=("StableDiffusion3Pipeline",), hub="stabilityai/..."),
+                trunk=TrunkSpec(blocks=(Blocks("transformer_blocks", "num_layers"),), ...),
+                ...
+            )
     """

@@ -8,7 +8,6 @@ what its authors say.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,8 +17,9 @@ from accelerate import init_empty_weights
 
 from xdit_core import Registry, make_plan
 from xdit_core.engine.loading import empty
-from xdit_core.parallel.rank import ForwardContext
+from xdit_core.points.adapter_check import attention_kinds, check_adapter
 from xdit_core.points.attention import AttentionPoint
+from xdit_core.points.context import Running
 from xdit_core.points.trunk import replace_blocks
 
 CHECKPOINTS = {entry["name"]: entry for entry in json.loads(Path(__file__).with_name("published.json").read_text())}
@@ -73,36 +73,19 @@ def test_size(folder_of, name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_adapter_fits_every_block(folder_of, name):
     spec, denoiser = spec_of(name), denoiser_of(name, folder_of(name))
-    modules = {n for n, _ in denoiser.named_modules()}
-    plan = spec.trunk.tp_plan or type(denoiser)._tp_plan
-    for pattern in (*plan, *spec.caching.conditioning, *spec.caching.embeddings):
-        assert any(fnmatch(n, pattern) for n in modules), f"{pattern} names nothing"
-    forward = inspect.signature(denoiser.forward).parameters
-    for argument in (
-        spec.latents.argument,
-        spec.text.input,
-        *spec.trunk.forced_args,
-        *spec.unsupported,
-        *spec.unbatched_args,
-        *filter(None, [spec.trunk.skip_layers]),
-    ):
-        assert argument in forward
+    check_adapter(spec, denoiser)
+    if not spec.trunk.tp_plan:  # then the class has a plan of its own
+        modules = {n for n, _ in denoiser.named_modules()}
+        for pattern in type(denoiser)._tp_plan:
+            assert any(fnmatch(n, pattern) for n in modules), f"{pattern} names nothing"
     config = CHECKPOINTS[name]["components"][spec.checkpoint.denoiser]["config"]
-    for part in spec.trunk.blocks:
-        stream = spec.trunk.stream_of(part)
-        arguments = inspect.signature(getattr(denoiser, part.attribute)[0].forward).parameters
-        aligned = (*stream.image_aligned, *stream.text_aligned, *stream.joint_aligned)
-        named = (stream.tokens, stream.text, stream.skip, *(argument.argument for argument in aligned))
-        assert {name for name in named if name} <= set(arguments)
-        assert len(getattr(denoiser, part.attribute)) == config[part.count]
     with init_empty_weights():
-        trunks = replace_blocks(denoiser, spec, ForwardContext(), AttentionPoint(ForwardContext(), []), [])
+        trunks = replace_blocks(denoiser, spec, Running(), AttentionPoint(Running(), []), [])
     held = [int(i) for trunk in trunks for i in trunk.blocks]
     assert held == list(range(sum(config[part.count] for part in spec.trunk.blocks)))
     for trunk in trunks:
         for block in trunk.blocks.values():
-            calls = spec.trunk.attention(block)
-            assert set(calls) <= {"joint", "self", "cross"} and calls
+            assert attention_kinds(spec, block)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

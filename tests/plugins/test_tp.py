@@ -97,15 +97,18 @@ def test_a_rank_reads_its_part_only(gloo, tiny_sd3_folder):
 
 
 def wrong_plan(folder):
-    """An adapter that names a layer which is not there."""
+    """A class whose own plan names a layer which is not there."""
     from unittest import mock
+
+    from diffusers import SD3Transformer2DModel
 
     import xdit_sd3
 
     wrong = {**xdit_sd3.TP_PLAN, "transformer_blocks.*.attn.to_qkv": "colwise"}
     spec = xdit_sd3.xdit_model()
-    spec = dataclasses.replace(spec, trunk=dataclasses.replace(spec.trunk, tp_plan=wrong))
+    spec = dataclasses.replace(spec, trunk=dataclasses.replace(spec.trunk, tp_plan={}))
     with (
+        mock.patch.object(SD3Transformer2DModel, "_tp_plan", wrong, create=True),
         mock.patch.object(xdit_sd3, "xdit_model", lambda: spec),
         mock.patch("xdit_core.engine.engine.Registry.model", lambda *_: (spec, ("", ""))),
     ):

@@ -30,6 +30,7 @@ from xdit_core.errors import ModelError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
+from xdit_core.points.adapter_check import check_adapter
 from xdit_core.points.trunk import Absent
 
 Change = Callable[[nn.Module], None]
@@ -191,18 +192,16 @@ def load_part(spec: ModelSpec, part: Part, blocks: range, changes: Sequence[Chan
     is read.
 
     Raises:
-        ModelError: the source lacks a tensor that this rank needs, or has one of another shape.
+        ModelError: the adapter does not fit the denoiser; or the source lacks a tensor that this rank needs, or has one
+            of another shape.
     """
     model = part.make()
+    check_adapter(spec, model)
     start = 0
     for block_list in spec.trunk.blocks:
         length = 0
         for name in (block_list.attribute, *block_list.beside):
-            modules = getattr(model, name, None)
-            if not isinstance(modules, nn.ModuleList):
-                raise ModelError(
-                    f"{part.origin} is a {type(model).__name__} without {name}; model={spec.name} does not fit it."
-                )
+            modules: Any = getattr(model, name)
             length = len(modules)
             for i in range(length):
                 if start + i not in blocks:

@@ -22,6 +22,7 @@ from xdit_core.model_spec import Aligned, ModelSpec, Stream
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.weaving import watched
 from xdit_core.parallel.tokens import Span, length
+from xdit_core.points.adapter_check import attention_kinds, check_made, check_returned
 from xdit_core.points.attention import AttentionPoint, Redirect
 from xdit_core.points.compose import compose
 from xdit_core.points.context import ForwardContext, Running
@@ -135,7 +136,8 @@ class Trunk(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleDict({str(i): block for i, block in blocks.items()})
         self._order: tuple[tuple[int, Callable[..., Any], tuple[str, ...]], ...]
-        self._order = tuple((i, block, spec.trunk.attention(block)) for i, block in blocks.items())
+        self._order = tuple((i, block, attention_kinds(spec, block)) for i, block in blocks.items())
+        self._spec, self._unproven = spec, set(blocks)  # blocks whose result has not been looked at yet
         self.stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
         self._running, self._point = running, point
         self.select = Selector()
@@ -244,11 +246,16 @@ class Trunk(nn.Module):
                 out = block(**arguments)
                 if point.active:
                     point.leave_block()
+                returned = out if isinstance(out, tuple) else (out,)
+                if index in self._unproven and not torch.compiler.is_compiling():
+                    given: torch.Tensor = arguments[stream.tokens]
+                    check_returned(self._spec, stream, self.blocks[str(index)], returned, given)
+                    self._unproven.discard(index)
                 if stream.joined and rows.text is not None:
                     n = rows.tokens.shape[1]
                     rows = rows.but(tokens=out[:, :n], text=out[:, n:])
                     continue
-                parts = dict(zip(stream.returns, out if isinstance(out, tuple) else (out,), strict=False))
+                parts = dict(zip(stream.returns, returned, strict=True))
                 rows = rows.but(tokens=parts["tokens"], text=parts.get("text", rows.text))
                 if index in self._wanted:
                     rows = rows.but(skips={**rows.skips, index: rows.tokens})
@@ -274,8 +281,12 @@ def replace_blocks(
         for part in parts:
             rows = zip(*(getattr(denoiser, name) for name in (part.attribute, *part.beside)), strict=True)
             for i, blocks in enumerate(rows):
-                if not isinstance(blocks[0], Absent):
-                    held[start + i] = part.make(denoiser, i, *blocks) if part.make else blocks[0]
+                if isinstance(blocks[0], Absent):
+                    continue
+                held[start + i] = blocks[0]
+                if part.make:
+                    held[start + i] = part.make(denoiser, i, *blocks)
+                    check_made(spec, part, held[start + i])
             start += len(getattr(denoiser, part.attribute))
         names = arguments_of(everything[begin])
         trunk = Trunk(held, range(begin, start), spec, stream, running, point, chain, skips, names, last >= start)
