@@ -1,10 +1,12 @@
-"""A pool of processes that stay: starting one costs seconds, a task on it a tenth of one."""
+"""A pool of processes that stay. The libraries are imported once, by a server of which the workers are forks: a worker
+starts in some milliseconds, where an interpreter of its own would take ten seconds."""
 
 from __future__ import annotations
 
 import multiprocessing as mp
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+PRELOADED = (
+    "xdit_core.testing.runs",
+    "xdit_core.testing.models",
+    "torch._dynamo",
+    "torch.distributed.tensor.parallel",
+)
 
 
 class PoolError(RuntimeError):
@@ -25,13 +34,18 @@ def serve(link: Connection) -> None:
     os.environ.setdefault(
         "GLOO_SOCKET_IFNAME", "lo"
     )  # here and not in the parent, whose other children may talk to other machines
+    store: Any = (
+        None  # one connection for all tasks: torch looks up the name of the peer of each, which may take seconds
+    )
     while True:
         try:
             function, arguments, rank, world, port, name, seconds = pickle.loads(link.recv_bytes())
         except EOFError:
             return
         try:
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))  # type: ignore[attr-defined]
+            if store is None:
+                store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))  # type: ignore[attr-defined]
+            store.set_timeout(timedelta(seconds=seconds))
             dist.init_process_group(
                 "gloo",
                 store=dist.PrefixStore(name, store),  # type: ignore[attr-defined]
@@ -51,6 +65,16 @@ def serve(link: Connection) -> None:
             dist.destroy_process_group()
 
 
+def workers_context() -> Any:
+    """How workers start: as forks of a process that has imported the libraries and done nothing else, or, where a
+    fork is not safe (a GPU, another system than Linux), each as an interpreter of its own."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
 class Pool:
     """Workers on this machine that run a function as the ranks of a gloo process group.
 
@@ -65,7 +89,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        self._context = workers_context()
         self._workers: list[tuple[Any, Connection]] = []
         self._store: Any = None
         self._tasks = 0
