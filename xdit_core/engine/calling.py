@@ -25,10 +25,10 @@ def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[st
     }
     images = argument_names(spec)["images"]
     pictures = {images: len(numbers)} if images else {}
-    found = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
+    settings = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
     generators = [torch.Generator("cpu").manual_seed(run.seed_of(i) % 2**64) for i in numbers]
     latent = run.output_type == "latent" and spec.request.latent_output
-    return {**found, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}
+    return {**settings, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}
 
 
 def call_values(more: Mapping[str, Any], numbers: range, images: int) -> dict[str, Any]:
@@ -56,10 +56,10 @@ def call_values(more: Mapping[str, Any], numbers: range, images: int) -> dict[st
 
 def without_texts(arguments: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without those texts whose embeddings are given: ``prompt_embeds`` stands for ``prompt``."""
-    given = {
+    replaced = {
         name.removesuffix("_embeds") for name, value in more.items() if name.endswith("_embeds") and value is not None
     }
-    return {name: value for name, value in arguments.items() if name not in given}
+    return {name: value for name, value in arguments.items() if name not in replaced}
 
 
 def scheduler_named(name: str, current: Any) -> Any:

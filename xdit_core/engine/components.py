@@ -40,15 +40,15 @@ def load_components(
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers}
-    found = {}
+    models = {}
     for name, entry in index.items():
         if name in but or not isinstance(entry, list) or entry[0] not in libraries:
             continue
         cls = getattr(libraries[entry[0]], entry[1], None)
         if isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel)):
             observer.status(Status(Phase.LOADING, f"the model: {name}"))
-            found[name] = load_model(cls, folder / name, entry[0], dtype)
-    return found
+            models[name] = load_model(cls, folder / name, entry[0], dtype)
+    return models
 
 
 def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.Module:

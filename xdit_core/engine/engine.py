@@ -205,12 +205,12 @@ class Engine:
 
     def _transforms(self, phases: Collection[str]) -> list[Callable[[Any], None]]:
         """The changes of the modules in some phases, in the plan's order."""
-        found: list[Callable[[Any], None]] = []
+        changes: list[Callable[[Any], None]] = []
         for phase, name in self.plan.transforms:
             change = self._built[name].transforms[phase]
             if phase in phases:
-                found.append(partial(self._owner_of(name).call, f"its transform in the phase {phase}", change))
-        return found
+                changes.append(partial(self._owner_of(name).call, f"its transform in the phase {phase}", change))
+        return changes
 
     def _weave(self, spec: ModelSpec) -> None:
         """Nest the wraps of the strategies in the plan's order, and put them where the pipeline will call them."""
@@ -349,9 +349,9 @@ class Engine:
                     output.images = list(result)
             except _Elsewhere:
                 self.pipe.maybe_free_model_hooks()
-            except _Latents as found:
+            except _Latents as leaving:
                 self.pipe.maybe_free_model_hooks()
-                (output.latents,) = found.args
+                (output.latents,) = leaving.args
         phases = self._phases()
         self.rank.observer.job_done(job, phases)
         output.seconds, output.slow = self._seconds(phases), dict(self.rank.slow)

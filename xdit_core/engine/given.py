@@ -163,11 +163,11 @@ def changed_components(pipe: Any) -> Iterator[Problem]:
 
 def live_adapters(module: nn.Module) -> list[str]:
     """Names of the adapters of peft in a module."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for part in module.modules():
         if hasattr(part, "lora_A") or hasattr(part, "base_layer"):
-            found |= dict.fromkeys(getattr(part, "lora_A", {"unnamed": None}))
-    return list(found)
+            names |= dict.fromkeys(getattr(part, "lora_A", {"unnamed": None}))
+    return list(names)
 
 
 def changed_denoiser(name: str, given: nn.Module) -> Iterator[Problem]:
@@ -185,10 +185,10 @@ def changed_denoiser(name: str, given: nn.Module) -> Iterator[Problem]:
 
 def compare(fresh: nn.Module, given: nn.Module) -> Iterator[str]:
     """Modules, attributes and hooks of the given one that the fresh one has not, in words."""
-    expected, found = dict(fresh.named_modules()), dict(given.named_modules())
-    for name in [*expected.keys() - found.keys(), *found.keys() - expected.keys()]:
+    expected, actual = dict(fresh.named_modules()), dict(given.named_modules())
+    for name in [*expected.keys() - actual.keys(), *actual.keys() - expected.keys()]:
         yield f"{name} was {'removed' if name in expected else 'added'}"
-    for name, module in found.items():
+    for name, module in actual.items():
         if name in expected:
             where = name or "it"
             if type(module) is not type(expected[name]):
@@ -198,13 +198,13 @@ def compare(fresh: nn.Module, given: nn.Module) -> Iterator[str]:
             yield from (f"{where} has {what}" for what in changed_attributes(expected[name], module))
 
 
-def changed_attributes(expected: nn.Module, found: nn.Module) -> Iterator[str]:
+def changed_attributes(expected: nn.Module, actual: nn.Module) -> Iterator[str]:
     """Numbers, words, methods and attention processors that differ; tables and caches are left alone."""
-    for name in sorted(vars(found).keys() - HARMLESS):
-        value, other = vars(found)[name], vars(expected).get(name)
+    for name in sorted(vars(actual).keys() - HARMLESS):
+        value, other = vars(actual)[name], vars(expected).get(name)
         if name.startswith("_") or value is other:
             continue
-        if callable(value) and callable(getattr(type(found), name, None)):
+        if callable(value) and callable(getattr(type(actual), name, None)):
             yield f"a {name} of its own"
         elif isinstance(value, PLAIN):
             if type(value) is not type(other) or value != other:
@@ -219,20 +219,20 @@ def changed_attributes(expected: nn.Module, found: nn.Module) -> Iterator[str]:
 
 def other_model(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[str, Any]) -> Iterator[Problem]:
     """What the plan took from the folder's files and is different here."""
-    found = facts(spec, configs_of(pipe, {}), asked)
+    actual = facts(spec, configs_of(pipe, {}), asked)
     for field in wanted.__dataclass_fields__:
-        mine, theirs = getattr(found, field), getattr(wanted, field)
-        if field != "loras" and mine != theirs:
-            what = f"pipe= has {field}={mine} where the plan was made for {field}={theirs}"
+        has, planned = getattr(actual, field), getattr(wanted, field)
+        if field != "loras" and has != planned:
+            what = f"pipe= has {field}={has} where the plan was made for {field}={planned}"
             yield Problem(what, "make the plan with the model.path= of the same checkpoint")
 
 
 def configs_of(pipe: Any, index: Mapping[str, Any]) -> dict[str, Any]:
     """The configs of the components by name, and ``model_index.json`` as ``_index``."""
-    found: dict[str, Any] = {"_index": {**index, **pipe.config}}
+    configs: dict[str, Any] = {"_index": {**index, **pipe.config}}
     for name, part in pipe.components.items():
         config: Any = getattr(part, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else config
         if isinstance(config, Mapping):
-            found[name] = config
-    return found
+            configs[name] = config
+    return configs

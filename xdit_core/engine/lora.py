@@ -50,12 +50,12 @@ def load_loras(pipe: Any, denoisers: Mapping[str, nn.Module], loras: Mapping[str
         if name not in denoisers and isinstance(part, nn.Module):
             for adapter in tuple(scales):
                 merge(part, adapter, scales[adapter])
-    found = {name: deltas(part, scales, shapes[name]) for name, part in denoisers.items()}
-    if not any(found.values()) and not any(getattr(p, "peft_config", None) for p in pipe.components.values()):
+    deltas_of = {name: deltas(part, scales, shapes[name]) for name, part in denoisers.items()}
+    if not any(deltas_of.values()) and not any(getattr(p, "peft_config", None) for p in pipe.components.values()):
         raise ModelError(
             f"lora={', '.join(loras)} holds nothing for a part of {kind}; give a LoRA that was made for this model."
         )
-    return found
+    return deltas_of
 
 
 def stand_in(denoiser: nn.Module) -> None:
@@ -91,7 +91,7 @@ def deltas(denoiser: nn.Module, scales: Mapping[str, float], shapes: Mapping[str
         ModelError: an adapter is no sum of low-rank products, or changes more than weights.
     """
     fix = "it cannot be added to weights that are divided; merge it into the checkpoint first"
-    found: dict[str, Delta] = {}
+    sums: dict[str, Delta] = {}
     layers = adapted(denoiser)
     for name, part in denoiser.named_parameters():
         if ".lora_" not in name and name.replace(".base_layer", "") not in shapes:
@@ -108,5 +108,5 @@ def deltas(denoiser: nn.Module, scales: Mapping[str, float], shapes: Mapping[str
             parts = [layer.get_delta_weight(a).float() * scale for a, scale in scales.items() if a in layer.lora_A]
             return torch.stack(parts).sum(0)
 
-        found[f"{name}.weight"] = delta
-    return found
+        sums[f"{name}.weight"] = delta
+    return sums

@@ -112,7 +112,7 @@ class Lockstep(TorchDispatchMode):
         at = {"op": op, "tensors": [], "step": self._rank.context.step, "place": place(self._rank)}
         self._store.set(f"at/{self._me}", json.dumps({**at, "ranks": ranks, "key": key, "waiting": waiting}))
 
-    def entry_of(self, other: int, key: str, mine: dict[str, Any]) -> dict[str, Any]:
+    def entry_of(self, other: int, key: str, own: dict[str, Any]) -> dict[str, Any]:
         """What another rank wrote, when it comes.
 
         Raises:
@@ -123,16 +123,16 @@ class Lockstep(TorchDispatchMode):
         while True:
             try:
                 self._store.wait([f"{key}/{other}"], LOOK)
-                found: dict[str, Any] = json.loads(self._store.get(f"{key}/{other}"))
-                return found
+                entry: dict[str, Any] = json.loads(self._store.get(f"{key}/{other}"))
+                return entry
             except dist.DistStoreError:
                 at = json.loads(self._store.get(f"at/{other}")) if self._store.check([f"at/{other}"]) else None
             waits_for_me = (
                 at and at["waiting"] and at["key"] != key and self._me in at["ranks"] and not self.been_at(at["key"])
             )
             if waits_for_me or time.monotonic() > end:
-                theirs = told(at) if at else "at no collective yet"
-                raise LockstepError(difference({self._me: told(mine), other: theirs}))
+                elsewhere = told(at) if at else "at no collective yet"
+                raise LockstepError(difference({self._me: told(own), other: elsewhere}))
 
     def been_at(self, key: str) -> bool:
         """This rank wrote its entry for that collective."""

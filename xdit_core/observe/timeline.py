@@ -68,7 +68,7 @@ def waits_of(spans: Mapping[int, Sequence[Span]]) -> list[Wait]:
     """
     sent: dict[Any, int] = {}
     entered: dict[Any, list[int]] = defaultdict(list)
-    seen: Counter[Any] = Counter()
+    times: Counter[Any] = Counter()
     keys: dict[tuple[int, int], Any] = {}
     for rank, all_ in spans.items():
         for i, s in enumerate(all_):
@@ -76,10 +76,10 @@ def waits_of(spans: Mapping[int, Sequence[Span]]) -> list[Wait]:
                 sent[s.about["channel"], rank, s.about["peer"], s.about["number"]] = s.start
             elif s.kind == "wait" and "ranks" in s.about:
                 name = (s.name, s.axis, tuple(s.about["ranks"]))
-                keys[rank, i] = (*name, seen[rank, name])
-                seen[rank, name] += 1
+                keys[rank, i] = (*name, times[rank, name])
+                times[rank, name] += 1
                 entered[keys[rank, i]].append(s.about.get("began", s.start))
-    found = []
+    waits = []
     for rank, all_ in spans.items():
         for i, s in enumerate(all_):
             if s.kind != "wait":
@@ -92,8 +92,8 @@ def waits_of(spans: Mapping[int, Sequence[Span]]) -> list[Wait]:
                 last = max(entered[keys[rank, i]])
                 moment = last if "began" in s.about else None
             begun = last if moment is None else moment
-            found.append(Wait(rank, s.axis, s.start, min(max(begun, s.start), s.end), s.end, moment))
-    return found
+            waits.append(Wait(rank, s.axis, s.start, min(max(begun, s.start), s.end), s.end, moment))
+    return waits
 
 
 def covered(intervals: Iterable[tuple[int, int]]) -> int:
@@ -133,15 +133,15 @@ def rows_of(spans: Mapping[int, Sequence[Span]], waits: Sequence[Wait]) -> dict[
                 sent[rank, s.axis] += s.about["bytes"]
                 sent[rank, ""] += s.about["bytes"]
     axes = sorted({w.axis for w in waits} | {axis for _, axis in sent if axis})
-    found = {}
+    rows = {}
     for rank in spans:
         for axis in ["", *axes]:
-            mine = [w for w in waits if w.rank == rank and axis in ("", w.axis)]
-            way = [(w.begun if w.sent is None else min(w.sent, w.begun), w.end) for w in mine]
-            found[rank, axis] = Row(
-                covered(way), sum(w.exposed for w in mine), sum(w.bubble for w in mine), sent[rank, axis]
+            own = [w for w in waits if w.rank == rank and axis in ("", w.axis)]
+            on_the_way = [(w.begun if w.sent is None else min(w.sent, w.begun), w.end) for w in own]
+            rows[rank, axis] = Row(
+                covered(on_the_way), sum(w.exposed for w in own), sum(w.bubble for w in own), sent[rank, axis]
             )
-    return found
+    return rows
 
 
 def summary(records: Sequence[Record]) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,9 @@ from xdit_core.observe.trace import Trace, clock
 from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
 from xdit_core.planning.degrees import processes
-from xdit_core.worker.failure import HOST_VARIABLE
+from xdit_core.planning.machine import host_name
 
 ROUNDS = 16  # exchanges by which two clocks are compared; the quickest counts
-
-
-def name_of_host() -> str:
-    """As the user calls it."""
-    return os.environ.get(HOST_VARIABLE) or socket.gethostname()
 
 
 def offset(rank: int, world: int, group: Any) -> tuple[int, int]:
@@ -37,7 +30,7 @@ def offset(rank: int, world: int, group: Any) -> tuple[int, int]:
     Returns:
         The moment by the clock of rank 0, and how far ahead this rank's is, in ns.
     """
-    found = (clock(), 0)
+    best = (clock(), 0)
     for other in range(1, world):
         if rank not in (0, other):
             continue
@@ -46,20 +39,20 @@ def offset(rank: int, world: int, group: Any) -> tuple[int, int]:
             if rank == 0:
                 sent = clock()
                 dist.send(torch.tensor([sent]), other, group=group)
-                theirs = torch.zeros(1, dtype=torch.int64)
-                dist.recv(theirs, other, group=group)
+                answer = torch.zeros(1, dtype=torch.int64)
+                dist.recv(answer, other, group=group)
                 now = clock()
                 dist.send(torch.tensor([now]), other, group=group)
             else:
-                told, back = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-                dist.recv(told, 0, group=group)
-                mine = clock()
-                dist.send(torch.tensor([mine]), 0, group=group)
+                question, back = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+                dist.recv(question, 0, group=group)
+                here = clock()
+                dist.send(torch.tensor([here]), 0, group=group)
                 dist.recv(back, 0, group=group)
-                took, middle = int(back - told), int(told + back) // 2
+                took, middle = int(back - question), int(question + back) // 2
                 if took < quickest:
-                    quickest, found = took, (middle, mine - middle)
-    return found
+                    quickest, best = took, (middle, here - middle)
+    return best
 
 
 def title_of(plan: Plan) -> str:
@@ -92,16 +85,16 @@ def tracing(trace: Trace | None, rank: Rank, folder: Path) -> Iterator[None]:
             yield
     except BaseException:
         with contextlib.suppress(OSError), atomically(folder / f"rank{number}.trace.json") as temporary:
-            write_chrome([Record(number, name_of_host(), trace.spans)], temporary)
+            write_chrome([Record(number, host_name(), trace.spans)], temporary)
         raise
     rank.observer.status(Status(Phase.GATHERING, "the traces"))
-    mine = Record(number, name_of_host(), trace.spans, (before, offset(number, world, group)), dict(rank.sent))
+    record = Record(number, host_name(), trace.spans, (before, offset(number, world, group)), dict(rank.sent))
     records: list[Any] | None = [None] * world if number == 0 else None
     if world > 1:
-        dist.gather_object(mine, records, dst=0, group=group)
+        dist.gather_object(record, records, dst=0, group=group)
         dist.destroy_process_group(group)
     else:
-        records = [mine]
+        records = [record]
     if records is not None:
         for line in write(records, folder, title_of(plan)):
             print(line, flush=True)

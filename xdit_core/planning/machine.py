@@ -5,8 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+
+HOST_VARIABLE = "XDIT_HOST"  # of the environment: the name by which the user knows this machine
+
+
+def host_name() -> str:
+    """The name of this machine, as the user calls it."""
+    return os.environ.get(HOST_VARIABLE) or socket.gethostname()
 
 
 def cuda_devices() -> int:

@@ -72,26 +72,26 @@ Run = Callable[[Request], list[Output]]
 def jobs_for(prompts: Sequence[str], images: int, skip: Collection[tuple[int, int]] = ()) -> tuple[Job, ...]:
     """A job for each prompt; without the pictures to skip, which are (prompt, picture), a job for each run of numbers
     that is left."""
-    found = []
+    jobs = []
     for index, prompt in enumerate(prompts):
         start = 0
         for number in range(images + 1):
             if number == images or (index, number) in skip:
                 if start < number:
-                    found.append(Job(prompt, index, range(start, number)))
+                    jobs.append(Job(prompt, index, range(start, number)))
                 start = number + 1
-    return tuple(found)
+    return tuple(jobs)
 
 
 def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
     """The jobs that make pictures ``start`` to ``stop`` of all the pictures, counted through."""
-    found, seen = [], 0
+    shared, counted = [], 0
     for job in jobs:
-        low, high = max(start - seen, 0), min(stop - seen, len(job.numbers))
+        low, high = max(start - counted, 0), min(stop - counted, len(job.numbers))
         if low < high:
-            found.append(replace(job, numbers=job.numbers[low:high]))
-        seen += len(job.numbers)
-    return tuple(found)
+            shared.append(replace(job, numbers=job.numbers[low:high]))
+        counted += len(job.numbers)
+    return tuple(shared)
 
 
 def joined(outputs: Iterable[Output], in_turn: bool = False) -> list[Output]:

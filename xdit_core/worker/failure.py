@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 import traceback
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 from xdit_core.errors import XditError
 from xdit_core.faults import full_disk, lost_peer, no_memory
 from xdit_core.observe.status import Phase, Status
+from xdit_core.planning.machine import host_name
 
-HOST_VARIABLE = "XDIT_HOST"  # variable with the name by which the user knows this machine
 OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
 
 
@@ -53,7 +51,7 @@ def failure(error: BaseException, rank: int, status: Status) -> dict[str, Any]:
         )
     return {
         "rank": rank,
-        "host": os.environ.get(HOST_VARIABLE) or socket.gethostname(),
+        "host": host_name(),
         "status": status.to_dict(),
         "type": type(error).__name__,
         "message": message,

@@ -59,14 +59,14 @@ class RankEnv:
             UsageError: the environment does not fit a plan for ``world`` ranks.
         """
         by_hand = f"torchrun --nproc-per-node {world} -m xdit_core.worker plan.json"
-        found = env.get("WORLD_SIZE", "1")
-        if found != str(world):
-            raise UsageError(f"the plan needs {world} processes but WORLD_SIZE is {found}; start it with {by_hand}.")
+        size = env.get("WORLD_SIZE", "1")
+        if size != str(world):
+            raise UsageError(f"the plan needs {world} processes but WORLD_SIZE is {size}; start it with {by_hand}.")
         if "WORLD_SIZE" not in env and env.get("RANK", "0") == "0":
             return RankEnv()
         try:
             rank, local_rank = int(env["RANK"]), int(env.get("LOCAL_RANK", "0"))
-            local_world, port = int(env.get("LOCAL_WORLD_SIZE", found)), int(env.get("MASTER_PORT", "0"))
+            local_world, port = int(env.get("LOCAL_WORLD_SIZE", size)), int(env.get("MASTER_PORT", "0"))
         except (KeyError, ValueError) as error:
             raise UsageError(
                 f"RANK, LOCAL_RANK and MASTER_PORT must be numbers ({error}); start it with {by_hand}."
@@ -241,8 +241,8 @@ def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, obse
         if place.rank == 0 and not told and time.monotonic() > end - patience.total_seconds() + SOON:
             told = True
             print(f"waiting for {text} to start", file=sys.stderr, flush=True)
-    found = [store.get(key).decode() for key in keys]
-    other = [rank for rank, value in enumerate(found) if value != found[0]]
+    digests = [store.get(key).decode() for key in keys]
+    other = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if other:
         raise XditError(
             f"{'ranks' if len(other) > 1 else 'rank'} {join_words(other)} of {place.world} got another plan than rank "

@@ -84,13 +84,13 @@ class Writer(Observer):
         except OSError as error:
             why = f"{error.filename or path} cannot be written: {error.strerror or error}"
             try:
-                found = results.write_elsewhere(output, i, path, self.plan, seconds, self.run_folder)
+                spare = results.write_elsewhere(output, i, path, self.plan, seconds, self.run_folder)
             except OSError as second:
                 raise XditError(
                     f"{why}; neither can {second.filename}, and this picture is lost; make room, or choose another "
                     f"disk with out=."
                 ) from error
-            self._failures.append((path, f"{why}; the result is in {found}"))
+            self._failures.append((path, f"{why}; the result is in {spare}"))
             print(printable(self._failures[-1][1]), flush=True)
             return False
         self.beat.wrote(1)

@@ -20,7 +20,6 @@ from pathlib import Path
 from xdit_core.errors import UsageError
 from xdit_core.planning import machine
 from xdit_core.records import join_words
-from xdit_core.worker.failure import HOST_VARIABLE
 from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
 from xdit_launcher.node.root_cause import RankStatus, read_error
 from xdit_launcher.node.signals import without_interrupts
@@ -102,7 +101,7 @@ class NodeShare:
             "MASTER_PORT": str(self.port),
             "OMP_NUM_THREADS": str(threads),
             "XDIT_PARENT": str(os.getpid()),
-            HOST_VARIABLE: self.host,
+            machine.HOST_VARIABLE: self.host,
         }
 
 
