@@ -1,8 +1,9 @@
-"""What plugins declare: frozen records, without torch, so that the launcher can read them.
+"""What strategies declare: frozen records, without torch, so that the launcher can read them.
 
-Vocabulary: an *axis* is one of the mesh (never a tensor dimension, that is a *dim*); a *stage* holds some of the
-blocks; a *patch* is a part of the picture in time; a *shard* is a part of the tokens across ranks; a *slot* is what
-only one plugin may own; a *wrap* is middleware ``f(inner, x) -> y`` at one of the extension points.
+Vocabulary: an *axis* is an axis of the mesh of ranks (a dimension of a tensor is a *dim*); a *stage* holds some of the
+blocks; a *patch* is a part of the picture that is computed at one time; a *shard* is a part of the tokens that one rank
+computes; a *slot* is something that only one plugin may own; a *wrap* is middleware ``f(inner, x) -> y`` at one of the
+extension points. What a model adapter declares is in ``xdit_core.model_spec``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from xdit_core.frozen import Record
 
 
 class Traffic(IntEnum):
-    """How often the ranks of an axis talk; the mesh is ordered by it, outermost first."""
+    """How often the ranks of an axis exchange data. It orders the axes of the mesh: the rarest is outermost."""
 
     PER_IMAGE = 0
     PER_STEP = 1
@@ -27,7 +28,7 @@ class Traffic(IntEnum):
     PER_LAYER = 4
 
 
-# The extension points and, at each, the levels at which a wrap can sit, outermost first.
+# The extension points and the levels of each at which a wrap can be placed, outermost first.
 POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "request": ("split",),
@@ -39,8 +40,9 @@ POINTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-# The slots that follow from what a strategy declares: by a field of the declaration, a property of an axis, a level or
-# a phase, the slot and why only one can have it. At a level that is not here wraps of several plugins nest.
+# The slots that follow from what a strategy declares. The key is a field of the declaration, a property of an axis, a
+# level or a phase; the value is the slot and the reason why only one plugin can have it. At a level that is not here,
+# wraps of several plugins nest.
 SLOTS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "stages": ("blocks", "it divides the blocks among stages"),
@@ -62,10 +64,9 @@ SLOTS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
-# What happens to the modules once, at load time: the phases in which transforms run, whatever plugins bring them. In
-# ``adapt`` and ``shard`` they get the denoiser while its parameters have shapes and no values: what they leave is what
-# is read from disk. In the others they get the loaded pipeline; in ``offload`` with the strategies woven in, and still
-# on the CPU.
+# The phases at load time in which transforms change the modules, in this order. In ``adapt`` and ``shard`` a transform
+# gets the denoiser while its parameters have shapes and no values; what it leaves is read from disk. In the others it
+# gets the loaded pipeline; in ``offload`` with the strategies in place, and still on the CPU.
 PHASES = ("adapt", "shard", "quantize", "compile", "offload")
 
 
@@ -74,15 +75,16 @@ class Axis:
     """One axis of the mesh.
 
     Args:
-        name: unique over all plugins, such as ``ulysses``.
-        degree: number of ranks along it; None leaves it open, to be completed for the processes asked for.
-        traffic: how often its ranks talk.
-        choices: the degrees that the model allows, None for any; an open degree is completed from these.
-        shards_tokens: its ranks divide the tokens among themselves (they enter the token layout).
-        shards_heads: its ranks divide the attention heads; all such axes together must.
+        name: a name that no other plugin uses, such as ``ulysses``.
+        degree: number of ranks along the axis. None leaves it open: the planner chooses it for the number of processes.
+        traffic: how often its ranks exchange data.
+        choices: the degrees that the model allows; None if it allows any. An open degree becomes one of them.
+        shards_tokens: its ranks divide the tokens among themselves, so they are part of the token layout.
+        shards_heads: its ranks divide the attention heads. The product of the degrees of all such axes must divide the
+            number of heads.
         own_outputs: its ranks make different pictures.
-        last_resort: an open degree stays 1 unless the other axes cannot fill the processes.
-        why: for messages, what limits the choices: "sd3 has 24 heads".
+        last_resort: the planner leaves an open degree at 1 unless the other axes cannot use all processes.
+        why: what limits the choices, for messages: "sd3 has 24 heads".
         setting: the setting that sets its degree, such as ``usp.ulysses``.
     """
 
@@ -120,7 +122,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Wrap:
-    """A declared wrap: at which point and level. The callable itself is built on the rank (``Built.wraps``)."""
+    """Announces a wrap at a level of an extension point. Its callable is built on the rank, see ``Built.wraps``."""
 
     point: str
     level: str
@@ -128,25 +130,26 @@ class Wrap:
 
 @dataclass(frozen=True)
 class Transform:
-    """A declared change of the modules at load time, in one of ``PHASES``; the callable is in ``Built.transforms``."""
+    """Announces a change of the modules in one of the ``PHASES``. Its callable is in ``Built.transforms``."""
 
     phase: str
 
 
-FIDELITIES = ("exact", "displaced", "approximate", "unverified")  # the further back, the less is promised
+FIDELITIES = ("exact", "displaced", "approximate", "unverified")  # from the strongest promise to none
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near the result of a strategy is to that of one process without it.
+    """How close the result of a strategy is to that of one process without it.
 
     Args:
-        kind: ``exact``: equal within rounding. ``displaced``: keys and values of the step before are used; where there
-            are patches, it equals the same schedule in one process, which ``reference`` names. ``approximate``: within
-            ``bound`` of the reference, or of one process without the strategy if it names none. ``unverified``: nothing
-            is promised.
-        bound: of an approximate one, the largest difference of the latents in parts of their largest value.
-        reference: settings under which this plugin computes the same in one process; called with the resolved degrees.
+        kind: ``exact``: equal up to rounding. ``displaced``: patches attend to keys and values of the step before; the
+            result equals that of the same schedule in one process, see ``reference``. ``approximate``: differs by at
+            most ``bound`` from the reference, or from one process without the strategy if there is no reference.
+            ``unverified``: nothing is promised.
+        bound: for ``approximate``, the largest difference of the latents, relative to their largest absolute value.
+        reference: called with the degrees of all axes; returns the settings with which this plugin computes the same
+            result in one process.
     """
 
     kind: str = "unverified"
@@ -159,7 +162,7 @@ EXACT = Fidelity("exact")
 
 @dataclass(frozen=True)
 class Stages:
-    """Divides the blocks of the denoiser among the ranks of an axis, each of which is a stage.
+    """How a strategy divides the blocks of the denoiser among the ranks of an axis, which are its stages.
 
     Args:
         axis: name of the axis.
@@ -175,13 +178,14 @@ class Declaration:
     """What a strategy brings to a plan.
 
     Args:
-        axes: its mesh axes.
-        claims: slots that it must own alone, beside those that follow from the rest (``SLOTS``).
-        wraps: where it attaches.
-        transforms: what it does to the modules once.
+        axes: its axes of the mesh.
+        claims: slots that it must own alone, in addition to those that follow from the other fields (``SLOTS``).
+        wraps: the extension points that it uses.
+        transforms: its changes of the modules at load time.
         stages: how it divides the blocks among ranks; None if it does not.
-        patches: the number of patches the tokens are cut into in time; called with the resolved degrees.
-        fidelity: how near its result is to that of one process; a strategy that says nothing is unverified.
+        patches: called with the degrees of all axes; returns the number of patches into which the picture is cut. None
+            if it does not cut the picture.
+        fidelity: how close its result is to that of one process. By default nothing is promised.
         problems: what is wrong with its settings, whatever the degrees will be.
     """
 
@@ -196,33 +200,34 @@ class Declaration:
 
     @property
     def owns(self) -> tuple[Claim, ...]:
-        """Its claims, and those that follow from what it declares."""
+        """Its claims, and the slots that follow from its other fields."""
         declared = [name for name in ("stages", "patches") if getattr(self, name)]
         declared += ["shards_tokens" for axis in self.axes if axis.shards_tokens]
         declared += [f"{wrap.point}/{wrap.level}" for wrap in self.wraps] + [
             transform.phase for transform in self.transforms
         ]
-        found = {claim.slot: claim for claim in self.claims}
+        claims = {claim.slot: claim for claim in self.claims}
         for slot, why in (SLOTS[name] for name in declared if name in SLOTS):
-            found.setdefault(slot, Claim(slot, why))
-        return tuple(found.values())
+            claims.setdefault(slot, Claim(slot, why))
+        return tuple(claims.values())
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a plan needs to know of a model, read from its JSON files before anything is loaded.
+    """What a plan needs to know of a model. It is read from the JSON files of the checkpoint before anything is loaded.
 
     Args:
-        heads: attention heads of a block.
+        model: name of the adapter.
+        heads: number of attention heads of a block; 0 if the denoiser has no list of blocks.
         blocks: number of blocks in all lists.
-        rows, columns, frames: the token grid at the size asked for.
-        text_tokens: most text tokens in the trunk.
+        rows, columns, frames: the grid of image tokens at the size that the user asks for.
+        text_tokens: largest number of text tokens that go through the blocks.
         pixels_per_token: pixels a side that one token covers.
         has_tp_plan: the adapter says how the linear layers of a block can be divided.
         uses_cfg: every step has a conditional and an unconditional prediction (classifier-free guidance).
-        frame_step: frames of the video for a latent frame, 0 if the model makes pictures.
-        row_unit: rows of tokens that a cut must leave together.
-        loras: fingerprints of the files that are added to the weights.
+        frame_step: frames of the video that a latent frame stands for; 0 if the model makes pictures.
+        row_unit: number of rows of tokens that must stay together where the picture is cut.
+        loras: fingerprints of the LoRA files that are added to the weights.
     """
 
     model: str
@@ -246,7 +251,7 @@ class ModelFacts:
 
     @property
     def tokens(self) -> int:
-        """Picture tokens."""
+        """The number of image tokens."""
         return self.frames * self.rows * self.columns
 
 
@@ -255,12 +260,12 @@ class Built(Record):
     """What a strategy puts onto a rank.
 
     Args:
-        wraps: for each declared wrap, under ``point/level``, the callable ``f(inner, x) -> y``.
-        transforms: for each declared transform, under its phase, a callable ``f(denoiser) -> None`` or ``f(pipe) ->
-            None``, see ``PHASES``.
-        request: makes a context manager that is entered before every call of the pipeline and left behind it: what it
-            acquires, it releases. Where the call went through, handles are waited for; where it failed, the exception
-            comes out of the ``yield``, and no other rank may be waited for, because it may be gone.
+        wraps: the callable ``f(inner, x) -> y`` of each declared wrap, under ``point/level``.
+        transforms: the callable of each declared transform, under its phase: ``f(denoiser) -> None`` or
+            ``f(pipe) -> None``, see ``PHASES``.
+        request: returns a context manager that is entered before every call of the pipeline and left after it. It
+            releases what it acquired. After a call that succeeded it may wait for other ranks. If the call fails, the
+            exception comes out of the ``yield``, and it must not wait: another rank may be gone.
         close: called when the engine is closed.
     """
 

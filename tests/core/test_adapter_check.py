@@ -146,6 +146,22 @@ def test_a_mistake_has_its_sentence(tiny_sd3_folder, mistake):
         generate(tiny_sd3_folder, spec)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("trunk.heads", "num_head"),
+        ("trunk.blocks", (Blocks(BLOCKS, "num_head"),)),
+        ("latents.patch_size", "num_head"),
+    ],
+)
+def test_a_key_that_the_config_lacks(tiny_sd3_folder, path, value):
+    field = "trunk.blocks[0].count" if path == "trunk.blocks" else path
+    spec = changed_record(Registry().model("sd3")[0], path, value)
+    sentence = f"transformer/config.json has no num_head, which adapter sd3 names as {field}; choose the model"
+    with pytest.raises(ModelError, match=f"^{re.escape(sentence)}"):
+        generate(tiny_sd3_folder, spec)
+
+
 def test_a_made_block_takes_what_it_is_given(tiny_sd3_folder):
     spec = changed_record(Registry().model("sd3")[0], "trunk.stream.frames", "frames")
     made = (Blocks(BLOCKS, "num_layers", make=lambda denoiser, index, block: block),)

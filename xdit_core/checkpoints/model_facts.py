@@ -113,18 +113,33 @@ def components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return listed
 
 
-def whole_number(configs: Mapping[str, Any], component: str, key: str) -> int:
-    """A number above 0 from a component's config.
+def config_keys(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """The keys of the denoiser's config that an adapter names, each after the field that names it."""
+    if spec.trunk.blocks:
+        yield "trunk.heads", spec.trunk.heads
+    for i, part in enumerate(spec.trunk.blocks):
+        yield f"trunk.blocks[{i}].count", part.count
+    if spec.latents.patch_size:
+        yield "latents.patch_size", spec.latents.patch_size
+
+
+def check_config(spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    """Check that the denoiser's config has numbers above 0 under the keys that the adapter names.
 
     Raises:
-        ModelError: it is not there, or something else.
+        ModelError: it lacks one, or has something else there.
     """
-    config = configs[component]
-    if key not in config:
-        raise ModelError(
-            f"{component}/config.json has no {key}; the adapter cannot describe it, choose the model that fits."
-        )
-    return natural(config[key], f"{component}/config.json", key)
+    file = f"{spec.checkpoint.denoiser}/config.json"
+    for field, key in config_keys(spec):
+        if key not in config:
+            raise ModelError(
+                f"{file} has no {key}, which {spec.owner or spec.name} names as {field}; choose the model that fits "
+                f"this checkpoint, or correct the adapter."
+            )
+        value = config[key]
+        several = field == "latents.patch_size" and isinstance(value, (list, tuple)) and value
+        for number in value if several else (value,):
+            natural(number, file, key)
 
 
 def natural(value: Any, file: str, key: str) -> int:
@@ -207,30 +222,24 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
     Raises:
         ModelError: the configs lack a value, or hold one that means nothing.
     """
-    config, numbers = configs[spec.checkpoint.denoiser], {}
-    for key in (spec.trunk.heads, *(b.count for b in spec.trunk.blocks)) if spec.trunk.blocks else ():
-        numbers[key] = whole_number(configs, spec.checkpoint.denoiser, key)
-    if spec.latents.patch_size and spec.latents.patch_size not in config:
-        whole_number(configs, spec.checkpoint.denoiser, spec.latents.patch_size)
-    sizes = config[spec.latents.patch_size] if spec.latents.patch_size else 1
-    for size in sizes if isinstance(sizes, (list, tuple)) and sizes else (sizes,):
-        natural(size, f"{spec.checkpoint.denoiser}/config.json", spec.latents.patch_size)
+    config, trunk, latents = configs[spec.checkpoint.denoiser], spec.trunk, spec.latents
+    check_config(spec, config)
     with describing(spec):
-        patch_frames, patch = spec.latents.patch_sizes(config)
-        pixels = spec.latents.token_pixels(configs) if spec.latents.token_pixels else latent_factor(configs) * patch
-        step = spec.latents.frame_step(configs) if spec.latents.frame_step else 0
-        latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not spec.trunk.stream.frames else 1
+        patch_frames, patch = latents.patch_sizes(config)
+        pixels = latents.token_pixels(configs) if latents.token_pixels else latent_factor(configs) * patch
+        step = latents.frame_step(configs) if latents.frame_step else 0
+        latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not trunk.stream.frames else 1
         return ModelFacts(
             model=spec.name,
-            heads=numbers.get(spec.trunk.heads, 0),
-            blocks=sum(numbers[b.count] for b in spec.trunk.blocks),
+            heads=config[trunk.heads] if trunk.blocks else 0,
+            blocks=sum(config[part.count] for part in trunk.blocks),
             rows=(asked.get("height") or 0) // pixels,
             columns=(asked.get("width") or 0) // pixels,
             frames=-(-latent_frames // patch_frames),
             text_tokens=spec.text.tokens(configs, asked) if spec.text.tokens else 0,
             pixels_per_token=pixels,
-            has_tp_plan=spec.trunk.tp_plan is not None,
+            has_tp_plan=trunk.tp_plan is not None,
             uses_cfg=spec.request.uses_cfg(asked) if spec.request.uses_cfg else (asked.get("guidance") or 0.0) > 1.0,
             frame_step=step,
-            row_unit=spec.latents.row_unit(config) if spec.latents.row_unit else 1,
+            row_unit=latents.row_unit(config) if latents.row_unit else 1,
         )

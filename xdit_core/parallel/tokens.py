@@ -82,7 +82,7 @@ class TokenLayout:
         patches: cuts in time.
         shards: parts of every patch, over ranks.
         text_first: the text's rows precede the picture's in joint attention.
-        tail: rows that the denoiser puts behind the picture's; they belong to the last patch.
+        padding_tokens: rows that the denoiser adds behind those of the picture; they belong to the last patch.
         unit: rows that stay in one patch.
         weight: text tokens that count when patches are cut, if not those that are there; ranks with other texts cut
             alike.
@@ -95,14 +95,14 @@ class TokenLayout:
     shards: int = 1
     frames: int = 1
     text_first: bool = False
-    tail: int = 0
+    padding_tokens: int = 0
     unit: int = 1
     weight: int | None = None
 
     @property
     def tokens(self) -> int:
-        """Picture tokens, with the tail."""
-        return self.frames * self.rows * self.columns + self.tail
+        """The number of image tokens, with the padding."""
+        return self.frames * self.rows * self.columns + self.padding_tokens
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ class TokenLayout:
             return join(sorted(span for m in range(self.patches) for span in self.picture(m, shard)))
         frame, (top, bottom) = self.rows * self.columns, self.bounds[patch : patch + 2]
         parts = [(f * frame + top * self.columns, f * frame + bottom * self.columns) for f in range(self.frames)]
-        if self.tail and patch == self.patches - 1:
+        if self.padding_tokens and patch == self.patches - 1:
             parts.append((self.frames * frame, self.tokens))
         whole = join(parts)
         return whole if shard is None else part(whole, shard, self.shards)

@@ -279,7 +279,7 @@ class ForwardPoint:
             shards=plan.shards,
             frames=frames,
             text_first=spec.trunk.stream.text_first,
-            tail=spec.latents.padding_tokens(frames * rows * columns) if spec.latents.padding_tokens else 0,
+            padding_tokens=spec.latents.padding_tokens(frames * rows * columns) if spec.latents.padding_tokens else 0,
             unit=plan.facts.row_unit,
         )
         if layout != self._layout:
