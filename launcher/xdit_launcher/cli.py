@@ -33,21 +33,21 @@ class Main(click.Group):
     """``xdit-launch [run] ...``: what does not start with the name of a command is a run."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put ``run`` in where it was left out."""
+        """Add the command ``run`` where it was left out."""
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
             args = ["run", *args]
         ctx.meta[COMMAND_LINE] = [ctx.info_name or "xdit-launch", *args]
         return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Commands, and what a run takes, since the command may be left out."""
+        """Complete commands, and what a run takes, since the command may be left out."""
         return [
             *super().shell_complete(ctx, incomplete),
             *completion.words(ctx, self.commands["run"].params[0], incomplete),
         ]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options of a run too: most people mean one."""
+        """List the options of a run too, because most people mean a run."""
         records = [
             r for p in run.get_params(ctx) if not isinstance(p, click.Argument) and (r := p.get_help_record(ctx))
         ]
@@ -56,7 +56,7 @@ class Main(click.Group):
         super().format_options(ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Errors of ours are sentences, never tracebacks."""
+        """Print errors of xdit as sentences, never as tracebacks."""
         try:
             return super().invoke(ctx)
         except XditError as error:
@@ -74,7 +74,7 @@ class Main(click.Group):
             ctx.exit(UNEXPECTED)
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """The command line is read; Ctrl-C meanwhile is no other than later."""
+        """Read the command line; Ctrl-C ends it as it ends a run."""
         try:
             return super().make_context(*args, **more)
         except click.ClickException as error:
@@ -85,16 +85,16 @@ class Main(click.Group):
 
 
 class RunCommand(click.Command):
-    """Its help lists the settings of every run."""
+    """A command whose help lists the settings of every run."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Whoever writes a setting as an option is told how settings are written."""
-        given = list(args)  # click takes them away one by one
+        """Read the words of the command, and explain how settings are written where one is written as an option."""
+        words = list(args)  # click takes them away one by one
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             meant = f"; did you mean {error.possibilities[0]}?" if error.possibilities else "."
-            if setting := hints.meant_setting(error.option_name, given):
+            if setting := hints.meant_setting(error.option_name, words):
                 raise UsageError(
                     f"there is no option {error.option_name}; settings are written without dashes: {setting}."
                 ) from error
@@ -105,7 +105,7 @@ class RunCommand(click.Command):
             ) from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The settings, from their class."""
+        """List the settings, from their classes."""
         from xdit_core.planning.settings import ModelSettings, RunSettings
         from xdit_launcher.commands.show import settings_help
 
@@ -168,14 +168,14 @@ def shared(command: Any) -> Any:
     return command
 
 
-def asked(
+def parse_request(
     words: tuple[str, ...],
     plugins: tuple[str, ...],
     config: str | None,
     backend: str | None,
     options: dict[str, str | None],
 ) -> tuple[list[str], dict[str, Any], Backend]:
-    """Names of plugins, settings, and the backend."""
+    """Names of plugins, settings, and the backend, from the words and options of a command."""
     from xdit_launcher.arguments import names_in, values_of
 
     values, named = values_of(words, config)
@@ -212,7 +212,7 @@ def run(
 
     if as_json and not dry_run:
         raise UsageError("--json shows a plan; add --dry-run.")
-    chosen, values, on = asked(words, plugins, config, backend, options)
+    chosen, values, on = parse_request(words, plugins, config, backend, options)
     values |= {name: "yes" for name, wanted in (("trace", trace), ("profile", profile)) if wanted}
     devices = on.devices()
     plan = make_plan(chosen, values, devices=devices, weights=not dry_run)
@@ -221,12 +221,12 @@ def run(
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
         flags = [f"--{name}" for name, wanted in (("trace", trace), ("profile", profile)) if wanted]
-        own = [word for word in words if not word.startswith(f"{on.name}.")]
+        for_the_run = [word for word in words if not word.startswith(f"{on.name}.")]
         plain = [
             *(["--plugins", ",".join(chosen)] if chosen else []),
             *(["--config", config] if config else []),
             *flags,
-            *own,
+            *for_the_run,
         ]
         where = [
             part
@@ -234,16 +234,18 @@ def run(
             if value
             for part in (f"--{name.replace('_', '-')}", value)
         ]
-        where += [word for word in words if word not in own]
+        where += [word for word in words if word not in for_the_run]
         document = plan.to_json() if as_json else on.document(plan, plain).rstrip()
         if document:
             click.echo(document)
         else:
-            print_lines(show.plan_lines(plan, all_files(plan.run, files), plain, on, where, here=devices is None))
+            print_lines(
+                show.plan_lines(plan, all_files(plan.run, files), plain, on, where, on_this_machine=devices is None)
+            )
         return
     on.check(plan)
     with run_folder(plan, ctx.meta[COMMAND_LINE]) as folder:
-        tell(plan, words, bool(values.get("prompt") or values.get("prompts")))
+        print_notes(plan, words, bool(values.get("prompt") or values.get("prompts")))
         ctx.exit(on.start(plan, folder))
 
 
@@ -262,12 +264,12 @@ def verify(
     """Run a plan and a serial process, and compare.
 
     The exit code is 0 if the plan computes what it should, within rounding: what the serial process does, or for a
-        displaced plan what
-    its schedule gives in one process. It is 4 if not; then the first block and step that differ are named.
+    displaced plan what its schedule gives in one process. It is 4 if not; then the first block and step that differ
+    are named.
     """
     from xdit_launcher.commands import verify as command
 
-    chosen, values, on = asked(words, plugins, config, backend, options)
+    chosen, values, on = parse_request(words, plugins, config, backend, options)
     with contextlib.ExitStack() as stack:
         ctx.exit(
             command.verify(
@@ -293,12 +295,12 @@ def doctor(
     """Look at all machines before a run: versions, devices, model, network.
 
     With --plugins and settings such as model=sd3 it also checks what that run needs. The exit code is 1 if something
-    must be mended.
+    must be repaired.
     """
     from xdit_core.planning.planner import make_plan
     from xdit_launcher.commands import doctor as command
 
-    chosen, values, on = asked(words, plugins, config, backend, options)
+    chosen, values, on = parse_request(words, plugins, config, backend, options)
     ctx.exit(
         command.doctor(
             on, make_plan(chosen, values, devices=on.devices(), weights=False) if values or chosen else None, as_json
@@ -306,8 +308,8 @@ def doctor(
     )
 
 
-def tell(plan: Plan, words: Sequence[str], prompted: bool) -> None:
-    """Say what was decided for the user."""
+def print_notes(plan: Plan, words: Sequence[str], prompted: bool) -> None:
+    """Print what was decided for the user."""
     from xdit_launcher.arguments import is_setting
 
     if note := hints.loose_words([word for word in words if not is_setting(word)]):

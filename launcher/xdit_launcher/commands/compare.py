@@ -1,7 +1,8 @@
-"""How far two runs are apart: of latents, pictures and the rows behind every block. With numpy, without torch."""
+"""Compare two runs: their latents, their pictures and the rows after every block. With numpy, without torch."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,25 +17,30 @@ WINDOW, SIGMA = 11, 1.5  # of the structural similarity
 
 
 def records(folder: Path) -> dict[int, Mapping[str, Array]]:
-    """What each rank recorded (see ``xdit_core.observe.recording``); arrays are read when they are looked at."""
-    found = {path: re.fullmatch(r"rank(\d+)\.record\.npz", path.name) for path in folder.iterdir()}
-    return {int(match[1]): np.load(path) for path, match in sorted(found.items()) if match}
+    """What each rank recorded, see `xdit_core.observe.recording`; an array is read when it is used."""
+    matches = {path: re.fullmatch(r"rank(\d+)\.record\.npz", path.name) for path in folder.iterdir()}
+    return {int(match[1]): np.load(path) for path, match in sorted(matches.items()) if match}
 
 
 def latents(folder: Path) -> dict[tuple[int, int], Array]:
-    """By prompt and by how often the VAE was called, the latents of all pictures in order."""
+    """The latents of all pictures in order, by prompt and by the number of the call of the VAE."""
     parts: dict[tuple[int, int], list[tuple[int, Array]]] = {}
     for record in records(folder).values():
         for key in record:
             if key.startswith("latents/"):
                 _, prompt, numbers, times = key.split("/")
                 parts.setdefault((int(prompt), int(times)), []).append((int(numbers.split("-")[0]), record[key]))
-    return {key: np.concatenate([x for _, x in sorted(found, key=lambda p: p[0])]) for key, found in parts.items()}
+    return {
+        key: np.concatenate([array for _, array in sorted(pieces, key=lambda piece: piece[0])])
+        for key, pieces in parts.items()
+    }
 
 
 def difference(ours: Mapping[Any, Array], theirs: Mapping[Any, Array]) -> float:
-    """Largest difference, in parts of the largest value of ``theirs``; NaN if there are any, infinite if the shapes
-    differ."""
+    """The largest difference, relative to the largest value of ``theirs``.
+
+    It is NaN if a value is, and infinite if the shapes differ.
+    """
     if not theirs or {k: a.shape for k, a in ours.items()} != {k: a.shape for k, a in theirs.items()}:
         return float("inf")
     each = [relative(ours[k] - theirs[k], theirs[k]) for k in theirs]
@@ -42,20 +48,23 @@ def difference(ours: Mapping[Any, Array], theirs: Mapping[Any, Array]) -> float:
 
 
 def relative(delta: Array, scale: Array) -> float:
-    """Largest absolute value of ``delta`` in parts of that of ``scale``."""
-    most, of = float(np.abs(delta).max(initial=0)), float(np.abs(scale).max(initial=0))
-    return most / of if of else (0.0 if most == 0 else float("inf") if most == most else most)
+    """The largest absolute value of ``delta``, relative to that of ``scale``."""
+    largest, unit = float(np.abs(delta).max(initial=0)), float(np.abs(scale).max(initial=0))
+    if unit:
+        return largest / unit
+    return 0.0 if largest == 0 else float("nan") if np.isnan(largest) else float("inf")
 
 
 @dataclass(frozen=True, order=True)
 class Divergence:
-    """Where the rows of two runs part; ordered by when it happens.
+    """Where the rows of two runs begin to differ; the earliest is the smallest.
 
     Args:
         prompt: counted from 0.
         step: counted from 1.
         block: counted from 0; -1: before the first.
-        size: of the difference, in parts of the largest row behind that block.
+        rank: the rank whose rows differ.
+        size: of the difference, relative to the largest row after that block.
     """
 
     prompt: int
@@ -66,88 +75,96 @@ class Divergence:
 
 
 def first_divergence(ours: Path, theirs: Path, tolerance: float) -> Divergence | None:
-    """The first step and there the first block whose rows differ by more than the tolerance, None if there is none.
+    """Find the first step, and there the first block, whose rows differ by more than the tolerance; None if all agree.
 
     Args:
         ours: run folder of the plan.
         theirs: run folder of a single process.
     """
-    whole = records(theirs)[0]
-    return min(
-        (d for rank, record in records(ours).items() for d in divergences(record, whole, rank, tolerance)), default=None
-    )
+    single = records(theirs)[0]
+    by_rank = (divergences(record, single, rank, tolerance) for rank, record in records(ours).items())
+    return min(itertools.chain.from_iterable(by_rank), default=None)
 
 
 def divergences(
-    record: Mapping[str, Array], whole: Mapping[str, Array], rank: int, tolerance: float
+    record: Mapping[str, Array], single: Mapping[str, Array], rank: int, tolerance: float
 ) -> Iterator[Divergence]:
-    """For each step of a rank's record the first place that differs."""
-    known = {(k.split("/")[1], *k.split("/")[3:]): k for k in whole if k.startswith("blocks/")}
+    """For each step of a rank's record, the first block that differs.
+
+    Args:
+        record: of the rank.
+        single: of a single process.
+    """
+    keys = {(k.split("/")[1], *k.split("/")[3:]): k for k in single if k.startswith("blocks/")}
     for key in record:
-        kind, prompt, numbers, *rest = key.split("/")
-        name = known.get((prompt, *rest))
+        kind, prompt, numbers, *step = key.split("/")
+        name = keys.get((prompt, *step))
         if kind != "blocks" or name is None:
             continue
-        sizes = by_place(record[key], whole[name], bounds(numbers), bounds(name.split("/")[2]), tolerance)
-        wrong = np.flatnonzero(~(sizes <= tolerance))
-        if len(wrong):
-            yield Divergence(int(prompt), int(rest[0]), int(wrong[0]) - 1, rank, float(sizes[wrong[0]]))
+        sizes = by_place(record[key], single[name], bounds(numbers), bounds(name.split("/")[2]), tolerance)
+        differing = np.flatnonzero(~(sizes <= tolerance))
+        if len(differing):
+            yield Divergence(int(prompt), int(step[0]), int(differing[0]) - 1, rank, float(sizes[differing[0]]))
 
 
 def bounds(numbers: str) -> tuple[int, int]:
-    """``2-4`` as numbers."""
+    """The two numbers of a text such as ``2-4``."""
     start, stop = numbers.split("-")
     return int(start), int(stop)
 
 
-def by_place(ours: Array, theirs: Array, mine: tuple[int, int], all_of: tuple[int, int], tolerance: float) -> Array:
-    """Largest difference before the first and behind each block, 0 where ours has no rows.
+def by_place(
+    ours: Array, theirs: Array, own_pictures: tuple[int, int], all_pictures: tuple[int, int], tolerance: float
+) -> Array:
+    """The largest difference before the first block and after each block, 0 where the rank has no rows.
 
-    A batch holds all pictures once for each condition of guidance. A rank may have some of the pictures (``mine`` of
-    ``all_of``), which is known, and some of the conditions, which is not: it is compared with those with which it
-    agrees for most places.
+    A batch holds all pictures once for each condition of guidance. A rank may have only some of the pictures, which is
+    known, and only some of the conditions, which is not known: it is compared with the conditions with which it agrees
+    in most places.
 
     Args:
-        ours: fingerprints ``[places, b, tokens]``, negative where the rank has no row.
-        theirs: the same of all pictures and conditions, ``[places, B, tokens]``.
-        tolerance: up to which places agree.
+        ours: fingerprints of the rank ``[places, b, tokens]``, negative where it has no row.
+        theirs: those of all pictures and conditions, ``[places, B, tokens]``.
+        own_pictures, all_pictures: first picture, and the one after the last, of the rank and of all.
+        tolerance: the largest difference of places that agree.
 
     Returns:
-        ``[places]``, in parts of the largest fingerprint there.
+        ``[places]``, relative to the largest fingerprint there.
     """
     places, _, tokens = ours.shape
     if theirs.shape[0] != places or theirs.shape[2] != tokens:
         return np.full(places, np.inf)
-    pictures, count = mine[1] - mine[0], all_of[1] - all_of[0]
+    pictures, count = own_pictures[1] - own_pictures[0], all_pictures[1] - all_pictures[0]
     ours = ours.reshape(places, -1, pictures, tokens)
-    theirs = theirs.reshape(places, -1, count, tokens)[:, :, mine[0] - all_of[0] : mine[1] - all_of[0]]
+    offset = own_pictures[0] - all_pictures[0]
+    theirs = theirs.reshape(places, -1, count, tokens)[:, :, offset : offset + pictures]
     scale = np.maximum(theirs.max(axis=(1, 2, 3)), 1e-30)
-    some = ours.shape[1]
+    conditions = ours.shape[1]
     fits = []
-    for first in range(0, theirs.shape[1] - some + 1, some):
-        delta = np.where(ours < 0, 0, np.abs(ours - theirs[:, first : first + some]))
+    for first in range(0, theirs.shape[1] - conditions + 1, conditions):
+        delta = np.where(ours < 0, 0, np.abs(ours - theirs[:, first : first + conditions]))
         fits.append(delta.max(axis=(1, 2, 3)) / scale)
-    best: Array = min(fits, key=lambda sizes: tuple(~(sizes <= tolerance)))  # which agrees for longest
+    best: Array = min(fits, key=lambda sizes: tuple(~(sizes <= tolerance)))  # which agrees in the longest run of places
     return best
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How much pictures are like others.
+    """How much pictures resemble others.
 
     Args:
         psnr: peak signal-to-noise ratio in dB of the worst picture, infinite for equal ones.
         ssim: structural similarity of the worst picture.
-        most: largest difference of a channel of a pixel, of 255.
+        largest_difference: of a channel of a pixel, of 255.
     """
 
     psnr: float
     ssim: float
-    most: int
+    largest_difference: int
 
 
 def likeness(ours: Sequence[Path], theirs: Sequence[Path]) -> Likeness:
-    """Of the worst of some pictures."""
+    """The likeness of the pair of pictures that resemble each other least."""
     pairs = [(pixels(a), pixels(b)) for a, b in zip(ours, theirs, strict=True)]
     return Likeness(
         min(psnr(a, b) for a, b in pairs),
@@ -157,7 +174,7 @@ def likeness(ours: Sequence[Path], theirs: Sequence[Path]) -> Likeness:
 
 
 def pixels(path: Path) -> Array:
-    """``[h, w, 3]`` in float64, 0 to 255."""
+    """The pixels of a picture, ``[h, w, 3]`` in float64, 0 to 255."""
     from PIL import Image
 
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Which strategies go together: made from the plans themselves. Without torch."""
+"""Which strategies can be combined, found by making the plans. Without torch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def lines(values: Mapping[str, Any], names: Sequence[str] | None = None) -> Iter
         values: settings of the plans, at least ``model``.
         names: the strategies, by default the installed ones.
     """
-    make_plan((), values, devices=DEVICES)  # what is wrong without any strategy is no matter of combinations
+    make_plan((), values, devices=DEVICES)  # refuses here what is wrong without any strategy
     names = Registry().names(STRATEGIES) if names is None else names
-    found = {(a, b): verdict(sorted({a, b}), values) for a in names for b in names if a <= b}
+    verdicts = {(a, b): verdict(sorted({a, b}), values) for a in names for b in names if a <= b}
     reasons: dict[str, int] = {}
-    for _, why in found.values():
+    for _, why in verdicts.values():
         if why:
             reasons.setdefault(why, len(reasons) + 1)
     wide = max(len(n) for n in names)
@@ -44,7 +44,7 @@ def lines(values: Mapping[str, Any], names: Sequence[str] | None = None) -> Iter
     for a in names:
         cells = []
         for b in names:
-            kind, why = found[min(a, b), max(a, b)]
+            kind, why = verdicts[min(a, b), max(a, b)]
             cells.append(f"no ({reasons[why]})" if why else kind)
         yield f"| {a:{wide}} | " + " | ".join(cells) + " |"
     yield ""
@@ -53,7 +53,7 @@ def lines(values: Mapping[str, Any], names: Sequence[str] | None = None) -> Iter
 
 
 def refused_triples(values: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-    """Triples that are refused although each pair in them works."""
+    """A line for each triple that is refused although each pair in it works."""
     for triple in combinations(names, 3):
         if all(verdict(pair, values)[0] != "no" for pair in combinations(triple, 2)):
             kind, why = verdict(triple, values)

@@ -1,4 +1,4 @@
-"""What is installed, as data for ``--json``, and the page of a model. Without torch."""
+"""What is installed: as data for ``--json``, and the page of one model. Without torch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ SETTINGS = (
 
 
 def as_json(data: object) -> list[str]:
-    """Indented lines, as in files."""
+    """The lines of indented JSON."""
     return json.dumps(data, indent=1).split("\n")
 
 
 def strategies() -> list[dict[str, Any]]:
-    """All installed strategies."""
+    """What is known of each installed strategy."""
     everyone = installed(STRATEGIES)
-    listed = [strategy(inspect_strategy(plugin)) for plugins in everyone.plugins.values() for plugin in plugins]
-    return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
+    known = [strategy(inspect_strategy(plugin)) for plugins in everyone.plugins.values() for plugin in plugins]
+    return [*known, *({"name": "", "error": notice} for notice in everyone.notices)]
 
 
 def strategy(inspected: Inspection) -> dict[str, Any]:
@@ -73,22 +73,26 @@ def settings(cls: type[Any] | None, prefix: str) -> list[dict[str, Any]]:
 
 
 def model_list() -> list[dict[str, Any]]:
-    """All installed models."""
-    everyone, listed = installed(MODELS), []
-    for items in everyone.plugins.values():
-        for found in items:
-            about: dict[str, Any] = {"name": found.name, "distribution": found.distribution, "version": found.version}
+    """What is known of each installed model."""
+    everyone, known = installed(MODELS), []
+    for plugins in everyone.plugins.values():
+        for plugin in plugins:
+            about: dict[str, Any] = {
+                "name": plugin.name,
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+            }
             try:
-                spec, _ = Registry().model(found.name)
+                spec, _ = Registry().model(plugin.name)
             except XditError as error:
-                listed.append({**about, "error": str(error)})
+                known.append({**about, "error": str(error)})
                 continue
-            listed.append({**about, "error": "", "pipelines": list(spec.checkpoint.pipelines), "source": source(spec)})
-    return [*listed, *({"name": "", "error": notice} for notice in everyone.notices)]
+            known.append({**about, "error": "", "pipelines": list(spec.checkpoint.pipelines), "source": source(spec)})
+    return [*known, *({"name": "", "error": notice} for notice in everyone.notices)]
 
 
 def model(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """All about one model.
+    """What is known of one model.
 
     Args:
         values: settings such as ``model.path``; with a checkpoint it is known which strategies fit.
@@ -116,18 +120,20 @@ def model(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fitting(values: Mapping[str, Any]) -> dict[str, str]:
-    """For each strategy "", or why it does not fit; tried on plans, alone and then beside one other, which some
-    need."""
-    names, found = Registry().names(STRATEGIES), {}
+    """For each strategy "", or why it does not fit.
+
+    Plans are made with it alone, and then beside one other strategy, which some need.
+    """
+    names, reasons = Registry().names(STRATEGIES), {}
     for name in names:
         alone = matrix.verdict([name], values)[1]
         fits = not alone or any(not matrix.verdict(sorted({name, other}), values)[1] for other in names)
-        found[name] = "" if fits else alone
-    return found
+        reasons[name] = "" if fits else alone
+    return reasons
 
 
 def model_page(name: str, values: Mapping[str, Any]) -> Iterator[str]:
-    """The same for a person."""
+    """What is known of one model, as lines for a person; see `model`."""
     about = model(name, values)
     yield row("model", name)
     yield row("from", about["from"])
@@ -146,11 +152,11 @@ def model_page(name: str, values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def pairs(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The matrix: for each pair of strategies what becomes of it, and why it is refused."""
+    """The matrix: for each pair of strategies its fidelity, or why it is refused."""
     names = Registry().names(STRATEGIES)
-    found = []
+    results = []
     for a in names:
         for b in (name for name in names if name >= a):
             kind, why = matrix.verdict(sorted({a, b}), values)
-            found.append({"plugins": sorted({a, b}), "result": kind, "why": why})
-    return found
+            results.append({"plugins": sorted({a, b}), "result": kind, "why": why})
+    return results

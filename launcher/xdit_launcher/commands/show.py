@@ -1,4 +1,4 @@
-"""Print plans, plugins and models for a person. Without torch."""
+"""Describe plans, plugins and models in lines for a person. Without torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def row(name: str, text: object) -> str:
 
 
 def rows(name: str, texts: Sequence[object]) -> Iterator[str]:
-    """A line for each text, or for the first few of very many."""
+    """A line for each text, or only for the first few of very many."""
     shown = texts if len(texts) <= MANY else texts[: MANY - 1]
     yield from (row(name, text) for text in shown)
     if len(shown) < len(texts):
@@ -59,13 +59,13 @@ def settings_fields(cls: type[Any] | None) -> Iterator[tuple[str, Any, dataclass
 
 
 def type_name(kind: Any) -> str:
-    """A type for a person."""
+    """The name of a type for a person."""
     text = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
     return text.replace("tuple[int, ...]", "int,int,...").replace("tuple[str, ...]", "str").replace(" | None", "")
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
-    """The default of a setting; ``auto`` where model and machine decide."""
+    """The default of a setting as text; ``auto`` where model and machine decide."""
     value = field.default
     if value is None or value is dataclasses.MISSING:
         return "auto"
@@ -78,34 +78,34 @@ def plan_lines(
     command: Sequence[str],
     on: Backend,
     target: Sequence[str] = (),
-    here: bool = True,
+    on_this_machine: bool = True,
 ) -> Iterator[str]:
-    """A plan for a person.
+    """Describe a plan.
 
     Args:
         files: where the results go.
         command: the words of the command line that say what to run.
         on: the backend that would start it.
         target: the words that are for the backend.
-        here: all processes run on this machine.
+        on_this_machine: all processes run on this machine.
     """
     run, facts = plan.run, plan.facts
     yield row("model", f"{plan.model} ({' '.join(plan.model_origin)}) in {plan.folder}")
     yield row("video" if facts.video else "picture", subject_line(plan))
     several = f"  ({run.images} {'videos' if facts.video else 'pictures'})" if run.images > 1 else ""
     yield from rows("prompt", [prompt + several for prompt in run.prompt])
-    yield from (row("writes", file) for file in files)  # all of them: none is to come as a surprise
+    yield from (row("writes", file) for file in files)  # all of them, so that none comes as a surprise
     yield row("tokens", f"{facts.rows} x {facts.columns} = {facts.tokens}, and at most {facts.text_tokens} of text")
     if facts.blocks:
         yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
     yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none")
-    yield row("runs in", f"{plan.dtype} on {plan.device}, {threads_line(plan, here)}")
+    yield row("runs in", f"{plan.dtype} on {plan.device}, {threads_line(plan, on_this_machine)}")
     yield row("mesh", processes(plan.axes, plan.world))
     starts = [sum(plan.split[:i]) for i in range(len(plan.split) + 1)]
     for rank in range(plan.world if plan.world > 1 else 0):
-        place = plan.coordinates(rank)
-        stage = place.get(plan.stages, 0)
-        where = ", ".join(f"{name} {i}" for name, i in place.items() if plan.degree(name) > 1) or "alone"
+        coordinates = plan.coordinates(rank)
+        stage = coordinates.get(plan.stages, 0)
+        where = ", ".join(f"{name} {i}" for name, i in coordinates.items() if plan.degree(name) > 1) or "alone"
         owns = plan.owns(rank)
         owner = "; writes its results" if owns and rank else "; writes the results" if owns else ""
         yield row("", f"rank {rank}: {where}; blocks {starts[stage]} to {starts[stage + 1] - 1}{owner}")
@@ -117,7 +117,7 @@ def plan_lines(
     for slot, name in sorted(plan.claims.items()):
         yield row("slot", f"{slot}: {name}")
     for note in plan.notes:
-        if note != processes(plan.axes, plan.world):  # which the mesh has said
+        if note != processes(plan.axes, plan.world):  # which the line about the mesh says
             yield row("note", note)
     yield row("command", shlex.join(["xdit-launch", *target, *command]))
     yield from (row(f"on {on.name}" if i == 0 else "", line) for i, line in enumerate(on.show(plan, command)))
@@ -137,13 +137,13 @@ def subject_line(plan: Plan) -> str:
     return ", ".join([*parts, f"seed {','.join(map(str, run.seed))}"])
 
 
-def threads_line(plan: Plan, here: bool) -> str:
+def threads_line(plan: Plan, on_this_machine: bool) -> str:
     """CPU threads of each process.
 
     Args:
-        here: all processes run on this machine.
+        on_this_machine: all processes run on this machine.
     """
-    if plan.run.threads is None and not here:
+    if plan.run.threads is None and not on_this_machine:
         return "each host's cores shared among the threads of its processes"
     count = plan.run.threads or machine.threads(plan.world)
     return f"{count} CPU thread{'s' if count > 1 else ''}{' each' if plan.world > 1 else ''}"
@@ -152,7 +152,7 @@ def threads_line(plan: Plan, here: bool) -> str:
 def exactness_line(plan: Plan) -> str:
     """How the result compares with that of one process without plugins."""
     thing = "video" if plan.facts.video else "picture"
-    kinds = {kind: [name for name, other in plan.fidelity.items() if other == kind] for kind in FIDELITIES}
+    kinds = {kind: [name for name, fidelity in plan.fidelity.items() if fidelity == kind] for kind in FIDELITIES}
     names = ", ".join(kinds[plan.exactness]) if plan.plugins else ""
     if plan.exactness == "displaced":
         return f"displaced ({names}): the {thing} differs a little from that of one process"
@@ -164,8 +164,7 @@ def exactness_line(plan: Plan) -> str:
 
 
 def plugin_list() -> Iterator[str]:
-    """A line or two for each strategy; behind them one for each that is broken, which changes nothing in the
-    others'."""
+    """A line or two for each strategy, and after them a line for each that is broken."""
     everyone = installed(STRATEGIES)
     strategies = [inspect_strategy(plugins[0]) for plugins in everyone.plugins.values() if len(plugins) == 1]
     healthy = [strategy for strategy in strategies if not strategy.error]
@@ -184,12 +183,12 @@ def plugin_list() -> Iterator[str]:
 
 
 def one_line(text: str) -> str:
-    """A message of several lines as one."""
+    """A message of several lines as one line."""
     return " ".join(text.split())
 
 
 def plugin_page(name: str) -> Iterator[str]:
-    """All about one strategy.
+    """Describe one strategy.
 
     Raises:
         XditError: it is not installed or broken.
@@ -217,12 +216,12 @@ def plugin_page(name: str) -> Iterator[str]:
 
 
 def source(spec: ModelSpec) -> str:
-    """Where the weights come from if no path is given."""
+    """Where the weights of a model come from if no path is given."""
     return "bundled" if spec.checkpoint.path else spec.checkpoint.hub or "needs model.path="
 
 
 def model_list() -> Iterator[str]:
-    """A line for each model; behind them one for each that is broken."""
+    """A line for each model, and after them a line for each that is broken."""
     everyone, healthy, broken = installed(MODELS), [], []
     for plugin in (plugins[0] for plugins in everyone.plugins.values() if len(plugins) == 1):
         try:

@@ -1,7 +1,7 @@
-"""``xdit-launch verify``: a plan against one serial process with the same seeds.
+"""``xdit-launch verify``: compare a plan with one serial process that uses the same seeds.
 
-A displaced plan differs from serial by design. What it must equal is the displaced schedule in one process, which its
-plugins name; so a displaced plan that is right is told from one with an error.
+A displaced plan differs from the serial process by design. It must equal the same displaced schedule in one process,
+the reference that its plugins name; this comparison tells a correct displaced plan from a wrong one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Tolerance:
     """What may differ between runs that compute the same in another order.
 
     Args:
-        latents: largest difference in parts of the largest value.
-        rows: the same of the rows behind a block, whose means are steadier.
+        latents: largest difference of the latents, relative to their largest value.
+        rows: the same for the rows after a block; it is smaller, because means of rows vary less.
         levels: largest difference of a channel of a pixel, of 255.
-        psnr: least likeness of the pictures in dB.
+        psnr: smallest peak signal-to-noise ratio of the pictures in dB.
     """
 
     latents: float
@@ -46,25 +46,25 @@ class Tolerance:
 
 
 def tolerance(dtype: str) -> Tolerance:
-    """Some roundings; in half precision pictures that look the same."""
+    """The tolerance for a dtype: some rounding, and in half precision pictures that look the same."""
     if dtype == "float32":
         return Tolerance(1e-5, rows=3e-6, levels=1)
     return Tolerance(1e-2, rows=2e-3, psnr=30.0) if dtype == "float16" else Tolerance(5e-2, rows=1.5e-2, psnr=25.0)
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a comparison found.
+class Comparison:
+    """The result of a comparison.
 
     Args:
-        dtype: in which the runs computed.
-        latents: difference from the process that must compute the same: serial, or the displaced reference.
-        pictures: likeness to those of that process, None if none were drawn.
+        dtype: the number format of the runs.
+        latents: difference from the run that must compute the same: the serial run, or the displaced reference.
+        pictures: likeness to the pictures of that run, None if none were drawn.
         kind: fidelity of the plan.
         bound: largest difference of the latents that an approximate plan allows.
-        compared: plugins of the process that must compute the same; none if it is the serial one.
+        compared: plugins of the reference; none if the plan must equal the serial run.
         serial_latents, serial_pictures: difference from and likeness to the serial run.
-        where: the first block that differs, if anything does.
+        where: the first block that differs, None if every block agrees.
         last: index of the last block.
     """
 
@@ -81,87 +81,88 @@ class Finding:
 
     @property
     def allowed(self) -> float:
-        """Largest difference of the latents."""
+        """The largest difference of the latents that is tolerated."""
         return max(tolerance(self.dtype).latents, self.bound)
 
     @property
     def agree(self) -> bool:
-        """The latents do."""
+        """Whether the latents agree."""
         return self.latents <= self.allowed
 
     @property
     def good(self) -> bool:
-        """The plan computes what it should."""
-        limit, seen = tolerance(self.dtype), None if self.kind == "approximate" else self.pictures
-        return self.agree and (seen is None or (seen.most <= limit.levels and seen.psnr >= limit.psnr))
+        """Whether the plan computes what it should."""
+        limit, pictures = tolerance(self.dtype), None if self.kind == "approximate" else self.pictures
+        if not self.agree:
+            return False
+        return pictures is None or (pictures.largest_difference <= limit.levels and pictures.psnr >= limit.psnr)
 
     def lines(self) -> Iterator[str]:
-        """For a person."""
+        """The verdict in a line or two."""
         other = f"one process with {', '.join(self.compared)}" if self.compared else "the serial run"
         apart = (
             f"latents differ from those of {other} by {self.latents:.2g} of the largest value (tolerance "
             f"{self.allowed:g} in {self.dtype})"
         )
-        apart = apart if self.latents else f"latents are those of {other} bit for bit"
+        apart = apart if self.latents else f"latents equal those of {other} bit for bit"
         if self.good and self.kind in ("exact", "unverified"):
-            yield f"equal: {apart}{self.seen(self.pictures)}."
+            yield f"equal: {apart}{self.describe_pictures(self.pictures)}."
         elif self.good:
-            yield f"{self.kind} as it should be: {apart}{self.seen(self.pictures)}."
+            yield f"{self.kind} as it should be: {apart}{self.describe_pictures(self.pictures)}."
             yield (
                 f"against serial: latents differ by {self.serial_latents:.2g} of the largest "
-                f"value{self.seen(self.serial_pictures)}."
+                f"value{self.describe_pictures(self.serial_pictures)}."
             )
         elif self.kind == "unverified":
             yield (
-                f"unverified: {apart}{self.seen(self.pictures)}; a plugin of this plan does not declare its "
-                f"fidelity, so this may be meant."
+                f"unverified: {apart}{self.describe_pictures(self.pictures)}; a plugin of this plan does not declare "
+                "its fidelity, so this may be intended."
             )
-            yield self.blame()
+            yield self.describe_cause()
         else:
-            yield f"mismatch: {apart}{self.seen(self.pictures)}."
-            yield self.blame()
+            yield f"mismatch: {apart}{self.describe_pictures(self.pictures)}."
+            yield self.describe_cause()
 
-    def seen(self, pictures: Likeness | None) -> str:
-        """Of the pictures."""
+    def describe_pictures(self, pictures: Likeness | None) -> str:
+        """Words about the likeness of pictures."""
         if pictures is None:
             return ""
-        if pictures.most == 0:
+        if pictures.largest_difference == 0:
             return "; pictures are equal"
-        return (
-            f"; pictures differ by up to {pictures.most} of 255, PSNR {pictures.psnr:.1f} dB, SSIM {pictures.ssim:.4f}"
-        )
+        levels = f"; pictures differ by up to {pictures.largest_difference} of 255"
+        return f"{levels}, PSNR {pictures.psnr:.1f} dB, SSIM {pictures.ssim:.4f}"
 
-    def blame(self) -> str:
-        """Where it begins."""
+    def describe_cause(self) -> str:
+        """A sentence about where the runs begin to differ."""
         if self.agree:
-            return "the latents agree, so it is the decoding that differs."
+            return "the latents agree, so the decoding differs."
         if self.where is None:
             return (
-                "every block agrees as far as its rows can tell, so it is what lies behind the blocks of the last step."
+                "every block agrees within the tolerance, so the difference arises after the blocks of the last step."
             )
         w = self.where
         prompt = f" of prompt {w.prompt + 1}" if w.prompt else ""
         sizes = f"rows differ by {w.size:.2g} on rank {w.rank} (steps count from 1, blocks from 0 to {self.last})"
         if w.block >= 0:
-            return f"first behind block {w.block} at step {w.step}{prompt}: {sizes}."
+            return f"the first difference is after block {w.block} at step {w.step}{prompt}: {sizes}."
         cause = (
             "the embedding"
             if w.step == 1
-            else f"the head, the guidance or the scheduler behind the blocks of step {w.step - 1}"
+            else f"the head, the guidance or the scheduler after the blocks of step {w.step - 1}"
         )
-        return f"first before block 0 at step {w.step}{prompt}, so it is {cause}: {sizes}."
+        return f"the first difference is before block 0 at step {w.step}{prompt}, so its cause is {cause}: {sizes}."
 
 
 @dataclass
 class Verify:
-    """One verification.
+    """One verification: the runs, and their comparison.
 
     Args:
         chosen: names of the plugins.
         values: flat settings.
         on: the backend.
         folder: the run folder; each run has a folder of its own in it.
-        plans: what ran, by name.
+        plans: the plans that are run, by name.
     """
 
     chosen: Sequence[str]
@@ -184,12 +185,12 @@ class Verify:
         for name in ("serial", "reference", "plan"):
             if name in self.plans and (code := self.run(name)):
                 return code
-        found = self.compare()
-        print_lines(found.lines())
-        return 0 if found.good else MISMATCH
+        comparison = self.compare()
+        print_lines(comparison.lines())
+        return 0 if comparison.good else MISMATCH
 
     def plan(self, name: str, plugins: Sequence[str], values: Mapping[str, Any]) -> Plan:
-        """A plan that writes into its own folder."""
+        """Make a plan that records, and that writes into a folder of its own."""
         self.plans[name] = plan = make_plan(
             plugins,
             {**values, "out": f"{self.folder / name}/", "resume": "no", "record": "yes"},
@@ -198,7 +199,7 @@ class Verify:
         return plan
 
     def run(self, name: str) -> int:
-        """Run one of the plans; its exit code."""
+        """Run one of the plans and return the exit code."""
         folder, plan = self.folder / name, self.plans[name]
         make_folder(folder, "runs", plan.run.runs)
         click.echo(
@@ -206,47 +207,47 @@ class Verify:
         )
         return self.on.start(plan, folder)
 
-    def compare(self) -> Finding:
-        """What the runs wrote."""
+    def compare(self) -> Comparison:
+        """Compare what the runs wrote."""
         from xdit_launcher.commands.compare import difference, first_divergence, latents
 
         for name, plan in self.plans.items():
-            absent = [
-                rank for rank in range(plan.world) if not (self.folder / name / f"rank{rank}.record.npz").exists()
-            ]
-            if absent:
+            records = [self.folder / name / f"rank{rank}.record.npz" for rank in range(plan.world)]
+            if missing := [rank for rank, record in enumerate(records) if not record.exists()]:
                 raise UsageError(
-                    f"what rank {absent[0]} recorded is not in {self.folder / name}; verify needs a folder that all "
-                    f"hosts share, and a run that is done "
-                    "when its launcher ends (slurm.wait=yes): give such a folder with runs=."
+                    f"what rank {missing[0]} recorded is not in {self.folder / name}; verify needs a folder that all "
+                    "hosts share, and a run that is done when its launcher ends (slurm.wait=yes): give such a folder "
+                    "with runs=."
                 )
-        plan, other = self.plans["plan"], "reference" if "reference" in self.plans else "serial"
-        dtype = plan.dtype
-        ours = latents(self.folder / "plan")
-        found = Finding(
-            dtype=dtype,
-            latents=difference(ours, latents(self.folder / other)),
-            pictures=self.pictures(other),
+        plan, expected = self.plans["plan"], "reference" if "reference" in self.plans else "serial"
+        plan_latents = latents(self.folder / "plan")
+        comparison = Comparison(
+            dtype=plan.dtype,
+            latents=difference(plan_latents, latents(self.folder / expected)),
+            pictures=self.pictures(expected),
             kind=plan.exactness,
             bound=plan.bound,
             compared=plan.compared,
-            serial_latents=difference(ours, latents(self.folder / "serial")),
+            serial_latents=difference(plan_latents, latents(self.folder / "serial")),
             serial_pictures=self.pictures("serial"),
             last=plan.facts.blocks - 1,
         )
-        if found.agree:
-            return found
-        return replace(found, where=first_divergence(self.folder / "plan", self.folder / other, tolerance(dtype).rows))
+        if comparison.agree:
+            return comparison
+        rows = tolerance(plan.dtype).rows
+        return replace(comparison, where=first_divergence(self.folder / "plan", self.folder / expected, rows))
 
     def pictures(self, other: str) -> Likeness | None:
-        """Likeness of the plan's pictures to another run's."""
+        """Likeness of the pictures of the plan to those of another run, None if there are none."""
         from xdit_launcher.commands.compare import likeness
 
         plan = self.plans["plan"]
         if plan.run.output_type != "image" or plan.facts.video:
             return None
-        mine, theirs = ([path for row in targets(self.plans[name].run) for path in row] for name in ("plan", other))
-        return likeness(mine, theirs)
+        paths, other_paths = (
+            [path for row in targets(self.plans[name].run) for path in row] for name in ("plan", other)
+        )
+        return likeness(paths, other_paths)
 
 
 def verify(chosen: Sequence[str], values: Mapping[str, Any], on: Backend, new_folder: Callable[[Plan], Path]) -> int:

@@ -191,13 +191,13 @@ def test_fidelity_of_a_plan(tiny_sd3_folder, fidelity, exactness, kind):
 
 
 def test_verify_knows_what_is_promised():
-    from xdit_launcher.commands.verify import Finding
+    from xdit_launcher.commands.verify import Comparison
 
-    assert Finding("float32", 0.1, None, "approximate", bound=0.2).good
-    assert not Finding("float32", 0.3, None, "approximate", bound=0.2).good
-    assert not Finding("float32", 0.1, None, "exact").good
-    unverified = Finding("float32", 0.1, None, "unverified")
+    assert Comparison("float32", 0.1, None, "approximate", bound=0.2).good
+    assert not Comparison("float32", 0.3, None, "approximate", bound=0.2).good
+    assert not Comparison("float32", 0.1, None, "exact").good
+    unverified = Comparison("float32", 0.1, None, "unverified")
     assert not unverified.good and next(unverified.lines()).startswith("unverified: latents differ")
-    assert next(Finding("float32", 0.1, None, "approximate", bound=0.2).lines()).startswith(
+    assert next(Comparison("float32", 0.1, None, "approximate", bound=0.2).lines()).startswith(
         "approximate as it should be"
     )

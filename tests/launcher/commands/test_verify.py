@@ -13,7 +13,7 @@ from click.testing import Result
 
 from helpers.launcher import FAULTY, SKEWED
 from xdit_launcher.commands import compare
-from xdit_launcher.commands.verify import MISMATCH, Finding, tolerance
+from xdit_launcher.commands.verify import MISMATCH, Comparison, tolerance
 
 Launch = Callable[..., Any]
 PLUGINS = os.pathsep.join([str(SKEWED), str(FAULTY)])
@@ -39,7 +39,7 @@ def test_equal(launch: Launch, tiny: tuple[str, ...]) -> None:
 
 def test_serial_is_equal_to_itself(launch: Launch, tiny: tuple[str, ...]) -> None:
     code, out, err = launch("verify", *tiny, "a red fox", "output_type=latent").wait(120)
-    assert (code, verdict(out)) == (0, ["equal: latents are those of the serial run bit for bit."]), err
+    assert (code, verdict(out)) == (0, ["equal: latents equal those of the serial run bit for bit."]), err
 
 
 def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
@@ -70,7 +70,7 @@ def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
             ("--plugins", "usp,skewed", "usp.ulysses=2"),
             (
                 "latents differ from those of the serial run",
-                "first behind block 2 at step 1: rows differ by ",
+                "the first difference is after block 2 at step 1: rows differ by ",
                 "on rank 0 (steps count from 1, blocks from 0 to 3).",
             ),
         ),
@@ -85,20 +85,21 @@ def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
             ),
             (
                 "latents differ from those of one process with pipefusion",
-                "first behind block 3 at step 2: rows",
+                "the first difference is after block 3 at step 2: rows",
                 "on rank 3",
             ),
         ),
         (
             ("--plugins", "skewed", "skewed.block=-1"),
             (
-                "first before block 0 at step 2, so it is the head, the guidance or the scheduler behind the blocks "
+                "the first difference is before block 0 at step 2, so its cause is the head, the guidance or the "
+                "scheduler after the blocks "
                 "of step 1",
             ),
         ),
         (
             ("--plugins", "skewed", "skewed.block=-1", "steps=1"),
-            ("every block agrees as far as its rows can tell, so it is what lies behind the blocks of the last step.",),
+            ("every block agrees within the tolerance, so the difference arises after the blocks of the last step.",),
         ),
     ],
 )
@@ -136,11 +137,11 @@ def test_refused_before_anything_is_started(say: Callable[..., Result], tiny: tu
 
 def test_the_verdict_on_pictures() -> None:
     """Latents that agree do not excuse a wrong decoder; half precision may differ more."""
-    like = compare.Likeness(psnr=28.0, ssim=0.9, most=60)
-    text = "\n".join(Finding("float32", 1e-6, like).lines())
-    assert text.startswith("mismatch:") and "the latents agree, so it is the decoding that differs." in text
-    assert Finding("bfloat16", 1e-2, like).good and not Finding("float16", 1e-3, like).good
-    assert not Finding("float32", float("nan"), None).good
+    like = compare.Likeness(psnr=28.0, ssim=0.9, largest_difference=60)
+    text = "\n".join(Comparison("float32", 1e-6, like).lines())
+    assert text.startswith("mismatch:") and "the latents agree, so the decoding differs." in text
+    assert Comparison("bfloat16", 1e-2, like).good and not Comparison("float16", 1e-3, like).good
+    assert not Comparison("float32", float("nan"), None).good
     assert tolerance("float32").latents == 1e-5
 
 
