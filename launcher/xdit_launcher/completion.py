@@ -45,25 +45,25 @@ fi
 
 
 class Bash(BashComplete):
-    """Completes the line up to the cursor."""
+    """Completion in bash, of the line up to the cursor."""
 
     source_template = BASH
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Finished words and the one that is begun."""
+        """The finished words of the line, and the word that is begun."""
         line = os.environ.get("COMP_LINE", "")
         words = split_arg_string(line)[1:]
         return (words, "") if line.endswith(" ") or not words else (words[:-1], words[-1])
 
     def format_completion(self, item: CompletionItem) -> str:
-        """What bash puts in place of its own last word, which begins behind the last ``=`` or ``:``."""
+        """What bash puts in place of its own last word, which begins after the last ``=`` or ``:``."""
         begun = self.get_completion_args()[1]
         cut = max((begun.rfind(mark) + 1 for mark in "=:" if mark in os.environ.get("COMP_BREAKS", "=:")), default=0)
         return str(item.value)[cut:]
 
 
 class Zsh(ZshComplete):
-    """A word for each line."""
+    """Completion in zsh, with one word on each line."""
 
     source_template = ZSH
 
@@ -73,18 +73,18 @@ class Zsh(ZshComplete):
 
 
 def install() -> None:
-    """Let click use these."""
+    """Make click use these classes."""
     add_completion_class(Bash, "bash")
     add_completion_class(Zsh, "zsh")
 
 
 def matching(options: Iterable[str], begun: str) -> list[CompletionItem]:
-    """Those that begin as the word does."""
+    """The options that begin as the word does."""
     return [CompletionItem(option) for option in options if option.startswith(begun)]
 
 
 def words(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
-    """A setting, or the value of one that has a few."""
+    """Complete a setting, or its value if it has only a few."""
     key, sign, _ = begun.partition("=")
     if sign:
         return matching((f"{key}={value}" for value in values_of(key)), begun)
@@ -92,7 +92,7 @@ def words(ctx: click.Context, param: click.Parameter, begun: str) -> list[Comple
 
 
 def settings(chosen: Iterable[str]) -> Iterator[str]:
-    """``steps=`` and all others, those of the chosen plugins too."""
+    """All settings as ``key=``, those of the chosen plugins too."""
     from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
     from xdit_core.registry.registry import Registry
 
@@ -110,7 +110,7 @@ def settings(chosen: Iterable[str]) -> Iterator[str]:
 
 
 def values_of(key: str) -> Iterable[str]:
-    """The values of a setting that has a few."""
+    """The values of a setting that has only a few, none for the others."""
     from xdit_core.planning.checks import DTYPES
     from xdit_core.registry.registry import MODELS, Registry
 
@@ -120,16 +120,16 @@ def values_of(key: str) -> Iterable[str]:
 
 
 def plugins(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
-    """A plugin behind those that are there already: ``usp,pipe``."""
+    """Complete the name of a plugin, after those that are already there: ``usp,pipe``."""
     from xdit_core.registry.registry import STRATEGIES, Registry
 
     before, comma, _ = begun.rpartition(",")
-    given = before.split(",")
-    return matching((f"{before}{comma}{name}" for name in Registry().names(STRATEGIES) if name not in given), begun)
+    chosen = before.split(",")
+    return matching((f"{before}{comma}{name}" for name in Registry().names(STRATEGIES) if name not in chosen), begun)
 
 
 def models(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
-    """The name of a model."""
+    """Complete the name of a model."""
     from xdit_core.registry.registry import MODELS, Registry
 
     return matching(Registry().names(MODELS), begun)

@@ -1,4 +1,4 @@
-"""What a newcomer probably meant: settings written as options, commands that do not exist, prompts without quotes."""
+"""Guess what a newcomer meant: settings written as options, commands that do not exist, prompts without quotes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def meant_setting(option: str, args: Sequence[str]) -> str:
 
 
 def quoted(value: str) -> str:
-    """A value as it is written in a shell."""
+    """A value as one writes it in a shell."""
     return f'"{value}"' if " " in value else value
 
 
 def refuse_unknown_command(words: Sequence[str], commands: Collection[str]) -> None:
-    """A single word and no model is not a prompt that somebody wants drawn.
+    """Refuse a single word without a model, since it was meant as a command and not as a prompt.
 
     Raises:
         UsageError: says which commands there are.

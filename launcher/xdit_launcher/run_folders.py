@@ -1,4 +1,4 @@
-"""The folders of runs: each says what was run and when; old ones are deleted, and nothing else ever is."""
+"""Make the folders of runs, each of which says what was run and when, and delete old ones and nothing else."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ OWN_FILES = re.compile(
     r"|rank\d+\.(log|beat|error\.json|record\.npz|trace\.json|profile\.json)|\.xdit-[0-9a-f]{12}"
 )
 OWN_FOLDERS = ("serial", "reference", "plan")  # of `verify`; each is the folder of a run
-FRESH = 3600.0  # seconds since the last sign of life within which a run may still go on
+FRESH = 3600.0  # seconds since the last heartbeat within which a run may still go on
 UNKNOWN = 86400.0  # the same, of a folder that does not say who runs it
 
 
 @contextlib.contextmanager
 def run_folder(plan: Plan, command: Sequence[str]) -> Iterator[Path]:
-    """A new folder for the plan and the logs of a run; older ones than the last ``keep_runs`` are deleted.
+    """Make a folder for the plan and the logs of a run, and delete those older than the last ``keep_runs``.
 
     Args:
         command: the words of the command line.
@@ -67,11 +67,12 @@ def run_folder(plan: Plan, command: Sequence[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def queued(folder: Path, ends: bool) -> Iterator[None]:
-    """Around handing a run over to a queue, from which it may begin when its launcher has gone: until `note_end` its
-    folder stays.
+    """Keep a run folder while the run waits in a queue, where it may begin after its launcher has ended.
+
+    The folder stays until `note_end`.
 
     Args:
-        ends: the run is over when the block is.
+        ends: the run is over when the block ends.
     """
     mark = folder / QUEUED
     mark.touch()
@@ -84,8 +85,11 @@ def queued(folder: Path, ends: bool) -> Iterator[None]:
         mark.unlink(missing_ok=True)
 
 
-def new_folder(parent: Path, name: str, given: str) -> Path:
-    """A folder of that name, or of one with a number behind it.
+def new_folder(parent: Path, name: str, runs: str) -> Path:
+    """Make a folder of that name, or of that name with a number after it.
+
+    Args:
+        runs: the parent folder as the user wrote it.
 
     Raises:
         UsageError: there are too many.
@@ -97,7 +101,7 @@ def new_folder(parent: Path, name: str, given: str) -> Path:
         except FileExistsError:  # another run of this second
             continue
         return folder
-    raise UsageError(f"runs={given} is full of runs of this second; choose another folder with runs=.")
+    raise UsageError(f"runs={runs} already holds 999 runs of this second; choose another folder with runs=.")
 
 
 def now() -> str:
@@ -106,7 +110,7 @@ def now() -> str:
 
 
 def note_end(folder: Path) -> None:
-    """Write down that the run has ended; if that fails, the folder only stays longer."""
+    """Note in the run folder that the run has ended; if that fails, the folder only stays longer."""
     about = read_command(folder)
     with contextlib.suppress(OSError), atomically(folder / COMMAND) as temporary:
         (folder / QUEUED).unlink(missing_ok=True)
@@ -116,28 +120,31 @@ def note_end(folder: Path) -> None:
 
 
 def read_command(folder: Path) -> dict[str, Any]:
-    """What a run folder says of its run; nothing if it says nothing."""
+    """What a run folder says of its run, an empty mapping if it says nothing."""
     try:
-        found = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
+        about = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return about if isinstance(about, dict) else {}
 
 
 def remove_old(parent: Path, keep: int) -> list[Path]:
-    """Delete the run folders in a folder but for the newest; 0 keeps all.
+    """Delete all run folders in a folder but the newest.
 
     A folder stays if its run may still go on, if it holds anything that a run does not write there, or if it is a link.
 
+    Args:
+        keep: how many of them stay; 0 keeps all.
+
     Returns:
-        What was deleted.
+        The folders that were deleted.
     """
     if keep < 1:
         return []
     removed = []
     with os.scandir(parent) as entries:
-        found = [Path(e.path) for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    for folder in sorted(filter(is_run_folder, found), key=age)[:-keep]:
+        folders = [Path(e.path) for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    for folder in sorted(filter(is_run_folder, folders), key=age)[:-keep]:
         with contextlib.suppress(OSError):  # another launcher deletes it as well, or the folder is another user's
             files = own_files(folder)
             if files is None or may_run(folder):
@@ -150,63 +157,62 @@ def remove_old(parent: Path, keep: int) -> list[Path]:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """A run has been there: the folder says which, or holds its plan."""
+    """Whether a folder is that of a run: it says which, or holds its plan."""
     return bool(read_command(folder)) or (folder / "plan.json").is_file()
 
 
 def age(folder: Path) -> tuple[str, str, int, str]:
-    """What sorts run folders by the time at which they were made: within a second their numbers may have been used
-    again."""
+    """A key that sorts run folders by the time at which they were made; their numbers may have been used again."""
     number = re.fullmatch(r".*-(\d+)", folder.name)
     return folder.name[:15], str(read_command(folder).get("started", "")), int(number[1]) if number else 1, folder.name
 
 
 def own_files(folder: Path, inner: bool = False) -> list[Path] | None:
-    """Everything in a run folder, folders after what is in them; None if a run did not write all of it.
+    """Everything in a run folder, each folder after its contents; None if a run did not write all of it.
 
-    A result in the folder itself was put there because there was room nowhere else, and is not counted as the run's.
+    A result in the folder itself is not counted as the run's: it was put there because there was room nowhere else.
 
     Args:
         inner: it is a folder of `verify`, whose results are there for the comparison only.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for path in sorted(folder.iterdir()):
         mode = path.lstat().st_mode
         if stat.S_ISREG(mode) and (OWN_FILES.fullmatch(path.name) or (inner and is_result(path))):
-            found.append(path)
+            paths.append(path)
         elif stat.S_ISDIR(mode) and not inner and path.name in OWN_FOLDERS:
             within = own_files(path, inner=True)
             if within is None:
                 return None
-            found += [*within, path]
+            paths += [*within, path]
         else:
             return None
-    return found
+    return paths
 
 
 def is_result(path: Path) -> bool:
-    """A picture or the like with our settings inside, or the JSON beside it."""
+    """Whether a file is a result with the settings of a run inside, or the JSON beside one."""
     if path.suffix == ".json":
         return any(is_json_of(path, other) for other in path.parent.glob(f"{path.stem}.*") if other != path)
     return embedded_settings(path) is not None
 
 
 def may_run(folder: Path) -> bool:
-    """The run of a folder, or its launcher, may still be at work."""
+    """Whether the run of a folder, or its launcher, may still be at work."""
     about = read_command(folder)
     inner = [folder, *(folder / name for name in OWN_FOLDERS)]
-    if any((place / QUEUED).exists() for place in inner):
+    if any((each / QUEUED).exists() for each in inner):
         return True
     if "ended" in about:
         return False
     if about and (about.get("host") != socket.gethostname() or launcher_lives(about)):
         return True
-    beats = [path for place in inner for path in place.glob("rank*.beat")]
+    beats = [path for each in inner for path in each.glob("rank*.beat")]
     return any(map(is_fresh, beats)) or (not about and time.time() - newest(folder) < UNKNOWN)
 
 
 def launcher_lives(about: Mapping[str, Any]) -> bool:
-    """The process that made a run folder is still there, and is no later one of the same number."""
+    """Whether the process that made a run folder still runs, and is not a later one of the same number."""
     import psutil  # type: ignore[import-untyped]
 
     try:
@@ -219,15 +225,18 @@ def launcher_lives(about: Mapping[str, Any]) -> bool:
 
 
 def is_fresh(beat: Path) -> bool:
-    """A rank that is not done has moved not long ago, by the clock of this machine or by the file's."""
-    pulse = read_heartbeat(beat)
-    if pulse is None or pulse.status.phase == Phase.DONE:
+    """Whether a heartbeat file is of a rank that has moved recently and is not done.
+
+    The clock of this machine decides, or the time of the file.
+    """
+    heartbeat = read_heartbeat(beat)
+    if heartbeat is None or heartbeat.status.phase == Phase.DONE:
         return False
     with contextlib.suppress(FileNotFoundError):
-        return 0 <= time.monotonic() - pulse.at < FRESH or time.time() - beat.stat().st_mtime < FRESH
+        return 0 <= time.monotonic() - heartbeat.at < FRESH or time.time() - beat.stat().st_mtime < FRESH
     return False
 
 
 def newest(folder: Path) -> float:
-    """When something in a folder was last changed, in seconds since 1970."""
+    """The time of the last change in a folder, in seconds since 1970."""
     return max((path.lstat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)

@@ -142,7 +142,7 @@ def test_bytes_sent_match_the_table(gloo, tiny_sd3_folder):
         (
             ["tp", "usp"],
             {"tp.degree": 4, "usp.ulysses": 2},
-            r"sd3 has 4 heads, which tp.degree=4 x usp.ulysses=2 = 8 do not divide",
+            r"sd3 has 4 heads, which tp.degree=4 x usp.ulysses=2 = 8 does not divide",
         ),
     ],
 )

@@ -1,5 +1,4 @@
-"""What tells the contents of a checkpoint from those of another of the same name, without reading all of it. Without
-torch."""
+"""Digest the contents of a checkpoint without reading all of it. Without torch."""
 
 from __future__ import annotations
 
@@ -39,13 +38,13 @@ def tensor_samples(path: Path) -> bytes:
     """Name, place and a few bytes of each tensor of a safetensors file, in the order in which they lie there.
 
     Raises:
-        ModelError: it is no such file.
+        ModelError: it is not a safetensors file.
     """
     tensors = sorted((tuple(map(int, entry["data_offsets"])), name) for name, entry in read_header(path).items())
-    found = []
+    samples = []
     with path.open("rb") as file:
         first = 8 + int.from_bytes(file.read(8), "little")
         for (start, end), name in tensors:
             file.seek(first + max(start, (start + end - SAMPLE) // 2))
-            found.append(f"{name} {start} {end}\0".encode() + file.read(min(SAMPLE, end - start)))
-    return b"".join(found)
+            samples.append(f"{name} {start} {end}\0".encode() + file.read(min(SAMPLE, end - start)))
+    return b"".join(samples)

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, the local hub cache, or the hub itself. Without torch."""
+"""Find a checkpoint: in a folder, in the local hub cache, or on the hub itself. Without torch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ AUTO = ModelSpec("auto", Checkpoint(pipelines=()))
 
 
 def looks_like_folder(path: str) -> bool:
-    """``org/name`` is a hub id; anything else that is no existing folder was meant as one."""
+    """Whether a text means a folder: ``org/name`` is a hub id unless there is such a folder, all else is a folder."""
     return path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or os.path.isdir(path)
 
 
 def on_hub(spec: ModelSpec, settings: ModelSettings) -> bool:
-    """The checkpoint is named by a hub id, and not by a folder or as part of a package."""
+    """Whether the checkpoint is named by a hub id, and not by a folder or as part of a package."""
     source = settings.path or ("" if spec.checkpoint.path else spec.checkpoint.hub)
     return bool(source) and not looks_like_folder(source)
 
 
 def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True, weights: bool = True) -> Path:
-    """The local folder of the checkpoint, fetched from the hub when it is not there.
+    """The local folder of the checkpoint, which is fetched from the hub if it is not on this machine.
 
     Args:
-        fetch: ask the hub; otherwise only its local cache.
+        fetch: ask the hub; otherwise look in its local cache only.
         weights: fetch everything that a run needs; otherwise what a plan needs, which are JSON files.
 
     Raises:
@@ -67,7 +67,9 @@ def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True, weights
             **where,
         )
         return folder
-    except Exception as error:  # the hub client raises many unrelated classes; all mean "not to be had"
+    except (
+        Exception
+    ) as error:  # the hub client raises many unrelated classes; all mean that the checkpoint is not available
         raise ModelError(
             f"model={spec.name} was looked for as {source} in the local hub cache and on the hub, without success, "
             f"and there is no such folder here "

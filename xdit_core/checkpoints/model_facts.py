@@ -18,7 +18,7 @@ MOST_PIXELS = 65_536  # a side of a picture
 
 
 def pipeline_class(folder: Path) -> str:
-    """Name of the class of pipelines that a folder holds.
+    """The name of the pipeline class that a folder holds.
 
     Raises:
         ModelError: no such folder, or no pipeline.
@@ -39,16 +39,16 @@ def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict
         weights: the weights must be there; without it they may be missing, as where only the JSON files were fetched.
 
     Returns:
-        Component name to config, ``_index`` to ``model_index.json``.
+        The config of each component by name; ``_index`` is ``model_index.json``.
 
     Raises:
         ModelError: no such folder, no pipeline, a pipeline of another class, damaged weights.
     """
-    found, index = pipeline_class(folder), read_json(folder / INDEX)
-    if found not in spec.checkpoint.pipelines:
+    pipeline, index = pipeline_class(folder), read_json(folder / INDEX)
+    if pipeline not in spec.checkpoint.pipelines:
         wanted = " or ".join(spec.checkpoint.pipelines)
         raise ModelError(
-            f"{folder} holds a {found} but model={spec.name} needs a {wanted}; choose the model that fits."
+            f"{folder} holds a {pipeline} but model={spec.name} needs a {wanted}; choose the model that fits."
         )
     configs: dict[str, Any] = {"_index": index}
     for name, library in components(folder, index).items():
@@ -58,9 +58,9 @@ def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict
         config, scheduler = component / "config.json", component / "scheduler_config.json"
         if config.is_file() or scheduler.is_file():
             configs[name] = read_json(config if config.is_file() else scheduler)
-        there = weights or bool(weight_files(component, library))
+        has_weights = weights or bool(weight_files(component, library))
         model = configs[name] if config.is_file() else {}
-        check_layers(config, model, check_weights(component, library, model) if there else 0)
+        check_layers(config, model, check_weights(component, library, model) if has_weights else 0)
     if spec.checkpoint.denoiser not in configs:
         raise ModelError(
             f"{folder} has no {spec.checkpoint.denoiser}/config.json; model={spec.name} cannot run without it."
@@ -69,8 +69,9 @@ def open_checkpoint(spec: ModelSpec, folder: Path, weights: bool = True) -> dict
 
 
 def check_layers(file: Path, config: Mapping[str, Any], tensors: int) -> None:
-    """Numbers of layers that no weights can be for: libraries take one below 0 for none, and build a huge one until
-    memory ends.
+    """Refuse numbers of layers that cannot fit any weights.
+
+    Libraries take a number below 0 for none, and build a huge number until memory runs out.
 
     Args:
         file: of the config.
@@ -158,7 +159,7 @@ def natural(value: Any, file: str, key: str) -> int:
 
 @contextmanager
 def describing(spec: ModelSpec) -> Iterator[None]:
-    """Around what an adapter computes from the configs of a checkpoint: they may hold anything."""
+    """Turn errors of an adapter that reads the configs of a checkpoint into a `ModelError`; they may hold anything."""
     try:
         yield
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
@@ -175,19 +176,19 @@ def describing(spec: ModelSpec) -> Iterator[None]:
 
 
 def fingerprints(paths: Iterable[str]) -> tuple[str, ...]:
-    """What tells the contents of files, or of the weights in folders, from those of others."""
-    found = []
+    """Digests of the contents of files, or of the weights in folders."""
+    digests = []
     for path in map(Path, paths):
         digest = hashlib.sha256()
         for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-        found.append(digest.hexdigest()[:16])
-    return tuple(found)
+        digests.append(digest.hexdigest()[:16])
+    return tuple(digests)
 
 
 def latent_factor(configs: Mapping[str, Any]) -> int:
-    """Pixels a side of one latent element, as the diffusers image pipelines compute it.
+    """How many pixels a side one latent element covers, as the diffusers image pipelines compute it.
 
     Raises:
         ModelError: the VAE's config lists no channels.
@@ -202,7 +203,7 @@ def latent_factor(configs: Mapping[str, Any]) -> int:
 
 
 def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int:
-    """Pixels a side that the pipeline itself would take, from the denoiser's config and all configs."""
+    """The pixels a side that the pipeline itself would choose, from the config of the denoiser and all configs."""
     size = denoiser.get("sample_size", 128)
     side = (natural(size, "config.json", "sample_size") if isinstance(size, int) else 128) * latent_factor(configs)
     if side > MOST_PIXELS:
@@ -213,14 +214,15 @@ def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int
     return side
 
 
-def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any]) -> ModelFacts:
-    """What the plan needs to know.
+def facts(spec: ModelSpec, configs: Mapping[str, Any], request: Mapping[str, Any]) -> ModelFacts:
+    """Compute what the plan needs to know of the model.
 
     Args:
-        asked: the shared settings, and the pipeline's own ``call.*``.
+        configs: the JSON files of the components.
+        request: the shared settings, and the pipeline's own ``call.*``.
 
     Raises:
-        ModelError: the configs lack a value, or hold one that means nothing.
+        ModelError: the configs lack a value, or hold a wrong one.
     """
     config, trunk, latents = configs[spec.checkpoint.denoiser], spec.trunk, spec.latents
     check_config(spec, config)
@@ -228,18 +230,20 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], asked: Mapping[str, Any])
         patch_frames, patch = latents.patch_sizes(config)
         pixels = latents.token_pixels(configs) if latents.token_pixels else latent_factor(configs) * patch
         step = latents.frame_step(configs) if latents.frame_step else 0
-        latent_frames = ((asked.get("frames") or 1) - 1) // step + 1 if step and not trunk.stream.frames else 1
+        latent_frames = ((request.get("frames") or 1) - 1) // step + 1 if step and not trunk.stream.frames else 1
         return ModelFacts(
             model=spec.name,
             heads=config[trunk.heads] if trunk.blocks else 0,
             blocks=sum(config[part.count] for part in trunk.blocks),
-            rows=(asked.get("height") or 0) // pixels,
-            columns=(asked.get("width") or 0) // pixels,
+            rows=(request.get("height") or 0) // pixels,
+            columns=(request.get("width") or 0) // pixels,
             frames=-(-latent_frames // patch_frames),
-            text_tokens=spec.text.tokens(configs, asked) if spec.text.tokens else 0,
+            text_tokens=spec.text.tokens(configs, request) if spec.text.tokens else 0,
             pixels_per_token=pixels,
             has_tp_plan=trunk.tp_plan is not None,
-            uses_cfg=spec.request.uses_cfg(asked) if spec.request.uses_cfg else (asked.get("guidance") or 0.0) > 1.0,
+            uses_cfg=spec.request.uses_cfg(request)
+            if spec.request.uses_cfg
+            else (request.get("guidance") or 0.0) > 1.0,
             frame_step=step,
             row_unit=latents.row_unit(config) if latents.row_unit else 1,
         )

@@ -1,5 +1,4 @@
-"""Which schedulers of diffusers fit what a model predicts: read from the text of diffusers, so without importing it or
-torch.
+"""Find the schedulers of diffusers that fit what a model predicts, from their source text and so without torch.
 
 A scheduler made from the configuration of another takes the keys that it knows and its own defaults for the rest; one
 that knows no flow matching would read a velocity as noise.
@@ -23,11 +22,11 @@ KINDS = ("epsilon", "sample", "v_prediction", FLOW)
 
 @dataclass(frozen=True)
 class Scheduler:
-    """What the text of a class says.
+    """What the source text of a scheduler class says.
 
     Args:
-        default: of its setting ``prediction_type``; what it takes if it has no such setting, "" if that is unknown.
-        takes: values of the setting.
+        default: the default of its setting ``prediction_type``, or what it expects if it has none; "" if unknown.
+        takes: the values of the setting.
         chooses: it has the setting.
     """
 
@@ -36,7 +35,7 @@ class Scheduler:
     chooses: bool
 
     def prediction(self, config: Mapping[str, Any]) -> str:
-        """What it takes the model's output for, with a configuration; "" if that is unknown."""
+        """What it expects the output of the model to be, with a configuration; "" if unknown."""
         return str(config.get("prediction_type") or self.default) if self.chooses else self.default
 
 
@@ -44,17 +43,17 @@ def known_schedulers() -> dict[str, Scheduler]:
     """The scheduler classes of the installed diffusers by name."""
     package = find_spec("diffusers")
     folder = Path(package.origin).parent / "schedulers" if package and package.origin else Path()
-    found = {}
+    schedulers = {}
     for file in sorted(folder.rglob("scheduling_*.py")):
         parts = re.split(r"^class (\w+)\((.*)\):", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
         for name, bases, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
             if "SchedulerMixin" in bases.split(", "):
-                found[name] = read_class(name, text)
-    return found
+                schedulers[name] = read_class(name, text)
+    return schedulers
 
 
 def read_class(name: str, text: str) -> Scheduler:
-    """A scheduler from the text of its class."""
+    """Read a scheduler from the source text of its class."""
     setting = re.search(r"^\s+prediction_type:[^=]*= *\"(\w+)\"", text, flags=re.MULTILINE)
     if setting:
         lines = "\n".join(line for line in text.splitlines() if "prediction_type" in line)
@@ -65,7 +64,7 @@ def read_class(name: str, text: str) -> Scheduler:
 
 
 def check_scheduler(name: str | None, current: Mapping[str, Any]) -> list[Problem]:
-    """``scheduler=`` must be a class of diffusers, and take the model's output for what it is.
+    """Refuse a ``scheduler=`` that is not a class of diffusers, or expects other output than the model gives.
 
     Args:
         current: configuration of the model's own scheduler, ``_class_name`` included.
@@ -73,22 +72,21 @@ def check_scheduler(name: str | None, current: Mapping[str, Any]) -> list[Proble
     if not name:
         return []
     known = known_schedulers()
-    own = known.get(str(current.get("_class_name")))
-    predicts = own.prediction(current) if own else ""
+    current_class = known.get(str(current.get("_class_name")))
+    predicts = current_class.prediction(current) if current_class else ""
     fitting = sorted(other for other, cls in known.items() if cls.default and fits(cls, current, predicts))
     if name not in known:
         near = get_close_matches(name, fitting, n=3) or fitting
         return [Problem(f"scheduler={name} is not a scheduler class of diffusers", f"use one of {', '.join(near)}")]
     if fits(known[name], current, predicts):
         return []
-    what = f"scheduler={name} does not fit this model, which predicts {predicts}" + (
+    sentence = f"scheduler={name} does not fit this model, which predicts {predicts}" + (
         " (flow matching)" if predicts == FLOW else ""
     )
-    return [Problem(what, f"use one of {', '.join(fitting)}")]
+    return [Problem(sentence, f"use one of {', '.join(fitting)}")]
 
 
 def fits(cls: Scheduler, current: Mapping[str, Any], predicts: str) -> bool:
-    """Whether a scheduler made from the current one's configuration takes the model's output for what it is, as far as
-    is known."""
-    taken = cls.prediction(current)
-    return not predicts or not taken or (taken == predicts and predicts in cls.takes)
+    """Whether a scheduler with the current configuration expects what the model predicts, as far as is known."""
+    expected = cls.prediction(current)
+    return not predicts or not expected or (expected == predicts and predicts in cls.takes)

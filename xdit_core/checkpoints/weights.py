@@ -1,4 +1,4 @@
-"""The weight files of a component's folder, without torch: which ones are read, and whether they are whole."""
+"""Find and check the weight files in the folder of a component. Without torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from xdit_core.errors import ModelError
 SINGLE, INDEX = ".safetensors", ".safetensors.index.json"
 FETCH = "fetch the model again"
 
-# The name that each library gives its files, and which it takes where there is a single file and an index of shards.
+# The name that each library gives its files, and in which order it looks for a single file and for an index of shards.
 DIFFUSERS = ("diffusion_pytorch_model", (INDEX, SINGLE))
 TRANSFORMERS = ("model", (SINGLE, INDEX))
 
 
 def naming(library: str) -> Sequence[tuple[str, Sequence[str]]]:
-    """Stems of weight files in the order in which the library of ``model_index.json`` looks for them; of both, if it is
-    another."""
+    """Names of weight files in the order in which a library looks for them; those of both for an unknown library."""
     known = {"diffusers": (DIFFUSERS,), "transformers": (TRANSFORMERS,)}
     return known.get(library, (DIFFUSERS, TRANSFORMERS))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         ModelError: it cannot be read.
@@ -46,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The tensors of a safetensors file, by name; a truncated download is found here, before anything starts.
+    """Read the tensors of a safetensors file by name; this finds a truncated download before anything starts.
 
     Raises:
         ModelError: the file is shorter or longer than its header says, or has no header.
@@ -72,14 +71,13 @@ def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def weight_files(folder: Path, library: str = "") -> list[Path]:
-    """The safetensors files that a library reads from a component folder: the same as it takes itself; variants are
-    left alone.
+    """The safetensors files that a library reads from the folder of a component; variants are left out.
 
     Args:
         library: ``diffusers``, ``transformers`` or another, as in ``model_index.json``.
 
     Raises:
-        ModelError: a shard that the index names is missing, or lies elsewhere.
+        ModelError: a shard that the index names is missing, or is in another folder.
     """
     for stem, order in naming(library):
         for ending in order:
@@ -93,7 +91,7 @@ def shards(index: Path) -> list[Path]:
     """The files that an index of shards names.
 
     Raises:
-        ModelError: it names none, one that is missing, or one outside of its folder.
+        ModelError: it names none, one that is missing, or one outside its folder.
     """
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
@@ -136,15 +134,15 @@ def holds_a_model(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Quantized weights mean nothing without their scales, and dividing them is not supported.
+    """Refuse quantized weights, since they mean nothing without their scales, and dividing those is not supported.
 
     Raises:
         ModelError: the config says that the weights are quantized.
     """
-    found = config.get("quantization_config")
-    if not found:
+    quantization = config.get("quantization_config")
+    if not quantization:
         return
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     raise ModelError(
         f"the weights in {folder} are quantized ({method or 'by an unnamed method'}), and only plain ones can be "
         f"divided; take the "
@@ -154,7 +152,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def why_no_weights(folder: Path, library: str) -> str:
-    """What lies in a component's folder in place of the weight files that its library would read."""
+    """A sentence about what is in the folder of a component in place of weight files that its library reads."""
     wanted = " or ".join(stem + SINGLE for stem, _ in naming(library))
     pickles = sorted(file.name for end in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{end}"))
     variants = sorted(file.name for file in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""What this machine has, found without torch: the launcher must answer before torch could be imported."""
+"""Find out what this machine has. Without torch, because the launcher must answer before torch could be imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def host_name() -> str:
 
 
 def cuda_devices() -> int:
-    """Number of NVIDIA GPUs that a process started here would see; 0 without the driver."""
+    """The number of NVIDIA GPUs that a process started here would see; 0 without the driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -30,7 +30,7 @@ def cuda_devices() -> int:
 
 
 def cuda_capability() -> tuple[int, int] | None:
-    """Compute capability of the first GPU, such as ``(9, 0)``; None without one."""
+    """The compute capability of the first GPU, such as ``(9, 0)``; None without a GPU."""
     if not cuda_devices():
         return None
     driver, major, minor = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.c_int(0)
@@ -41,10 +41,10 @@ def cuda_capability() -> tuple[int, int] | None:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """CPU cores that this process may use: those it is bound to, and no more than its container's limit of CPU time.
+    """The number of CPU cores that this process may use, within the limit of its container.
 
     Args:
-        root: of the file system in which the limits are looked for.
+        root: of the file system that holds the limits.
     """
     try:
         bound = len(os.sched_getaffinity(0))
@@ -55,24 +55,23 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def cpu_limit(root: Path) -> float | None:
-    """Cores' worth of time that the control groups of this process leave it, None without a limit."""
+    """How many cores the control groups of this process leave it, None without a limit."""
     groups = root / "sys/fs/cgroup"
     limits = []
     for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         top = groups if not controllers else groups / "cpu"
-        own = top / path.lstrip("/")
-        for folder in (own, *own.parents):  # the smallest of all groups around it counts
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # the smallest of all groups around it counts
             if folder.is_relative_to(top):
                 limits.append(limit_of(folder))
     return min((x for x in limits if x is not None), default=None)
 
 
 def limit_of(folder: Path) -> float | None:
-    """The limit of one control group, of version 2 or 1."""
+    """The limit of one control group of version 2 or 1 in cores, None without a limit."""
     words = read_text(folder / "cpu.max").split() or [
         read_text(folder / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     ]
@@ -84,7 +83,7 @@ def limit_of(folder: Path) -> float | None:
 
 
 def read_text(path: Path) -> str:
-    """A small file's text, "" where it cannot be read."""
+    """The text of a small file, "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -92,16 +91,15 @@ def read_text(path: Path) -> str:
 
 
 def threads(together: int, environment: Mapping[str, str] | None = None) -> int:
-    """CPU threads of each of several processes: ``OMP_NUM_THREADS`` where the user set it, else an even share of the
-    cores.
+    """The number of CPU threads of each process: ``OMP_NUM_THREADS`` if the user set it, else its share of the cores.
 
     Args:
         together: processes that share this machine.
         environment: by default this process's.
     """
-    given = os.environ if environment is None else environment
-    text = given.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested levels
-    by_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in given  # which sets it where the user did not
+    variables = os.environ if environment is None else environment
+    text = variables.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested levels
+    by_torchrun = text == "1" and "TORCHELASTIC_RUN_ID" in variables  # which sets it where the user did not
     if text.isdecimal() and int(text) > 0 and not by_torchrun:
         return int(text)
     return max(1, cores() // together)

@@ -1,4 +1,4 @@
-"""The order of what the strategies of a plan attach, and who owns which slot."""
+"""Order what the strategies of a plan attach, and decide which of them owns which slot."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from xdit_core.records import PHASES, POINTS, Declaration, Problem
 
 
 def settle_claims(declared: Mapping[str, Declaration]) -> tuple[dict[str, str], list[Problem]]:
-    """Who owns which slot; two claims on one slot are a problem that names both."""
+    """Decide which plugin owns which slot; two claims on one slot are a problem that names both plugins."""
     owners: dict[str, tuple[str, str]] = {}
     problems = []
     for name in sorted(declared):
         for claim in declared[name].owns:
             if claim.slot in owners:
-                other, why = owners[claim.slot]
+                owner, reason = owners[claim.slot]
                 problems.append(
                     Problem(
-                        f"{other} and {name} both need the slot {claim.slot!r} ({other}: {why}; {name}: {claim.why})",
-                        f"drop one of {other} and {name}",
+                        f"{owner} and {name} both need the slot {claim.slot!r} "
+                        f"({owner}: {reason}; {name}: {claim.why})",
+                        f"drop one of {owner} and {name}",
                         name,
                     )
                 )
@@ -29,12 +30,12 @@ def settle_claims(declared: Mapping[str, Declaration]) -> tuple[dict[str, str], 
 
 
 def sort_wraps(declared: Mapping[str, Declaration]) -> dict[str, tuple[tuple[str, str], ...]]:
-    """The wraps of each point in the order of its levels, then of the plugins' names.
+    """Sort the wraps of each point by its levels, then by the names of the plugins.
 
     Raises:
         PluginError: a wrap names a point or level that does not exist.
     """
-    result: dict[str, list[tuple[str, str]]] = {}
+    pairs_of: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(declared):
         for wrap in declared[name].wraps:
             if wrap.level not in POINTS.get(wrap.point, ()):
@@ -43,15 +44,15 @@ def sort_wraps(declared: Mapping[str, Declaration]) -> dict[str, tuple[tuple[str
                     + "; ".join(f"{p}: {', '.join(levels)}" for p, levels in POINTS.items())
                     + "."
                 )
-            result.setdefault(wrap.point, []).append((wrap.level, name))
+            pairs_of.setdefault(wrap.point, []).append((wrap.level, name))
     order = {point: {level: i for i, level in enumerate(levels)} for point, levels in POINTS.items()}
     return {
-        p: tuple(sorted(pairs, key=lambda pair: (order[p][pair[0]], pair[1]))) for p, pairs in sorted(result.items())
+        p: tuple(sorted(pairs, key=lambda pair: (order[p][pair[0]], pair[1]))) for p, pairs in sorted(pairs_of.items())
     }
 
 
 def sort_transforms(declared: Mapping[str, Declaration]) -> tuple[tuple[str, str], ...]:
-    """The transforms in the order of the phases, then of the plugins' names.
+    """Sort the transforms by their phases, then by the names of the plugins.
 
     Raises:
         PluginError: a transform names a phase that does not exist.

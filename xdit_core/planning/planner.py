@@ -272,7 +272,7 @@ def resolve_device(run: RunSettings) -> tuple[RunSettings, int]:
 
 def complete_degrees(
     declared: Mapping[str, Declaration], run: RunSettings, facts: ModelFacts, devices: int | None, gpus: int
-) -> degrees.Completed:
+) -> degrees.CompleteMesh:
     """Choose the degrees that the user left open, and order the axes of the mesh.
 
     Args:

@@ -1,5 +1,4 @@
-"""What a request asks of an engine: the engine's plan with some settings changed, which passes the same checks as any
-plan."""
+"""Make the plan of one request: the plan of the engine with some settings changed, which passes the same checks."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from xdit_core.planning.planner import make_plan
 from xdit_core.records import Problem, join_words
 from xdit_core.registry.registry import Registry
 
-# What may differ from request to request; everything else is decided by the plan.
+# Settings that may differ from request to request; everything else is decided by the plan.
 PER_REQUEST = frozenset(
     (
         "negative",
@@ -29,7 +28,7 @@ PER_REQUEST = frozenset(
         "max_sequence_length",
     )
 )
-# What cannot change and is slow to check: the weights are loaded.
+# Settings that cannot change any more, since the weights are loaded, and that are slow to check.
 LOADED = ("lora", "scheduler")
 STRUCTURE = ("split", "patches", "stages", "claims", "wraps", "transforms")
 
@@ -77,16 +76,16 @@ def plan_of_request(
     values |= {spec.request.subject: [prompt for prompt in prompts if prompt]} if any(prompts) else {}
     values |= {name: value for name, value in changes.items() if name != "call"}
     values |= {f"call.{name}": value for name, value in call.items()}
-    asked = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
-    problems = check_lora_scale(plan.run, asked.call)
-    other = [part for part in STRUCTURE if getattr(asked, part) != getattr(plan, part)]
-    if [(a.name, a.degree) for a in asked.axes] != [
+    request_plan = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
+    problems = check_lora_scale(plan.run, request_plan.call)
+    changed = [part for part in STRUCTURE if getattr(request_plan, part) != getattr(plan, part)]
+    if [(a.name, a.degree) for a in request_plan.axes] != [
         (a.name, a.degree) for a in plan.axes
     ]:  # what else is possible may change with the size
-        other.insert(0, "axes")
-    if other:
-        what = f"with these settings the plan would have other {join_words(other)} than this engine's"
-        problems.append(Problem(what, "make an Engine of such a plan"))
+        changed.insert(0, "axes")
+    if changed:
+        sentence = f"with these settings the plan would have other {join_words(changed)} than this engine's"
+        problems.append(Problem(sentence, "make an Engine of such a plan"))
     if problems:
         raise PlanRefused(problems)
-    return asked
+    return request_plan

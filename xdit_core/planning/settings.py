@@ -1,4 +1,4 @@
-"""Typed settings from ``key=value`` words. Values are taken verbatim: ``prompt=yes`` is the word *yes*."""
+"""Make typed settings from words ``key=value``. Values are taken verbatim: ``prompt=yes`` is the word *yes*."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class ModelSettings:
 
 
 def parse_words(words: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` words to a flat mapping; repeated ones of ``COLLECTED`` collect, any other repetition is an error.
+    """Parse words ``key=value`` into a flat mapping; the keys of ``COLLECTED`` may be repeated, all others may not.
 
     Raises:
         UsageError: a word without ``=``, an empty key, a key given twice.
@@ -150,13 +150,12 @@ def parse_words(words: Iterable[str]) -> dict[str, Any]:
 
 
 def call_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``call.NAME=value`` gives for the pipeline's ``__call__``, as it was written; `typed_call` gives it its
-    type."""
+    """The settings ``call.NAME=value`` for the ``__call__`` of the pipeline, as written; `typed_call` converts them."""
     return {key.removeprefix(CALL): value for key, value in values.items() if key.startswith(CALL)}
 
 
 def parse_loras(texts: Iterable[str]) -> dict[str, float]:
-    """``PATH[:scale]`` to path and scale.
+    """Parse texts ``PATH[:scale]`` into path and scale.
 
     Raises:
         PlanRefused: no such file or folder, or one that is given twice.
@@ -179,7 +178,7 @@ def parse_loras(texts: Iterable[str]) -> dict[str, float]:
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:
-    """``value`` (a string, or already typed) as ``kind``.
+    """Convert a value, which is a string or already typed, to a type.
 
     Raises:
         UsageError: it cannot be read as that type.
@@ -226,7 +225,7 @@ def convert(key: str, value: Any, kind: Any) -> Any:
 
 
 def numbers(key: str, part: Any) -> Iterable[int]:
-    """One part of a list of whole numbers: ``5``, or ``1..8`` for all from 1 to 8.
+    """Parse one part of a list of whole numbers: ``5``, or ``1..8`` for all from 1 to 8.
 
     Raises:
         UsageError: it is neither, or there are more than ``MOST_NUMBERS``.
@@ -242,17 +241,17 @@ def numbers(key: str, part: Any) -> Iterable[int]:
 
 
 def without_random(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with a number in place of ``seed=random``; from then on all processes know it."""
+    """Replace ``seed=random`` by a number, which all processes then know."""
     return {**values, "seed": secrets.randbelow(2**32)} if values.get("seed") == "random" else dict(values)
 
 
 def example(kind: Any) -> str:
-    """A value of that type for a message."""
+    """An example of a value of a type, for a message."""
     return {int: "2", float: "3.5", bool: "yes"}.get(kind, "text")
 
 
 def fields_of(settings: type[Any] | None) -> dict[str, Any]:
-    """Name of a setting to its type; a field whose name would be a word of Python ends in an underscore."""
+    """The types of the settings of a class by name; a field whose name is a word of Python ends in an underscore."""
     if settings is None:
         return {}
     hints = typing.get_type_hints(settings)
@@ -260,10 +259,10 @@ def fields_of(settings: type[Any] | None) -> dict[str, Any]:
 
 
 def check_class(settings: Any, plugin: str) -> None:
-    """A settings class that can be used.
+    """Refuse a settings class that cannot be used.
 
     Raises:
-        PluginError: it is no dataclass, a field has no default, or a type cannot be found.
+        PluginError: it is not a dataclass, a field has no default, or a type cannot be found.
     """
     try:
         for name, kind in fields_of(settings).items():
@@ -284,7 +283,7 @@ def check_class(settings: Any, plugin: str) -> None:
 
 
 def build(settings: type[Any] | None, prefix: str, values: Mapping[str, Any]) -> Any:
-    """An instance of the settings class from the keys that start with ``prefix``."""
+    """Make an instance of a settings class from the keys that start with ``prefix``, None if there is no class."""
     if settings is None:
         return None
     kinds = fields_of(settings)
@@ -297,7 +296,7 @@ def build(settings: type[Any] | None, prefix: str, values: Mapping[str, Any]) ->
 def check_keys(
     values: Mapping[str, Any], known: Mapping[str, type[Any] | None], unselected: Mapping[str, str] | None = None
 ) -> list[UsageError]:
-    """Errors for keys that nobody knows.
+    """Errors for unknown keys.
 
     Args:
         values: the flat settings.
@@ -323,7 +322,7 @@ def check_keys(
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """``did you mean X?`` or the list of what exists."""
+    """A text such as ``did you mean X?``, or the list of what exists."""
     options = sorted(options)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:

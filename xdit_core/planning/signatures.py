@@ -1,5 +1,4 @@
-"""What the pipelines of the installed diffusers can be called with: read from their text, so without importing
-diffusers or torch."""
+"""Find the arguments that diffusers pipelines take, from their source text and so without torch."""
 
 from __future__ import annotations
 
@@ -62,13 +61,13 @@ def call_signature(pipeline: str) -> Mapping[str, str] | None:
 
 
 def arguments(function: Any) -> dict[str, str]:
-    """Arguments of a function but ``self``, each with the text of its annotation."""
+    """The arguments of a function except ``self``, each with the text of its annotation."""
     everything = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in everything if a.arg != "self"}
 
 
 def typed_call(spec: ModelSpec, pipeline: str, call: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """What ``call.NAME=value`` gives to the pipeline, each word as the type that the pipeline's signature names.
+    """Convert the words of ``call.NAME=value`` to the types that the signature of the pipeline names.
 
     Args:
         pipeline: class of the checkpoint's pipeline.
@@ -79,7 +78,7 @@ def typed_call(spec: ModelSpec, pipeline: str, call: Mapping[str, Any]) -> tuple
     """
     if not call:
         return {}, []
-    known, found, problems = call_signature(pipeline), {}, []
+    known, converted, problems = call_signature(pipeline), {}, []
     owned = {argument: setting for setting, argument in argument_names(spec).items() if argument}
     for name, value in call.items():
         if name == "return_dict" or name in owned:
@@ -91,17 +90,16 @@ def typed_call(spec: ModelSpec, pipeline: str, call: Mapping[str, Any]) -> tuple
             )
         else:
             try:
-                found[name] = typed(value, (known or {}).get(name, "")) if isinstance(value, str) else value
+                converted[name] = typed(value, (known or {}).get(name, "")) if isinstance(value, str) else value
             except ValueError as error:
                 problems.append(
                     Problem(f"call.{name}={value[:80]} is not {error}, as {pipeline} takes it", "correct the value")
                 )
-    return found, problems
+    return converted, problems
 
 
 def typed(word: str, annotation: str) -> Any:
-    """A word as the type of an annotation: JSON where it reads as JSON that fits, else the word itself if text is
-    allowed.
+    """Convert a word to the type of an annotation: as JSON if that fits, else the word itself if text is allowed.
 
     Raises:
         ValueError: it is of no such type; says which one is wanted.
@@ -136,7 +134,7 @@ NAMED: Mapping[str, str] = MappingProxyType(
 
 
 def members(node: ast.expr) -> Iterator[str]:
-    """Names of the types that an annotation allows: of a union its members, of ``list[int]`` the list."""
+    """The names of the types that an annotation allows: the members of a union, ``list`` of ``list[int]``."""
     if isinstance(node, ast.BinOp):
         yield from (*members(node.left), *members(node.right))
     elif isinstance(node, ast.Subscript):
@@ -151,7 +149,7 @@ def members(node: ast.expr) -> Iterator[str]:
 
 
 def fits(value: Any, kinds: set[str]) -> Iterator[bool]:
-    """For each kind of value whether it is that and is allowed."""
+    """For each kind of value, whether the value is of that kind and the kind is allowed."""
     yield isinstance(value, bool) and "bool" in kinds
     yield isinstance(value, int) and not isinstance(value, bool) and bool(kinds & {"int", "float"})
     yield isinstance(value, float) and "float" in kinds

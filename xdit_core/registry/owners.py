@@ -1,4 +1,4 @@
-"""Whose code failed: errors in plugins and adapters name them with distribution and version. Without torch."""
+"""Name the owner of code that failed: the plugin or adapter, with its distribution and version. Without torch."""
 
 from __future__ import annotations
 
@@ -47,14 +47,16 @@ class Owner:
     version: str
 
     def __str__(self) -> str:
-        given = self.distribution == "(given)"
-        return f"{self.kind} {self.name}" if given else f"{self.kind} {self.name} of {self.distribution} {self.version}"
+        if self.distribution == "(given)":  # it was passed to the registry and is not installed
+            return f"{self.kind} {self.name}"
+        return f"{self.kind} {self.name} of {self.distribution} {self.version}"
 
     def explain(self, error: Exception, what: str) -> Exception:
-        """The error to raise for one that came out of this owner's code.
+        """The error to raise in place of one that came out of this owner's code.
 
         Args:
-            what: of the owner's code failed.
+            error: that came out.
+            what: the part of the owner's code that failed.
 
         Returns:
             A ``PluginFailed``; or ``error`` itself, if it is a sentence for the user already, or if the machine or
@@ -71,7 +73,7 @@ class Owner:
         )
 
     def call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)``, its errors explained."""
+        """Call a function of this owner, and explain its errors; see `explain`."""
         try:
             return function(*args)
         except Exception as error:
@@ -82,7 +84,7 @@ class Owner:
 
 
 def line_of(error: BaseException) -> str:
-    """Where it was raised, in brackets."""
+    """File and line where an error was raised, in brackets."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 

@@ -1,7 +1,6 @@
-"""Records and results of hooks, looked at once: a field of another type than its record says is an error that names
-whose it is.
+"""Check records and results of hooks: a field of another type than its record says is an error that names the owner.
 
-Without torch. What is inside of mappings and behind callables is not looked at here.
+Without torch. The values in mappings and the results of callables are not checked here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from xdit_core.registry.owners import AdapterCall, Owner
 
 
 def check_record(record: Any, cls: type[Any], owner: Owner, hook: str) -> None:
-    """The result of a hook is a record of a class, and its fields hold what the class says.
+    """Make sure that the result of a hook is a record of a class, and that its fields hold what the class says.
 
     Raises:
         PluginError: names the owner, the hook and the first field that is wrong.
@@ -36,7 +35,7 @@ def check_record(record: Any, cls: type[Any], owner: Owner, hook: str) -> None:
 
 
 def mistakes(record: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Path, value and wanted type of each field that holds something else."""
+    """Path, value and expected type of each field that holds something else."""
     cls: Any = type(record)
     hints = hints_of(cls)
     for field in dataclasses.fields(record):
@@ -59,7 +58,7 @@ def hints_of(cls: Any) -> dict[str, Any]:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """A value is of the type that an annotation names."""
+    """Whether a value is of the type that an annotation names."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -82,7 +81,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def wording(hint: Any) -> str:
-    """A type in a message."""
+    """The name of a type for a message."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(wording(option) for option in typing.get_args(hint))
     if hint is type(None):
@@ -95,16 +94,16 @@ def wording(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message."""
+    """A value for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_declaration(declared: Any, owner: Owner) -> None:
-    """A ``Declaration`` whose slots exist.
+    """Make sure that a hook returned a ``Declaration`` whose slots exist.
 
     Raises:
-        PluginError: it is something else, a field holds something else, or a claim names a slot that nobody knows.
+        PluginError: it is something else, a field holds something else, or a claim names an unknown slot.
     """
     check_record(declared, Declaration, owner, "xdit_declare")
     known = {slot for slot, _ in SLOTS.values()}
@@ -117,7 +116,7 @@ def check_declaration(declared: Any, owner: Owner) -> None:
 
 
 def problems_of(result: Any, owner: Owner) -> Sequence[Problem]:
-    """What ``xdit_check`` found; None stands for nothing.
+    """The problems that ``xdit_check`` returned; None stands for none.
 
     Raises:
         PluginError: it returned something else than problems.
@@ -144,7 +143,7 @@ def check_observer(observer: Any, owner: Owner) -> None:
 
 
 def check_built(built: Any, declared: typing.Collection[str], transforms: typing.Collection[str], owner: Owner) -> None:
-    """What ``xdit_build`` returned holds the callables that were declared and no others.
+    """Make sure that ``xdit_build`` returned the callables that were declared, and no others.
 
     Args:
         built: the result, or None if there is no such hook.
@@ -159,16 +158,16 @@ def check_built(built: Any, declared: typing.Collection[str], transforms: typing
     if built is None and not declared and not transforms:
         return
     check_record(built, Built, owner, "xdit_build")
-    for kind, given, wanted in (("wraps", built.wraps, declared), ("transforms", built.transforms, transforms)):
-        for name in sorted(set(wanted) - set(given)):
+    for kind, callables, wanted in (("wraps", built.wraps, declared), ("transforms", built.transforms, transforms)):
+        for name in sorted(set(wanted) - set(callables)):
             raise PluginError(
                 f"{owner} declares {kind[:-1]} {name} but xdit_build gave none; add it to Built({kind}=...)."
             )
-        for name in sorted(set(given) - set(wanted)):
+        for name in sorted(set(callables) - set(wanted)):
             raise PluginError(
                 f"{owner} builds {kind[:-1]} {name} without declaring it, so it would never run; declare it in "
                 f"xdit_declare."
             )
-        for name, value in given.items():
+        for name, value in callables.items():
             if not callable(value):
                 raise PluginError(f"{owner} built {shown(value)} for {kind[:-1]} {name}, which cannot be called.")

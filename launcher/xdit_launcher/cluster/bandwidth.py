@@ -1,4 +1,4 @@
-"""Latency and bandwidth between two machines over TCP, measured in about a second."""
+"""Measure latency and bandwidth between two machines over TCP, in about a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 1 << 18  # bytes at a time
 
 
 def serve(seconds: float) -> int:
-    """Answer `measure` on a free port for a while.
+    """Answer `measure` on a free port for so many seconds.
 
     Returns:
         The port.
@@ -23,7 +23,7 @@ def serve(seconds: float) -> int:
     server = socket.create_server(("", 0), backlog=64)
     server.settimeout(seconds)
 
-    def talk(connection: socket.socket) -> None:
+    def answer(connection: socket.socket) -> None:
         with suppress(OSError), connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(seconds)
@@ -37,41 +37,46 @@ def serve(seconds: float) -> int:
     def accept() -> None:
         with suppress(OSError), server:
             while True:
-                Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
+                Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
 
     Thread(target=accept, daemon=True).start()
     return int(server.getsockname()[1])
 
 
 def answering(addresses: Sequence[str], port: int, seconds: float = 3.0) -> dict[str, str]:
-    """Which of some names and addresses answer at a port, all tried at once, with the address that it was."""
-    found: dict[str, str] = {}
+    """Try names and addresses at a port, all at once.
+
+    Returns:
+        Those that answer, each with the address to which it led.
+    """
+    reached: dict[str, str] = {}
 
     def attempt(address: str) -> None:
         with suppress(OSError), socket.create_connection((address, port), timeout=seconds) as connection:
-            found[address] = connection.getpeername()[0]
+            reached[address] = connection.getpeername()[0]
 
     threads = [Thread(target=attempt, args=(a,), daemon=True) for a in dict.fromkeys(addresses)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(seconds + 1)
-    return dict(found)
+    return dict(reached)
 
 
 def measure(addresses: Sequence[str], port: int, seconds: float) -> dict[str, Any]:
-    """Talk to `serve` of another machine.
+    """Measure the connection to another machine that runs `serve`.
 
     Args:
-        addresses: the first that answers is used.
+        addresses: of the other machine; the first that answers is used.
+        port: on which it serves.
         seconds: for how long data is sent.
 
     Returns:
-        ``address``, ``latency`` (seconds of a round trip, the median) and ``bandwidth`` (bytes a second); empty if
-        nobody answers.
+        ``address``, ``latency`` (the median of the seconds of a round trip) and ``bandwidth`` (bytes per second); empty
+        if no address answers.
     """
-    there = answering(addresses, port)
-    for address in (a for a in addresses if a in there):
+    reached = answering(addresses, port)
+    for address in (a for a in addresses if a in reached):
         with suppress(OSError), socket.create_connection((address, port), timeout=3) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(20 + seconds)
@@ -86,6 +91,6 @@ def measure(addresses: Sequence[str], port: int, seconds: float) -> dict[str, An
                 connection.sendall(block)
             connection.shutdown(socket.SHUT_WR)
             received = int.from_bytes(connection.recv(8), "big")  # when all has arrived, not when all was handed over
-            took = time.perf_counter() - start
-            return {"address": address, "latency": statistics.median(trips), "bandwidth": received / took}
+            duration = time.perf_counter() - start
+            return {"address": address, "latency": statistics.median(trips), "bandwidth": received / duration}
     return {}

@@ -1,4 +1,4 @@
-"""What a machine has and runs, and how it differs from another: quick, without torch."""
+"""Find out what a machine has and runs, and compare it with another one. Quick, and without torch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 PACKAGES = ("xdit", "torch", "diffusers", "transformers")
 CODE = ("xdit_core", "xdit_launcher")
-KINDS = (".json", ".txt", ".model", ".safetensors", ".py")  # files of a checkpoint that are read
-VARIANTS = frozenset(("fp16", "bf16", "non_ema"))  # parts of the names of those that are not
+SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".py")  # of the files of a checkpoint that are read
+VARIANTS = frozenset(("fp16", "bf16", "non_ema"))  # parts of the names of files that are not read
 
 
 def origins(plan: Plan | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Distributions and top-level packages of what a plan uses, or of all that is installed."""
+    """Distributions and top-level packages that a plan uses, or all that are installed if there is no plan."""
     entries = [f for group in (STRATEGIES, MODELS) for items in installed(group).plugins.values() for f in items]
     if plan is not None:
         entries = [f for f in entries if (f.name in plan.plugins if f.group == STRATEGIES else f.name == plan.model)]
@@ -64,11 +64,11 @@ def about(distributions: Iterable[str], modules: Iterable[str], model: str) -> d
 
 
 def alike(theirs: Any, ours: Any) -> bool:
-    """An answer has the shape of ours: the same names, and values of the same types."""
+    """Whether an answer has the shape of ours: the same names, and values of the same types."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        without = {"model"}  # which one machine may lack
+        may_be_none = {"model"}  # a machine may lack it
         return set(ours) <= set(theirs) and all(
-            alike(theirs[name], value) or (name in without and theirs[name] is None) for name, value in ours.items()
+            alike(theirs[name], value) or (name in may_be_none and theirs[name] is None) for name, value in ours.items()
         )
     if isinstance(ours, list) and isinstance(theirs, list):
         return all(alike(value, ours[0]) for value in theirs) if ours else True
@@ -76,7 +76,7 @@ def alike(theirs: Any, ours: Any) -> bool:
 
 
 def version(distribution: str) -> str:
-    """Its version, "" if it is not installed."""
+    """The version of a distribution, "" if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -84,7 +84,10 @@ def version(distribution: str) -> str:
 
 
 def code_digest(package: str) -> str:
-    """Of the Python files of a package, "" if there is none: two working copies can have the same version."""
+    """A digest of the Python files of a package, "" if it is not installed.
+
+    Two working copies can differ and have the same version.
+    """
     try:
         spec = util.find_spec(package)
     except (ImportError, ValueError):
@@ -96,12 +99,12 @@ def code_digest(package: str) -> str:
 
 
 def digest(files: Iterable[Path], root: Path | None = None) -> str:
-    """Of names and contents."""
-    found = hashlib.sha256()
+    """A digest of the names and contents of files."""
+    total = hashlib.sha256()
     for path in files:
-        found.update(str(path.relative_to(root) if root else path.name).encode())
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]
+        total.update(str(path.relative_to(root) if root else path.name).encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:12]
 
 
 def checkpoint(folder: Path) -> str | None:
@@ -109,14 +112,14 @@ def checkpoint(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     files = (
-        p for p in folder.rglob("*") if p.suffix in KINDS and p.is_file() and not set(p.name.split(".")) & VARIANTS
+        p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file() and not set(p.name.split(".")) & VARIANTS
     )
     sizes = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in files)
     return hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, free and total memory in bytes of each GPU; without ``nvidia-smi`` only how many there are."""
+    """Name, free and total memory in bytes of each GPU; an empty mapping for each where ``nvidia-smi`` says nothing."""
     count = machine.cuda_devices()
     if not count or not shutil.which("nvidia-smi"):
         return [{}] * count
@@ -137,25 +140,25 @@ def gpus() -> list[dict[str, Any]]:
 def addresses() -> list[str]:
     """IPv4 addresses by which others may reach this machine; its own loopback comes last."""
     up = {name for name, s in psutil.net_if_stats().items() if s.isup}
-    found = [
-        a.address
-        for name, all_ in psutil.net_if_addrs().items()
+    ipv4 = [
+        address.address
+        for name, addresses in psutil.net_if_addrs().items()
         if name in up
-        for a in all_
-        if a.family == socket.AF_INET
+        for address in addresses
+        if address.family == socket.AF_INET
     ]
-    return sorted(found, key=lambda a: a.startswith("127."))
+    return sorted(ipv4, key=lambda a: a.startswith("127."))
 
 
 def resolved(names: Iterable[str]) -> dict[str, str]:
     """The address of each host name, "" if it has none here."""
-    found = {}
+    resolved_names = {}
     for name in names:
         try:
-            found[name] = socket.gethostbyname(name)
+            resolved_names[name] = socket.gethostbyname(name)
         except OSError:
-            found[name] = ""
-    return found
+            resolved_names[name] = ""
+    return resolved_names
 
 
 PROBE = """
@@ -166,19 +169,26 @@ print(json.dumps({"cuda": torch.version.cuda, "devices": torch.cuda.device_count
 
 
 def imported(seconds: float) -> dict[str, Any]:
-    """Whether torch and diffusers can be imported: ``devices`` that torch sees, or ``error``."""
+    """Import torch and diffusers in a process of its own.
+
+    Args:
+        seconds: after which it is given up.
+
+    Returns:
+        ``devices``: how many GPUs torch sees, and ``cuda``: its CUDA version; or ``error``.
+    """
     try:
-        done = subprocess.run([sys.executable, "-P", "-c", PROBE], capture_output=True, text=True, timeout=seconds)
-        found: dict[str, Any] = (
-            json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": last_line(done.stderr)}
-        )
+        probe = subprocess.run([sys.executable, "-P", "-c", PROBE], capture_output=True, text=True, timeout=seconds)
+        if probe.returncode != 0:
+            return {"error": last_line(probe.stderr)}
+        answer: dict[str, Any] = json.loads(probe.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
-        found = {"error": str(error)}
-    return found
+        return {"error": str(error)}
+    return answer
 
 
 def last_line(text: str) -> str:
-    """Of a traceback: what is wrong."""
+    """The last line of a traceback, which says what is wrong."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it ended without a message")
 
 
@@ -186,8 +196,8 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -
     """Sentences about what must be the same on all machines and is not.
 
     Args:
-        theirs, ours: as `about` tells; ``ours`` is of the machine where the launcher runs.
-        host: their name.
+        theirs, ours: facts as `about` returns them; ``ours`` are those of the machine where the launcher runs.
+        host: name of the other machine.
     """
     for name in ours["versions"]:
         here, there = (
@@ -216,19 +226,20 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -
 
 
 def same_machine(about: Mapping[int, Any], names: Mapping[int, str]) -> Iterator[str]:
-    """Two names of one machine."""
-    seen: dict[Any, int] = {}
-    for i, found in sorted(about.items()):
-        key = (found["host"], tuple(sorted(a for a in found["addresses"] if not a.startswith("127."))))
-        if names[i] != names[seen.setdefault(key, i)]:
-            yield f"{names[seen[key]]} and {names[i]} are one machine; name it once, with more slots."
+    """Sentences about machines that were given two names."""
+    first: dict[Any, int] = {}
+    for i, facts in sorted(about.items()):
+        key = (facts["host"], tuple(sorted(a for a in facts["addresses"] if not a.startswith("127."))))
+        if names[i] != names[first.setdefault(key, i)]:
+            yield f"{names[first[key]]} and {names[i]} are one machine; name it once, with more slots."
 
 
 def device_problem(plan: Plan, gpus: bool, where: str) -> str:
-    """A sentence about a plan for CPUs that nobody asked for: it was made where there is no GPU, "" if all is well.
+    """A sentence about a plan that is for CPUs only because this machine has no GPU, "" if there is no such problem.
 
     Args:
-        gpus: there are some where it is to run.
+        gpus: the machines that will run it have some.
+        where: words that say so.
     """
     if plan.device != "cpu" or "device" in plan.values or not gpus:
         return ""
@@ -236,7 +247,7 @@ def device_problem(plan: Plan, gpus: bool, where: str) -> str:
 
 
 def model_problem(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str, folder: str) -> str:
-    """A sentence about a checkpoint that is missing or another, "" if it is the same."""
+    """A sentence about a checkpoint that is missing or differs, "" if it is the same."""
     if not ours["model"] or theirs["model"] == ours["model"]:
         return ""
     if theirs["model"] is None:

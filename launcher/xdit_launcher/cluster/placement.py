@@ -1,4 +1,4 @@
-"""Which rank on which machine, and what to say of axes that then talk too much over the network. Without torch."""
+"""Decide which rank runs on which machine, and warn of axes that then exchange much over the network. Without torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
 
 def together(plan: Plan) -> int:
-    """How many neighbouring ranks talk at every layer and should share a machine."""
+    """How many neighbouring ranks exchange data at every layer, and should share a machine."""
     return product(a.degree or 1 for a in plan.axes if a.traffic >= Traffic.PER_LAYER)
 
 
 def spread(world: int, slots: Sequence[int], unit: int = 1) -> list[range]:
-    """Neighbouring ranks for each machine: as even as the slots allow.
+    """Give each machine neighbouring ranks, as evenly as the slots allow.
 
     Args:
-        slots: most ranks of each machine.
+        world: number of ranks.
+        slots: the most ranks of each machine.
         unit: so many neighbours stay on one machine if that is possible and leaves no machine without work.
 
     Raises:
@@ -45,7 +46,11 @@ def spread(world: int, slots: Sequence[int], unit: int = 1) -> list[range]:
 
 
 def spans(plan: Plan, axis: Axis, places: Sequence[Sequence[int]]) -> bool:
-    """Some ranks that differ along the axis only are on different machines."""
+    """Whether ranks that differ along one axis only are on different machines.
+
+    Args:
+        places: the ranks of each machine.
+    """
     inside = product(a.degree or 1 for a in plan.axes[plan.axes.index(axis) + 1 :])
     degree = axis.degree or 1
     host = {rank: i for i, ranks in enumerate(places) for rank in ranks}
@@ -54,7 +59,7 @@ def spans(plan: Plan, axis: Axis, places: Sequence[Sequence[int]]) -> bool:
 
 
 def warnings(plan: Plan, places: Sequence[Sequence[int]]) -> Iterator[str]:
-    """A sentence for each axis whose ranks talk at every layer and sit on several machines, with a better layout.
+    """A sentence for each axis that exchanges data at every layer across several machines, with a better layout.
 
     Args:
         places: the ranks of each machine.
@@ -70,20 +75,20 @@ def warnings(plan: Plan, places: Sequence[Sequence[int]]) -> Iterator[str]:
 
 
 def better(plan: Plan, axis: Axis, machines: int) -> str:
-    """What to change so that an axis stays inside each machine and one that talks less spans them."""
+    """What to change so that an axis stays inside each machine, and one that exchanges less spans them."""
     degree = axis.degree or 1
     if degree % machines:
         return "keep its ranks on one machine"
     fewer = f"better is {axis.setting or axis.name}={degree // machines}"
-    for quiet in plan.axes:
-        wider = (quiet.degree or 1) * machines
-        if quiet.traffic < Traffic.PER_LAYER and quiet.setting and (quiet.choices is None or wider in quiet.choices):
-            return f"{fewer} {quiet.setting}={wider}"
-    return f"{fewer} with one of {', '.join(seldom())} across the machines"
+    for other in plan.axes:
+        wider = (other.degree or 1) * machines
+        if other.traffic < Traffic.PER_LAYER and other.setting and (other.choices is None or wider in other.choices):
+            return f"{fewer} {other.setting}={wider}"
+    return f"{fewer} with one of {', '.join(plugins_with_little_traffic())} across the machines"
 
 
-def seldom() -> list[str]:
-    """Installed plugins whose ranks talk less often than at every layer."""
+def plugins_with_little_traffic() -> list[str]:
+    """Names of installed plugins whose ranks exchange data less often than at every layer."""
     strategies = [
         inspect_strategy(plugin) for plugins in Registry().installed(STRATEGIES).values() for plugin in plugins
     ]

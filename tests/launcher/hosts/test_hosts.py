@@ -55,7 +55,7 @@ def test_a_hostfile(tmp_path: Path) -> None:
     [
         ("", "names no host; write lines such as host slots=8."),
         ("a slots=x", "line 1: x is not a number of slots"),
-        ("a gpus=8", "line 1 has gpus; a line is host slots=8"),
+        ("a gpus=8", "line 1 has the unknown word gpus; a line is host slots=8"),
         ("a\na", "names a twice"),
         ("a:8", None),
     ],
