@@ -225,6 +225,7 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], request: Mapping[str, Any
         ModelError: the configs lack a value, or hold a wrong one.
     """
     config, trunk, latents = configs[spec.checkpoint.denoiser], spec.trunk, spec.latents
+    uses_cfg = spec.request.uses_cfg
     check_config(spec, config)
     with describing(spec):
         patch_frames, patch = latents.patch_sizes(config)
@@ -241,9 +242,7 @@ def facts(spec: ModelSpec, configs: Mapping[str, Any], request: Mapping[str, Any
             text_tokens=spec.text.tokens(configs, request) if spec.text.tokens else 0,
             pixels_per_token=pixels,
             has_tp_plan=trunk.tp_plan is not None,
-            uses_cfg=spec.request.uses_cfg(request)
-            if spec.request.uses_cfg
-            else (request.get("guidance") or 0.0) > 1.0,
+            uses_cfg=uses_cfg(request) if uses_cfg else (request.get("guidance") or 0.0) > 1.0,
             frame_step=step,
             row_unit=latents.row_unit(config) if latents.row_unit else 1,
         )
