@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from xdit_compile import Settings
 
 # Blocks of a kind share their code, and a block meets a few kinds of input: with and without text, one size and any
-# size.
-VARIANTS = 64
+# size. Where each size needs code of its own, there may be many.
+VARIANTS, VARIANTS_BY_SIZE = 64, 1024
 
 
 class Compile:
@@ -35,13 +35,15 @@ class Compile:
             raise UsageError(
                 f"compile.backend={settings.backend} is unknown to torch; {did_you_mean(settings.backend, known)}"
             )
+        # DTensor remembers how an operation divides by the sizes of its tensors, and cannot do so for unknown sizes
+        self.dynamic = False if settings.dynamic is None and "weights" in rank.plan.claims else settings.dynamic
         self._began = 0.0
 
     def __call__(self, pipe: Any) -> None:
         """Replace the calls of the blocks, or of the whole denoiser, by compiled ones."""
         chosen, spec = self.settings, self.rank.spec
         denoisers = [part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None]
-        options: dict[str, Any] = {"backend": chosen.backend, "fullgraph": chosen.fullgraph, "dynamic": chosen.dynamic}
+        options: dict[str, Any] = {"backend": chosen.backend, "fullgraph": chosen.fullgraph, "dynamic": self.dynamic}
         if chosen.mode is not None:
             options["mode"] = chosen.mode
         if chosen.scope == "transformer" or not spec.trunk.blocks:
@@ -62,7 +64,9 @@ class Compile:
             stack.callback(callback_handler.remove_start_callback, self._start)
             callback_handler.register_end_callback(self._stop)
             stack.callback(callback_handler.remove_end_callback, self._stop)
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))  # type: ignore[no-untyped-call]
+            most = VARIANTS_BY_SIZE if self.dynamic is False else VARIANTS
+            limits = {"recompile_limit": most, "accumulated_recompile_limit": 4 * most}
+            stack.enter_context(torch._dynamo.config.patch(limits))  # type: ignore[no-untyped-call]
             yield
 
     def _start(self, _: Any) -> None:

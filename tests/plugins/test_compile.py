@@ -114,3 +114,26 @@ def test_what_is_refused(tiny_sd3_folder, plugins, settings, sentence):
 def test_an_unknown_backend(tiny_sd3_folder):
     with pytest.raises(UsageError, match=r"compile.backend=inducto is unknown to torch; did you mean inductor\?"):
         Engine(plan_for(["compile"], str(tiny_sd3_folder), {"compile.backend": "inducto"}))
+
+
+def sizes_under_tp(folder):
+    """Latents of requests of several sizes and numbers of pictures, on blocks whose matrices are divided."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    engine = Engine(plan_for(["compile", "tp"], folder, {**EAGER, "tp.degree": 2}))
+    requests = [(2, 32), (1, 48), (1, 16)]
+    latents = [engine.generate("a red fox", images=n, height=height, width=32).latents for n, height in requests]
+    engine.close()
+    return requests, latents
+
+
+def test_divided_matrices_are_compiled_for_each_size(gloo, tiny_sd3_folder):
+    """Torch cannot look up how a matrix is divided by a size that it does not know; it fails at the second size."""
+    for requests, latents in gloo.run(sizes_under_tp, str(tiny_sd3_folder), world=2):
+        for (images, height), found in zip(requests, latents, strict=True):
+            close(found, diffusers_latents(str(tiny_sd3_folder), height=height, width=32, num_images_per_prompt=images))
+
+
+def test_divided_matrices_for_all_sizes_are_refused(tiny_sd3_folder):
+    with pytest.raises(PlanRefused, match=r"compile.dynamic=yes .* divided by tp; leave out compile.dynamic"):
+        plan_for(["compile", "tp"], str(tiny_sd3_folder), {"compile.dynamic": "yes", "tp.degree": 2})
