@@ -45,6 +45,8 @@ class Plan(Record):
         compared: plugins that bring the reference.
         reference: settings with which these plugins alone compute the same in one process.
         facts: what was read from the model's files.
+        notes: lines for the user that change nothing.
+        observers: those of the plugins that only observe.
     """
 
     plugins: Mapping[str, tuple[str, str]]
@@ -67,6 +69,7 @@ class Plan(Record):
     reference: Mapping[str, Any]
     facts: ModelFacts
     notes: tuple[str, ...] = ()
+    observers: tuple[str, ...] = ()
 
     @property
     def displaced(self) -> tuple[str, ...]:
@@ -119,7 +122,7 @@ class Plan(Record):
         d["transforms"] = tuple((phase, name) for phase, name in d["transforms"])
         d["plugins"] = {name: tuple(origin) for name, origin in d["plugins"].items()}
         d["facts"] = ModelFacts(**{**d["facts"], "loras": tuple(d["facts"]["loras"])})
-        for key in ("model_origin", "split", "compared", "notes"):
+        for key in ("model_origin", "split", "compared", "notes", "observers"):
             d[key] = tuple(d[key])
         return Plan(**d)
 
@@ -154,12 +157,14 @@ class Plan(Record):
         """Equal digests compute the same thing: where files lie or are written, and how a run is watched, does not
         enter."""
         data = json.loads(self.to_json())
-        for key in ("folder", "notes"):
+        for key in ("folder", "notes", "observers"):
             del data[key]
+        for name in self.observers:
+            del data["plugins"][name], data["fidelity"][name]
         for key in SIDE_SETTINGS:
             data["run"].pop(key, None)
         own = {f.name.rstrip("_") for f in dataclasses.fields(RunSettings)}  # these are in ``run``, with their defaults
-        data["values"] = {
-            k: v for k, v in data["values"].items() if k not in own and k not in ("model.path", "model.download_dir")
-        }
+        own |= {"model.path", "model.download_dir"}
+        values = {key: value for key, value in data["values"].items() if key not in own}
+        data["values"] = {key: value for key, value in values.items() if key.split(".")[0] not in self.observers}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

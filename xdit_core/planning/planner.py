@@ -117,6 +117,7 @@ def make_plan(
         reference=division.reference,
         facts=request.facts,
         notes=(*mesh.notes, *idle_ranks(mesh.axes, run), *model_notes(checkpoint, run)),
+        observers=tuple(name for name in origins if only_observes(registry, name)),
     )
     refuse(strategy_problems(registry, origins, arguments, plan))
     return plan
@@ -245,10 +246,15 @@ def collect_declarations(registry: Registry, origins: Origins, arguments: Argume
     """
     answers = registry.call("xdit_declare", arguments)
     for name in origins:
-        if registry.implements(name, "xdit_observe") and not registry.implements(name, "xdit_declare"):
+        if only_observes(registry, name):
             answers[name] = ONLY_OBSERVES
         check_declaration(answers.get(name), owner_of(name, origins))
     return {name: answers[name] for name in origins}
+
+
+def only_observes(registry: Registry, plugin: str) -> bool:
+    """Whether a plugin watches ranks and brings nothing to a plan."""
+    return registry.implements(plugin, "xdit_observe") and not registry.implements(plugin, "xdit_declare")
 
 
 def declared_problems(declared: Mapping[str, Declaration], facts: ModelFacts) -> list[Problem]:

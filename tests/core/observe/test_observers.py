@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import counting
-from xdit_core import Built, Declaration, Engine, Observer, PluginError, Registry, Wrap, hookimpl
+from xdit_core import Built, Declaration, Engine, Observer, Plan, PluginError, Registry, Wrap, hookimpl
 from xdit_core.observe.observer import Awaited, Observers, Sending, combined
 from xdit_core.observe.status import STARTING
 from xdit_core.registry.owned_observer import OwnedObserver
@@ -37,6 +37,10 @@ def test_a_plugin_that_only_observes(tiny_sd3_folder):
     of every block."""
     plan = plan_for(["counting"], str(tiny_sd3_folder), extra=EXTRA)
     assert plan.exactness == "exact" and plan.world == 1 and not plan.wraps
+    assert plan.observers == ("counting",) and Plan.from_json(plan.to_json()) == plan
+    plain = plan_for([], str(tiny_sd3_folder))
+    assert plan.digest() == plain.digest() != plan_for(["dp"], str(tiny_sd3_folder)).digest()  # results are the same
+    assert plan_for(["counting"], str(tiny_sd3_folder), {"counting.every": 3}, extra=EXTRA).digest() == plain.digest()
     output, counts, times = counted(str(tiny_sd3_folder), [], {"output_type": "image"})
     assert counts["steps"] == 4 and counts["built"] == counts["closed"] == counts["jobs"] == counts["outputs"] == 1
     assert counts["latents"] == 1 and counts["forward "] == counts["forward  begun"] == 4
