@@ -1,7 +1,7 @@
-"""Whether an adapter fits the class of the denoiser: what the class can confirm is looked at before anything is read.
+"""Checks whether an adapter fits the class of the denoiser, before any weights are read.
 
-The denoiser is as diffusers made it, with parameters that may have shapes only. What a block returns is looked at
-when it runs.
+The denoiser is as diffusers made it; its parameters may have shapes and no values. What a block returns is checked when
+it first runs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def check_adapter(spec: ModelSpec, denoiser: nn.Module) -> None:
     Raises:
         ModelError: names the adapter, the first field that is wrong, and what the class has.
     """
-    for field, value, what in mistakes(spec, denoiser):
-        raise misfit(spec, denoiser, field, value, what)
+    first = next(mistakes(spec, denoiser), None)
+    if first is not None:
+        raise misfit(spec, denoiser, *first)
 
 
 def misfit(spec: ModelSpec, module: nn.Module, field: str, value: object, what: str) -> ModelError:
@@ -44,7 +45,7 @@ Mistake = tuple[str, object, str]  # field, its value, what is wrong with it
 
 
 def mistakes(spec: ModelSpec, denoiser: nn.Module) -> Iterator[Mistake]:
-    """The fields that are wrong; an exhausted iterator means that the adapter fits."""
+    """The fields that are wrong, in order; each check relies on those before it, so only the first one counts."""
     yield from wrong_arguments(arguments_of_forward(spec), denoiser)
     for i, part in enumerate(spec.trunk.blocks):
         yield from wrong_blocks(spec, denoiser, part, f"trunk.blocks[{i}]")
