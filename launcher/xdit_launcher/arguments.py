@@ -41,7 +41,7 @@ def values_of(words: Iterable[str], config: str | None = None) -> tuple[dict[str
         values["prompt"] = [*as_list(values.get("prompt", ())), *prompts_in(sys.stdin.read())]
         del values["prompts"]
         if not values["prompt"]:
-            raise UsageError("prompts=- but standard input is empty; write one prompt a line.")
+            raise UsageError("prompts=- but standard input is empty; write one prompt on each line.")
     for prompt in as_list(values.get("prompt", ())):
         if not prompt.strip():
             raise UsageError('the prompt is empty; write what to draw, such as "red heart".')

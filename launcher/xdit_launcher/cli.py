@@ -100,8 +100,7 @@ class RunCommand(click.Command):
                 ) from error
             raise UsageError(
                 f"there is no option {error.option_name}{meant} Settings are written key=value, such as steps=20 or "
-                f"usp.ulysses=2; "
-                "a prompt that starts with a dash comes after --."
+                "usp.ulysses=2; a prompt that starts with a dash comes after --."
             ) from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -140,7 +140,7 @@ def test_the_guard_sees_an_attention_that_went_elsewhere(tiny_sd3_folder):
 
 
 def test_unknown_arguments_of_generate(tiny_sd3_folder):
-    with pytest.raises(UsageError, match="generate takes no stpes; it takes frames, guidance, height"):
+    with pytest.raises(UsageError, match="generate does not take stpes; it takes frames, guidance, height"):
         Engine(plan_for([], str(tiny_sd3_folder))).generate("x", stpes=3)
 
 

@@ -260,6 +260,6 @@ def test_auto_takes_the_adapter_that_fits(tiny_sd3_folder, tiny_pixart_folder, t
     (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     with pytest.raises(
         UsageError,
-        match=r"model=auto: no installed adapter fits a KolorsPipeline; name one with model=, of cogvideox, ",
+        match=r"model=auto: no installed adapter fits a KolorsPipeline; give model= with one of cogvideox, ",
     ):
         make_plan([], {"model": "auto", "model.path": str(tmp_path)})

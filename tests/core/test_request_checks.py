@@ -44,8 +44,8 @@ def engine(tiny_sd3_folder):
         ({"call": {"clip_skp": 1}}, "has no such argument; did you mean clip_skip"),
         ({"call": {"latents": torch.zeros(3, 4, 8, 8)}}, "must be a tensor of the noise of 1 pictures"),
         ({"call": "x"}, "call=x is not a mapping"),
-        ({"model": "emoji"}, "generate takes no model"),
-        ({"scheduler": "DDIMScheduler"}, "generate takes no scheduler"),
+        ({"model": "emoji"}, "generate does not take model"),
+        ({"scheduler": "DDIMScheduler"}, "generate does not take scheduler"),
     ],
 )
 def test_a_sentence_and_the_engine_goes_on(engine, changes, said):

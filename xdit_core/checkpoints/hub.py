@@ -67,13 +67,10 @@ def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True, weights
             **where,
         )
         return folder
-    except (
-        Exception
-    ) as error:  # the hub client raises many unrelated classes; all mean that the checkpoint is not available
+    except Exception as error:  # the hub client raises many unrelated classes for a checkpoint that is not available
+        reason = next(iter(str(error).strip().splitlines()), "no answer")[:160]
         raise ModelError(
             f"model={spec.name} was looked for as {source} in the local hub cache and on the hub, without success, "
-            f"and there is no such folder here "
-            f"({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no answer'}); "
-            "give a local folder with model.path=DIR, or try the bundled model=emoji."
+            f"and there is no such folder here ({type(error).__name__}: {reason}); give a local folder with "
+            "model.path=DIR, or try the bundled model=emoji."
         ) from error

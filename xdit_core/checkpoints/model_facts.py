@@ -89,8 +89,7 @@ def check_layers(file: Path, config: Mapping[str, Any], tensors: int) -> None:
         if tensors and value > tensors:
             raise ModelError(
                 f"{file} says {key}={value}, but the weights beside it are {tensors} tensors, too few for so many "
-                f"layers; "
-                "fetch the model again."
+                "layers; fetch the model again."
             )
 
 
@@ -98,20 +97,19 @@ def components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     """The components that ``model_index.json`` lists and that are not null, each with the library of its class.
 
     Raises:
-        ModelError: an entry is no pair of names.
+        ModelError: an entry is not a pair of names.
     """
-    listed = {}
+    libraries = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[:1] == [None]:
             continue
         if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise ModelError(
                 f"{folder / INDEX} has {name}={entry}, which is not a library and a class such as ['diffusers', "
-                f"'AutoencoderKL']; "
-                "fetch it again."
+                "'AutoencoderKL']; fetch it again."
             )
-        listed[name] = entry[0]
-    return listed
+        libraries[name] = entry[0]
+    return libraries
 
 
 def config_keys(spec: ModelSpec) -> Iterator[tuple[str, str]]:
@@ -165,8 +163,7 @@ def describing(spec: ModelSpec) -> Iterator[None]:
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
         raise ModelError(
             f"model={spec.name} cannot read the config files of this checkpoint ({type(error).__name__}: "
-            f"{str(error)[:200]}); "
-            "fetch its JSON files again, or choose the model that fits."
+            f"{str(error)[:200]}); fetch its JSON files again, or choose the model that fits."
         ) from error
     except PluginFailed as error:
         text = str(error).removesuffix(".")

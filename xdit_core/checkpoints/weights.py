@@ -145,9 +145,8 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     raise ModelError(
         f"the weights in {folder} are quantized ({method or 'by an unnamed method'}), and only plain ones can be "
-        f"divided; take the "
-        f"checkpoint that is not quantized, or make one with diffusers: pipe.{folder.name}.dequantize(), then "
-        f"pipe.save_pretrained(DIR)."
+        "divided; take the checkpoint that is not quantized, or make one with diffusers: "
+        f"pipe.{folder.name}.dequantize(), then pipe.save_pretrained(DIR)."
     )
 
 

@@ -57,9 +57,8 @@ def plan_of_request(
     unknown = sorted(set(changes) - PER_REQUEST - {"call"})
     if unknown:
         raise UsageError(
-            f"generate takes no {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other arguments "
-            f"of the "
-            "pipeline in call={...}; the rest is decided by the plan."
+            f"generate does not take {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other "
+            "arguments of the pipeline in call={...}; the rest is decided by the plan."
         )
     if changes.get("seed") == "random" and plan.world > 1:
         raise UsageError("seed=random would be another number on every rank; give all of them the same number.")

@@ -147,7 +147,7 @@ class Registry:
         if len(fitting) != 1:
             which = "several adapters fit" if fitting else "no installed adapter fits"
             names = ", ".join(spec.name for spec, _ in fitting) or ", ".join(self.names(MODELS))
-            raise UsageError(f"model=auto: {which} a {pipeline}; name one with model=, of {names}.")
+            raise UsageError(f"model=auto: {which} a {pipeline}; give model= with one of {names}.")
         return fitting[0]
 
     def implements(self, name: str, hook: str) -> bool:

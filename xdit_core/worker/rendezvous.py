@@ -73,9 +73,7 @@ class RankEnv:
             ) from error
         for name, value, count in (("RANK", rank, world), ("LOCAL_RANK", local_rank, local_world)):
             if not 0 <= value < count:
-                raise UsageError(
-                    f"{name}={value} is none of the {count} from 0 to {count - 1}; start it with {by_hand}."
-                )
+                raise UsageError(f"{name}={value} is not from 0 to {count - 1}; start it with {by_hand}.")
         if world > 1 and (not env.get("MASTER_ADDR") or not 0 < port < 65536):
             raise UsageError(f"MASTER_ADDR and MASTER_PORT do not say where rank 0 is met; start it with {by_hand}.")
         screen = tuple(int(fd) for fd in env.get("XDIT_SCREEN", "").split(",") if fd)

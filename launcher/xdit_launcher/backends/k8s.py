@@ -164,7 +164,7 @@ def check(plan: Plan, settings: Settings) -> None:
         UsageError: always.
     """
     raise UsageError(
-        "the backend k8s prints a manifest and starts nothing; add --dry-run and give it to kubectl apply -f -."
+        "the backend k8s prints a manifest and starts nothing; add --dry-run and pass its output to kubectl apply -f -."
     )
 
 

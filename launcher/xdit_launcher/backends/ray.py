@@ -169,13 +169,10 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
     total, nodes = ray.cluster_resources(), sum(1 for node in ray.nodes() if node["Alive"])
     for name, amount in each.items():
         if amount * plan.world > total.get(name, 0):
-            raise UsageError(
-                f"{plan.world} processes need {amount * plan.world:g} {name}s and the Ray cluster has "
-                f"{total.get(name, 0):g} on "
-                f"{nodes} node{'s' if nodes > 1 else ''}; "
-                f"lower the degrees{', lower ray.cpus=' if name == 'CPU' else ''}, or add nodes with ray start "
-                f"--address."
-            )
+            need = f"{plan.world} processes need {amount * plan.world:g} {name}s"
+            have = f"the Ray cluster has {total.get(name, 0):g} on {nodes} node{'s' if nodes > 1 else ''}"
+            fix = f"lower the degrees{', lower ray.cpus=' if name == 'CPU' else ''}"
+            raise UsageError(f"{need} and {have}; {fix}, or add nodes with ray start --address.")
     if settings.cpus <= 0:
         raise UsageError(f"ray.cpus={settings.cpus:g} is too small; give what an actor needs, such as 1.")
     if problem := host_facts.device_problem(

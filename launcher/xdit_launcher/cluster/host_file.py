@@ -114,7 +114,7 @@ def filtered(hosts: Sequence[Host], include: str, exclude: str) -> list[Host]:
         UsageError: a host that is not among them, both filters, or nothing left.
     """
     if include and exclude:
-        raise UsageError("--include and --exclude cannot go together; keep one.")
+        raise UsageError("--include and --exclude cannot be combined; keep one.")
     if not include and not exclude:
         return list(hosts)
     option = "--include" if include else "--exclude"

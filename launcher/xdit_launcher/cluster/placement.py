@@ -33,7 +33,8 @@ def spread(world: int, slots: Sequence[int], unit: int = 1) -> list[range]:
     """
     if sum(slots) < world:
         raise UsageError(
-            f"{world} processes but {sum(slots)} slots on all hosts together; lower the degrees, or name more hosts."
+            f"{world} processes need {world} slots, and all hosts together have {sum(slots)}; lower the degrees, or "
+            "name more hosts."
         )
     if world % unit or world // unit < len(slots) or sum(n // unit for n in slots) * unit < world:
         unit = 1

@@ -66,13 +66,15 @@ class NodeShare:
         gpus = machine.cuda_devices()
         if device == "cpu" or not (gpus or device == "cuda"):
             return
-        if missing := [device for device in self.devices if device >= gpus]:
+        if missing := [number for number in self.devices if number >= gpus]:
             raise UsageError(
                 f"there is no GPU {join_words(missing)} on {self.host}, which has {gpus}, counted from 0; leave it out."
             )
-        if len(self.ranks) > (len(self.devices) or gpus):
+        count, usable = len(self.ranks), len(self.devices) or gpus
+        if count > usable:
             raise UsageError(
-                f"{len(self.ranks)} processes but {gpus} GPUs on {self.host}; lower the degrees, or use device=cpu."
+                f"{count} processes need {count} GPUs and {self.host} has {usable}; lower the degrees, or use "
+                "device=cpu."
             )
 
     def environment(self, rank: int) -> dict[str, str]:

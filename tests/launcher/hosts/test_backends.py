@@ -80,7 +80,10 @@ def test_two_hosts_give_the_picture_of_one(hosts: Cluster, tmp_path: Path) -> No
     plain = xdit(tmp_path, "--hosts", "alpha:4,beta:4", "--include", "beta", command, *USP, *SMALL)
     assert plain.returncode == 0 and "spans" not in plain.stderr
     few = xdit(tmp_path, "--hosts", "alpha:1", command, *USP, *SMALL)
-    assert (few.returncode, few.stdout) == (2, "") and "2 processes but 1 slots on all hosts together" in few.stderr
+    assert (few.returncode, few.stdout) == (
+        2,
+        "",
+    ) and "2 processes need 2 slots, and all hosts together have 1" in few.stderr
     unset = xdit(tmp_path, "--hosts", "alpha,beta", command, "ssh.env=NOT_HERE", *USP, *SMALL)
     assert unset.returncode == 2 and "the variable NOT_HERE" in unset.stderr
 

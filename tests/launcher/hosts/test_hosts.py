@@ -88,7 +88,7 @@ def test_filters() -> None:
     for include, exclude, part in (
         ("", "b:9", "b has 4 slots, counted from 0; leave out 9"),
         ("a:0@a:1", "", "a is named twice"),
-        ("a", "b", "cannot go together"),
+        ("a", "b", "cannot be combined"),
         ("d", "", "d is not among the hosts"),
         ("a:x", "", "devices are numbers from 0"),
         ("", "a@b@c", "leaves no host"),
@@ -106,7 +106,7 @@ def test_spread() -> None:
     assert placement.spread(6, [4, 4], 2) == [range(0, 4), range(4, 6)]  # pairs stay together
     assert placement.spread(2, [4, 4], 2) == [range(0, 1), range(1, 2)]  # every host is used
     assert placement.spread(6, [3, 3], 2) == [range(0, 3), range(3, 6)]  # where they can
-    with pytest.raises(UsageError, match="9 processes but 8 slots on all hosts together"):
+    with pytest.raises(UsageError, match="9 processes need 9 slots, and all hosts together have 8"):
         placement.spread(9, [4, 4])
 
 

@@ -66,5 +66,5 @@ def test_prompts_from_standard_input(tmp_path):
     empty = subprocess.run(command, input="", capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (empty.returncode, empty.stderr) == (
         2,
-        "prompts=- but standard input is empty; write one prompt a line.\n",
+        "prompts=- but standard input is empty; write one prompt on each line.\n",
     )

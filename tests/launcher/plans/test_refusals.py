@@ -170,4 +170,4 @@ def test_not_enough_gpus(say: Say, tiny: tuple[str, ...], monkeypatch: pytest.Mo
     monkeypatch.setattr("xdit_core.planning.machine.cuda_devices", lambda: 1)
     words = [w for w in tiny if w != "device=cpu"]
     result = say("--plugins", "usp", *words, "usp.ulysses=2", "a fox")
-    assert result.exit_code == 2 and "2 processes but 1 GPUs on " in result.stderr
+    assert result.exit_code == 2 and "2 processes need 2 GPUs and " in result.stderr

@@ -273,9 +273,9 @@ def test_ranks_with_another_plan_are_named() -> None:
         ({"WORLD_SIZE": "2", "RANK": "x"}, "must be numbers"),
         (
             {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "9"},
-            "RANK=5 is none of the 2 from 0 to 1; start it",
+            "RANK=5 is not from 0 to 1; start it",
         ),
-        ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "9"}, "RANK=-1 is none of the 2"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "9"}, "RANK=-1 is not from 0 to 1"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"},
             "LOCAL_RANK=2 is none of",
@@ -295,7 +295,7 @@ def test_a_wrong_environment(env: dict[str, str], part: str) -> None:
 def test_one_rank_of_a_world_of_one() -> None:
     assert RankEnv.of({}, 1) == RankEnv.of({"RANK": "0"}, 1) == RankEnv()
     for env in ({"RANK": "5"}, {"RANK": "5", "WORLD_SIZE": "1"}):
-        with pytest.raises(UsageError, match="RANK=5 is none of the 1"):
+        with pytest.raises(UsageError, match="RANK=5 is not from 0 to 0"):
             RankEnv.of(env, 1)
 
 
