@@ -1,4 +1,4 @@
-"""The plan of a run as data: the launcher makes it, writes it as JSON, and every rank makes it again and compares.
+"""The plan of a run as data. The launcher makes it and writes it as JSON; every rank makes it again and compares.
 
 Plans are made by ``xdit_core.planning.planner``.
 """
@@ -26,27 +26,27 @@ class Plan(Record):
     """Everything that decides what a run computes.
 
     Args:
-        plugins: selected strategies, name to (distribution, version).
+        plugins: the selected strategies by name, each with its (distribution, version).
         model: name of the adapter.
-        model_origin: its (distribution, version).
+        model_origin: (distribution, version) of the adapter.
         folder: local folder of the checkpoint.
-        values: the settings as given, so that a rank can make the plan again.
+        values: the settings as the user gave them, from which a rank makes the plan again.
         run: the shared settings with the model's defaults filled in.
         call: further arguments of the pipeline's ``__call__``.
         axes: mesh axes with their degrees, outermost first.
-        wraps: for each point, (level, plugin), outermost first.
-        transforms: (phase, plugin) in the order in which they run.
-        claims: slot to plugin.
+        wraps: for each point, pairs (level, plugin), outermost first.
+        transforms: pairs (phase, plugin) in the order in which they run.
+        claims: the plugin that owns each slot.
         stages: name of the axis along which the blocks are divided, "" if they are not.
         split: number of blocks of each stage; one entry if they are not divided.
-        patches: cuts of the tokens in time.
+        patches: number of patches into which the tokens are cut in time.
         fidelity: for each plugin how near its result is to that of one process, see ``Fidelity``.
-        bound: largest difference of the latents that approximate plugins allow, in parts of the largest value.
-        compared: plugins that bring the reference.
+        bound: largest difference of the latents that approximate plugins allow, relative to their largest value.
+        compared: the plugins of the reference, which is one process with the same schedule.
         reference: settings with which these plugins alone compute the same in one process.
-        facts: what was read from the model's files.
-        notes: lines for the user that change nothing.
-        observers: those of the plugins that only observe.
+        facts: what was read from the files of the model.
+        notes: sentences for the user about what was decided.
+        observers: the plugins that only observe.
     """
 
     plugins: Mapping[str, tuple[str, str]]
@@ -73,17 +73,17 @@ class Plan(Record):
 
     @property
     def displaced(self) -> tuple[str, ...]:
-        """Plugins that use keys and values of the step before."""
+        """The plugins that use keys and values of the step before."""
         return tuple(name for name, kind in self.fidelity.items() if kind == "displaced")
 
     @property
     def exactness(self) -> str:
-        """The fidelity of the whole: that of the plugin that promises least."""
+        """The fidelity of the whole plan, which is that of the plugin that promises least."""
         return max(self.fidelity.values(), key=FIDELITIES.index, default="exact")
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """The number of ranks."""
         return math.prod(a.degree or 1 for a in self.axes)
 
     @property
@@ -97,16 +97,16 @@ class Plan(Record):
         return math.prod(self.degree(axis) for axis in self.picture_axes)
 
     def degree(self, axis: str) -> int:
-        """Degree of an axis, 1 if the plan has no such axis."""
+        """The degree of an axis, 1 if the plan has no such axis."""
         return next((a.degree or 1 for a in self.axes if a.name == axis), 1)
 
     @property
     def shards(self) -> int:
-        """Ranks that divide the tokens among themselves."""
+        """The number of ranks that divide the tokens among themselves."""
         return math.prod(a.degree or 1 for a in self.axes if a.shards_tokens)
 
     def to_json(self) -> str:
-        """The plan for a file; ``from_json`` reads it."""
+        """The plan as JSON; ``from_json`` reads it."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
     @staticmethod
@@ -150,12 +150,14 @@ class Plan(Record):
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """What tells the contents of the checkpoint from others, None if it cannot be read here."""
+        """A digest of the contents of the checkpoint, None if it cannot be read here."""
         return checkpoint_fingerprint(Path(self.folder))
 
     def digest(self) -> str:
-        """Equal digests compute the same thing: where files lie or are written, and how a run is watched, does not
-        enter."""
+        """A digest of what is computed: plans with equal digests compute the same.
+
+        Where files are, where results go and how a run is watched does not change it.
+        """
         data = json.loads(self.to_json())
         for key in ("folder", "notes", "observers"):
             del data[key]

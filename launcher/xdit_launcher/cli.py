@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -205,47 +205,55 @@ def run(
     **options: str | None,
 ) -> None:
     """Draw the prompts (the default command)."""
-    from xdit_core.outputs.names import all_files, targets
+    from xdit_core.outputs.names import targets
     from xdit_core.planning.planner import make_plan
-    from xdit_launcher.commands import show
 
     if as_json and not dry_run:
         raise UsageError("--json shows a plan; add --dry-run.")
     chosen, values, on = parse_request(words, plugins, config, backend, options)
-    values |= {name: "yes" for name, wanted in (("trace", trace), ("profile", profile)) if wanted}
+    flags = [name for name, wanted in (("trace", trace), ("profile", profile)) if wanted]
+    values |= dict.fromkeys(flags, "yes")
     devices = on.devices()
     plan = make_plan(chosen, values, devices=devices, weights=not dry_run)
-    files = targets(plan.run, plan.facts.video)
+    targets(plan.run, plan.facts.video)  # refuses an out= whose suffix does not fit
     if not plan.run.prompt:
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     if dry_run:
-        flags = [f"--{name}" for name, wanted in (("trace", trace), ("profile", profile)) if wanted]
         for_the_run = [word for word in words if not word.startswith(f"{on.name}.")]
-        plain = [
-            *(["--plugins", ",".join(chosen)] if chosen else []),
-            *(["--config", config] if config else []),
-            *flags,
-            *for_the_run,
-        ]
-        where = [
-            part
-            for name, value in {"on": backend, **options}.items()
-            if value
-            for part in (f"--{name.replace('_', '-')}", value)
-        ]
-        where += [word for word in words if word not in for_the_run]
-        document = plan.to_json() if as_json else on.document(plan, plain).rstrip()
-        if document:
-            click.echo(document)
-        else:
-            print_lines(
-                show.plan_lines(plan, all_files(plan.run, files), plain, on, where, on_this_machine=devices is None)
-            )
+        command = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else [])]
+        command += [*(f"--{name}" for name in flags), *for_the_run]
+        target = option_words({"on": backend, **options}) + [word for word in words if word not in for_the_run]
+        print_plan(plan, command, on, target, as_json, on_this_machine=devices is None)
         return
     on.check(plan)
     with run_folder(plan, ctx.meta[COMMAND_LINE]) as folder:
         print_notes(plan, words, bool(values.get("prompt") or values.get("prompts")))
         ctx.exit(on.start(plan, folder))
+
+
+def option_words(options: Mapping[str, str | None]) -> list[str]:
+    """The words of the options that are given, such as ``--node-rank 0``."""
+    given = {name: value for name, value in options.items() if value}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+def print_plan(
+    plan: Plan, command: Sequence[str], on: Backend, target: Sequence[str], as_json: bool, on_this_machine: bool
+) -> None:
+    """Print a plan: as JSON, as the document of the backend, or else in lines.
+
+    Args:
+        command, on, target, on_this_machine: as of `xdit_launcher.commands.show.plan_lines`.
+    """
+    from xdit_core.outputs.names import all_files, targets
+    from xdit_launcher.commands import show
+
+    document = plan.to_json() if as_json else on.document(plan, command).rstrip()
+    if document:
+        click.echo(document)
+        return
+    files = all_files(plan.run, targets(plan.run, plan.facts.video))
+    print_lines(show.plan_lines(plan, files, command, on, target, on_this_machine))
 
 
 @cli.command(cls=RunCommand)

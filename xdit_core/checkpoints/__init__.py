@@ -1,2 +1,4 @@
-"""Checkpoints as files: where they lie, what their JSON files and weight headers say, whether they are whole. Without
-torch."""
+"""Checkpoints as files: where they are, what their JSON files and weight headers say, whether they are complete.
+
+Without torch.
+"""

@@ -1,1 +1,1 @@
-"""From names and settings to a plan: settings, degrees, checks, and the plan of a request. Without torch."""
+"""Make a plan from names and settings: settings, degrees, checks, and the plan of a request. Without torch."""

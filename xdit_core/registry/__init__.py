@@ -1,2 +1,1 @@
-"""The plugins that are installed: found by entry point, loaded one by one, and looked at before they are believed.
-Without torch."""
+"""The installed plugins: found by entry point, loaded one by one, and checked before they are used. Without torch."""

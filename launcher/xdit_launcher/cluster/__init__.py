@@ -1,1 +1,1 @@
-"""One run over several machines, seen from where it was started: hosts, placement, the connection to their agents."""
+"""One run over several machines, seen from the launcher: hosts, placement, and the connection to their agents."""

@@ -1,1 +1,1 @@
-"""The commands beside the run itself: verify, doctor, listings, the matrix of combinations."""
+"""The commands other than the run itself: verify, doctor, listings, the matrix of combinations."""

@@ -89,6 +89,23 @@ def plan_lines(
         target: the words that are for the backend.
         on_this_machine: all processes run on this machine.
     """
+    yield from subject_lines(plan, files)
+    yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none")
+    yield row("runs in", f"{plan.dtype} on {plan.device}, {threads_line(plan, on_this_machine)}")
+    yield from mesh_lines(plan)
+    yield row("exactness", exactness_line(plan))
+    for point, pairs in plan.wraps.items():
+        yield row("at " + point, " > ".join(f"{name} ({level})" for level, name in pairs))
+    for slot, name in sorted(plan.claims.items()):
+        yield row("slot", f"{slot}: {name}")
+    for note in plan.notes:
+        if note != processes(plan.axes, plan.world):  # which the line about the mesh says
+            yield row("note", note)
+    yield from command_lines(plan, command, on, target)
+
+
+def subject_lines(plan: Plan, files: Sequence[Path]) -> Iterator[str]:
+    """The model, what it draws, and where the results go."""
     run, facts = plan.run, plan.facts
     yield row("model", f"{plan.model} ({' '.join(plan.model_origin)}) in {plan.folder}")
     yield row("video" if facts.video else "picture", subject_line(plan))
@@ -98,8 +115,10 @@ def plan_lines(
     yield row("tokens", f"{facts.rows} x {facts.columns} = {facts.tokens}, and at most {facts.text_tokens} of text")
     if facts.blocks:
         yield row("blocks", f"{facts.blocks} with {facts.heads} heads each")
-    yield row("plugins", ", ".join(f"{n} ({' '.join(o)})" for n, o in plan.plugins.items()) or "none")
-    yield row("runs in", f"{plan.dtype} on {plan.device}, {threads_line(plan, on_this_machine)}")
+
+
+def mesh_lines(plan: Plan) -> Iterator[str]:
+    """The mesh, and the place and work of each rank."""
     yield row("mesh", processes(plan.axes, plan.world))
     starts = [sum(plan.split[:i]) for i in range(len(plan.split) + 1)]
     for rank in range(plan.world if plan.world > 1 else 0):
@@ -111,14 +130,10 @@ def plan_lines(
         yield row("", f"rank {rank}: {where}; blocks {starts[stage]} to {starts[stage + 1] - 1}{owner}")
     if plan.patches > 1:
         yield row("patches", f"{plan.patches} in time")
-    yield row("exactness", exactness_line(plan))
-    for point, pairs in plan.wraps.items():
-        yield row("at " + point, " > ".join(f"{name} ({level})" for level, name in pairs))
-    for slot, name in sorted(plan.claims.items()):
-        yield row("slot", f"{slot}: {name}")
-    for note in plan.notes:
-        if note != processes(plan.axes, plan.world):  # which the line about the mesh says
-            yield row("note", note)
+
+
+def command_lines(plan: Plan, command: Sequence[str], on: Backend, target: Sequence[str]) -> Iterator[str]:
+    """The commands that start the run; for the arguments see `plan_lines`."""
     yield row("command", shlex.join(["xdit-launch", *target, *command]))
     yield from (row(f"on {on.name}" if i == 0 else "", line) for i, line in enumerate(on.show(plan, command)))
     words = shlex.join(["xdit-launch", "run", "--dry-run", "--json", *command])

@@ -1,1 +1,1 @@
-"""One machine of a run: its agent, its processes, and which of them failed first."""
+"""One machine of a run: its agent, its processes, and the search for the process that failed first."""
