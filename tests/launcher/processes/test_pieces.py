@@ -278,7 +278,7 @@ def test_ranks_with_another_plan_are_named() -> None:
         ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "9"}, "RANK=-1 is not from 0 to 1"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"},
-            "LOCAL_RANK=2 is none of",
+            "LOCAL_RANK=2 is not from 0 to 1",
         ),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "9"},
