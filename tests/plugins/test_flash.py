@@ -26,9 +26,11 @@ def test_alone_and_under_a_ring(gloo, tiny_sd3_folder, kernel):
 
 def call(q, k, v, with_lse, **options):
     """An attention call outside an engine."""
-    from xdit_core import AttentionCall
+    from xdit_core import AttentionCall, ForwardContext
 
-    return AttentionCall(q, k, v, "self", 0, 0, options, (0,), with_lse=with_lse)
+    context = ForwardContext()
+    rows = context.rows("self")
+    return AttentionCall(q, k, v, rows, rows, 0, 0, options, context, with_lse=with_lse)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math"])
