@@ -69,8 +69,8 @@ STEP: dict[str, list[dict[str, Any]]] = {
     "EDMEulerScheduler": [{"s_churn": 0.5}],
     "FlowMatchHeunDiscreteScheduler": [{"s_churn": 0.5}],
 }
-# Not for continuous latents that a denoiser of rows predicts, or step is another kind of function: exactly these classes
-# cannot run here with plain tensors either.
+# Not for continuous latents that a denoiser of rows predicts, or step is another kind of function. Exactly these
+# classes cannot run here with plain tensors either.
 UNFIT = {
     "AmusedScheduler": "steps tokens",
     "BlockRefinementScheduler": "steps tokens",

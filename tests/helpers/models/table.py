@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from helpers.models.families import FAMILIES
-from helpers.models.matrix import DISPLACED, EXACT, ODD, cases
+from helpers.models.matrix import DISPLACED, EXACT, LIKE, ODD, cases
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "measured" / "models.md"
@@ -40,8 +40,9 @@ theirs. The tests compare latents in float32, within 1e-5 of the largest value:
 
 Without a plugin, and in warm-up, the latents are those of diffusers bit for bit. A cell counts the
 combinations with that strategy that are compared. An empty cell means that the model has nothing for the
-strategy to divide; such a plan is refused. Of models that are alike, only one runs all combinations.
-`tests/combos` also runs every strategy, pair and triple for SD3 and PixArt-Sigma.
+strategy to divide; such a plan is refused. Of models that are alike, only one runs all combinations;
+"as flux" stands where only the relative is compared. `tests/combos` also runs every strategy and pair for
+SD3 and PixArt-Sigma, and every triple for one of the two.
 """
 NOTE = """Each case takes three steps and two pictures or videos, with guidance.
 
@@ -59,7 +60,8 @@ def cell(name: str, column: str) -> str:
         return ""
     counts = [sum(c.values[0] == name and column in t[c.values[1]][0] for c in cases(t)) for t in (EXACT, DISPLACED)]
     counts[0] += column in ("cfg", "parallel_vae")  # decoded together
-    return ", ".join(f"{n} {word}" for n, word in zip(counts, ("serial", "displaced"), strict=True) if n)
+    told = ", ".join(f"{n} {word}" for n, word in zip(counts, ("serial", "displaced"), strict=True) if n)
+    return told or f"as {LIKE[name]}"
 
 
 def lines_of(package: str) -> int:
