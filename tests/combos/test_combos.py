@@ -8,8 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from helpers.combos import SETTINGS, assert_close, decoded, drawn, settings, strategies
+from helpers.combos import SETTINGS, decoded, drawn, settings, strategies
 from xdit_core import PlanRefused
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import plan_for
 
 NAMES = strategies()

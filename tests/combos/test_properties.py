@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.combos import assert_close, drawn, oracle
+from helpers.combos import drawn, oracle
 from xdit_core import PlanRefused
+from xdit_core.testing import assert_close
 from xdit_core.testing.models import save_tiny_pixart, save_tiny_sd3
 from xdit_core.testing.pool import Pool
 from xdit_core.testing.runs import plan_for

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.combos import assert_close, drawn, oracle, settings
+from helpers.combos import drawn, oracle, settings
 from xdit_core import Engine, TokenLayout, length
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import plan_for
 from xdit_core.testing.world import fake_world
 

@@ -69,11 +69,6 @@ def oracle(plan: Plan, folder: str, model: str) -> torch.Tensor:
     return diffusers_latents(folder, max_sequence_length=run.max_sequence_length, **changes)
 
 
-def assert_close(mine: torch.Tensor, other: torch.Tensor) -> None:
-    """Equal in float32: a hundred-thousandth of the largest value."""
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
-
-
 def decoded(folder: str, latents: torch.Tensor) -> list[Any]:
     """Pictures of latents, by the unmodified VAE and image processor."""
     import diffusers

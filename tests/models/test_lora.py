@@ -11,6 +11,7 @@ from helpers.models.families import FAMILIES, STEPS, settings
 from helpers.models.lora import random_lora
 from helpers.models.tiny import saved
 from xdit_core import ModelError, PlanRefused
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import generate, plan_for
 
 SD3 = {"height": 24, "width": 40}
@@ -31,11 +32,6 @@ def by_diffusers(folder, loras, images=2, **arguments):
 def absent(folder):
     """The third encoder of an SD3 without one."""
     return {"text_encoder_3": None, "tokenizer_3": None} if "sd3" in str(folder) else {}
-
-
-def close(mine, other):
-    """Equal in float32."""
-    torch.testing.assert_close(mine, other, rtol=0, atol=2e-5 * max(1.0, other.abs().max().item()))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,7 @@ def test_equals_diffusers(gloo, sd3, plugins, more, world):
     assert (want - plain).abs().max() > 1e-2
     values = {**SD3, "images": 2, "steps": STEPS, "lora": (f"{one}:0.5", other), **more}
     for latents, _ in gloo.run(generate, plugins, folder, values, world=world):
-        close(latents, want)
+        assert_close(latents, want, within=2e-5)
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image", "wan-2.1", "cogvideox-2b", "z_image"])
@@ -86,7 +82,7 @@ def test_other_models(gloo, tmp_path, name):
     plain = generate(["tp"], folder, {**values, "lora": (), "tp.degree": 1}, family.subject)[0]
     want = by_diffusers(folder, {lora: 1.0}, images, **family.theirs)
     for latents, _ in gloo.run(generate, ["tp"], folder, values, family.subject, world=2):
-        close(latents, want)
+        assert_close(latents, want, within=2e-5)
     assert (want - plain).abs().max() > 1e-3
 
 

@@ -6,16 +6,11 @@ import pytest
 
 from helpers.models.families import FAMILIES, serial, settings
 from helpers.models.tiny import saved
+from xdit_core.testing import assert_close
 from xdit_core.testing.models import save_tiny_pixart
 from xdit_core.testing.runs import generate
 
 USP = {"usp.ulysses": 2, "usp.ring": 1}
-
-
-def close(mine, other):
-    """Equal in float32."""
-    assert mine.shape == other.shape
-    assert (mine - other).abs().max() <= 1e-5 * max(1.0, other.abs().max())
 
 
 def test_rescaled_guidance(gloo, tmp_path):
@@ -25,11 +20,11 @@ def test_rescaled_guidance(gloo, tmp_path):
     assert (want - serial(folder, family.theirs)).abs().max() > 1e-3
     values = {**settings(family), "call.guidance_rescale": 0.7}
     for latents, _ in gloo.run(generate, ["usp"], folder, {**values, **USP}, world=2):
-        close(latents, want)
+        assert_close(latents, want)
     late = {**values, "pipefusion.patches": 3, "pipefusion.warmup": 1}
     reference = generate(["pipefusion"], folder, {**late, "pipefusion.stages": 1})[0]
     for latents, _ in gloo.run(generate, ["pipefusion"], folder, {**late, "pipefusion.stages": 2}, world=2):
-        close(latents, reference)
+        assert_close(latents, reference)
 
 
 @pytest.mark.parametrize(("height", "width"), [(248, 264), (200, 312)])
@@ -43,4 +38,4 @@ def test_resolution_binning(gloo, tmp_path, height, width):
     assert want.shape[-2] * 2 != height or want.shape[-1] * 2 != width
     values = {**settings(family, images=1), **size, "call.use_resolution_binning": True, **USP}
     for latents, _ in gloo.run(generate, ["usp"], folder, values, world=2):
-        close(latents, want)
+        assert_close(latents, want)

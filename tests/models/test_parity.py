@@ -14,6 +14,7 @@ from helpers.models.families import FAMILIES, Family, serial, settings
 from helpers.models.matrix import DISPLACED, EXACT, ODD, USP, WARMUPS, cases
 from helpers.models.tiny import saved
 from xdit_core import Engine
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import generate, plan_for
 
 
@@ -46,13 +47,6 @@ def drawn(name, plugins, folder, values):
     return generate(plugins, folder, values, FAMILIES[name].subject)
 
 
-def close(mine, other):
-    """Equal in float32: a hundred-thousandth of the largest value."""
-    assert mine.shape == other.shape
-    assert torch.isfinite(other).all()
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
-
-
 def guided(family: Family, on: bool):
     """Settings with guidance, or without."""
     return settings(family, **({} if on else family.plain[0]))
@@ -73,7 +67,7 @@ def test_equals_serial(gloo, folder_of, oracle, name, label):
     for latents, _ in gloo.run(
         drawn, name, plugins, folder_of(name), {**settings(FAMILIES[name]), **more}, world=world
     ):
-        close(latents, oracle(name))
+        assert_close(latents, oracle(name))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +84,7 @@ def test_equals_the_displaced_reference(gloo, folder_of, oracle, name, label, wa
     )[0]
     assert (reference - oracle(name)).abs().max() > 1e-4 * oracle(name).abs().max()
     for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=world):
-        close(latents, reference)
+        assert_close(latents, reference)
 
 
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "pipefusion" in f.strategies])
@@ -122,7 +116,7 @@ def test_odd_sizes(gloo, folder_of, name, plugins):
         count = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1}
         want = serial(folder_of(name), {k: count.get(k, v) for k, v in arguments.items()}, images=1)
     for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=3 if len(plugins) == 1 else 4):
-        close(latents, want)
+        assert_close(latents, want)
 
 
 @pytest.mark.parametrize(("height", "width", "degree"), [(128, 192, 2), (144, 168, 4), (176, 104, 3)])
@@ -135,19 +129,19 @@ def test_a_unet_in_patches(gloo, tmp_path, height, width, degree):
     for latents, _ in gloo.run(
         drawn, name, ["distrifusion"], folder, {**values, "distrifusion.warmup": 3}, world=degree
     ):
-        close(latents, want)
+        assert_close(latents, want)
     one = {**values, "distrifusion.degree": 1, "distrifusion.patches": degree}
     reference = drawn(name, ["distrifusion"], folder, one)[0]
     assert 1e-4 < (reference - want).abs().max() / want.abs().max() < 0.5
     for latents, _ in gloo.run(drawn, name, ["distrifusion"], folder, values, world=degree):
-        close(latents, reference)
+        assert_close(latents, reference)
 
 
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.plain and "usp" in f.strategies and not f.brief])
 def test_without_guidance(gloo, folder_of, oracle, name):
     values = {**guided(FAMILIES[name], False), **USP}
     for latents, _ in gloo.run(drawn, name, ["usp"], folder_of(name), values, world=2):
-        close(latents, oracle(name, False))
+        assert_close(latents, oracle(name, False))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +152,7 @@ def test_another_scheduler(gloo, folder_of, oracle, name, plugins):
     family = FAMILIES[name]
     values = {**settings(family), **(USP if plugins == ["usp"] else {}), "scheduler": family.scheduler}
     for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=2):
-        close(latents, oracle(name, True, family.scheduler))
+        assert_close(latents, oracle(name, True, family.scheduler))
 
 
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if "pipefusion" in f.strategies and not f.brief])
@@ -168,7 +162,7 @@ def test_another_scheduler_displaced(gloo, folder_of, name):
     values = {**settings(family), **more, "scheduler": family.scheduler}
     reference = drawn(name, ["pipefusion"], folder_of(name), {**values, "pipefusion.stages": 1})[0]
     for latents, _ in gloo.run(drawn, name, ["pipefusion"], folder_of(name), values, world=2):
-        close(latents, reference)
+        assert_close(latents, reference)
 
 
 def frames_of(images):

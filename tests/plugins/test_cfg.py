@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from xdit_core import Engine, PlanRefused
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 SKIP = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
 
 
-def close(mine, other):
-    """Equal in float32: a hundred-thousandth of the largest value."""
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
-
-
 @pytest.mark.parametrize("changes", [{}, {"images": 3}, {"negative": "blue heart"}, {"height": 36, "width": 28}])
-def test_equals_serial(gloo, tiny_sd3_folder, changes):
-    names = {"images": "num_images_per_prompt", "negative": "negative_prompt"}
-    serial = diffusers_latents(str(tiny_sd3_folder), **{names.get(k, k): v for k, v in changes.items()})
-    for latents, _ in gloo.run(generate, ["cfg"], str(tiny_sd3_folder), changes, world=2):
-        close(latents, serial)
+def test_equals_serial(check_plan, changes):
+    check_plan(["cfg"], changes, world=2)
 
 
-def test_a_mask_and_cross_attention(gloo, tiny_pixart_folder):
-    more = {"use_resolution_binning": False, "clean_caption": False}
-    settings = {"model": "pixart_sigma", **{f"call.{k}": v for k, v in more.items()}}
-    results = gloo.run(generate, ["cfg"], str(tiny_pixart_folder), settings, world=2)
-    close(results[1][0], diffusers_latents(str(tiny_pixart_folder), guidance_scale=4.5, **more))
+def test_a_mask_and_cross_attention(check_plan, tiny_pixart_folder):
+    settings = {"model": "pixart_sigma", "call.use_resolution_binning": False, "call.clean_caption": False}
+    check_plan(["cfg"], settings, world=2, folder=tiny_pixart_folder)
 
 
 @pytest.mark.parametrize("plugins", [["cfg"], ["cfg", "pipefusion"]])
@@ -43,7 +33,7 @@ def test_a_call_with_one_condition_goes_to_one_rank(gloo, tiny_sd3_folder, plugi
     )[0]
     arguments = (plugins, str(tiny_sd3_folder), {**late, **stages}, "a red fox", changes)
     for latents, _ in gloo.run(generate, *arguments, world=4 if late else 2):
-        close(latents, serial)
+        assert_close(latents, serial)
 
 
 def counted(folder):
@@ -64,21 +54,15 @@ def test_separate_calls_are_computed_once_over_both_ranks(gloo, tiny_sd3_folder)
 
 
 @pytest.mark.parametrize(("patches", "warmup"), [(2, 1), (3, 0)])
-def test_with_pipefusion_equals_the_displaced_reference(gloo, tiny_sd3_folder, patches, warmup):
+def test_with_pipefusion_equals_the_displaced_reference(check_plan, patches, warmup):
     late = {"pipefusion.patches": patches, "pipefusion.warmup": warmup, "images": 2}
-    reference = generate(["pipefusion"], str(tiny_sd3_folder), {**late, "pipefusion.stages": 1})[0]
     for stages in (1, 2, 4):
-        settings = {**late, "pipefusion.stages": stages}
-        results = gloo.run(generate, ["cfg", "pipefusion"], str(tiny_sd3_folder), settings, world=2 * stages)
-        for latents, _ in results:
-            close(latents, reference)
+        check_plan(["cfg", "pipefusion"], {**late, "pipefusion.stages": stages}, world=2 * stages)
 
 
-def test_only_the_prediction_is_exchanged(gloo, tiny_sd3_folder):
-    results = gloo.run(generate, ["cfg"], str(tiny_sd3_folder), world=2)
-    assert [sent for _, sent in results] == [
-        {"cfg": 4 * 16 * 16 * 4 * 4}
-    ] * 2  # channels x rows x columns x bytes x steps
+def test_only_the_prediction_is_exchanged(check_plan):
+    sent = {"cfg": 4 * 16 * 16 * 4 * 4}  # channels x rows x columns x bytes x steps
+    assert check_plan(["cfg"], world=2) == [sent] * 2
 
 
 def test_without_guidance_it_is_refused(tiny_sd3_folder):
@@ -101,4 +85,4 @@ def refused_then_drawn(folder):
 
 def test_a_request_without_guidance_is_refused_like_a_plan(gloo, tiny_sd3_folder):
     for latents in gloo.run(refused_then_drawn, str(tiny_sd3_folder), world=2):
-        close(latents, diffusers_latents(str(tiny_sd3_folder)))
+        assert_close(latents, diffusers_latents(str(tiny_sd3_folder)))

@@ -7,14 +7,10 @@ import torch
 import torch._dynamo
 
 from xdit_core import Engine, PlanRefused, UsageError
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 EAGER = {"compile.backend": "eager"}
-
-
-def close(mine, other):
-    """Equal in float32: a hundred-thousandth of the largest value."""
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
 @pytest.mark.parametrize(
@@ -24,14 +20,14 @@ def close(mine, other):
 def test_equals_serial(tiny_sd3_folder, settings):
     torch._dynamo.reset()
     latents, _ = generate(["compile"], str(tiny_sd3_folder), settings)
-    close(latents, diffusers_latents(str(tiny_sd3_folder)))
+    assert_close(latents, diffusers_latents(str(tiny_sd3_folder)))
 
 
 @pytest.mark.slow
 def test_inductor(tiny_sd3_folder):
     torch._dynamo.reset()
     latents, _ = generate(["compile"], str(tiny_sd3_folder))
-    close(latents, diffusers_latents(str(tiny_sd3_folder)))
+    assert_close(latents, diffusers_latents(str(tiny_sd3_folder)))
 
 
 def compiled(folder, plugins, settings, sizes=((32, 32),)):
@@ -56,7 +52,7 @@ def test_blocks_of_a_kind_are_compiled_once(tmp_path):
     graphs, seconds, latents = compiled(folder, ["compile"], {}, ((32, 32), (32, 32)))
     assert graphs == 2
     assert seconds[0] > 0 and seconds[1] == 0  # reported apart from the run, and only once
-    close(latents[0], diffusers_latents(folder))
+    assert_close(latents[0], diffusers_latents(folder))
     assert torch.equal(latents[0], latents[1])
 
 
@@ -65,7 +61,7 @@ def test_requests_of_several_sizes(tiny_sd3_folder):
     graphs, _, latents = compiled(str(tiny_sd3_folder), ["compile"], {}, sizes)
     assert graphs <= 4  # one for the first size, one for any other, of two kinds of block
     for (height, width), mine in zip(sizes, latents, strict=True):
-        close(mine, diffusers_latents(str(tiny_sd3_folder), height=height, width=width))
+        assert_close(mine, diffusers_latents(str(tiny_sd3_folder), height=height, width=width))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +84,7 @@ def test_with_others(gloo, tiny_sd3_folder, plugins, settings, world):
     for graphs, _, latents in gloo.run(
         compiled, str(tiny_sd3_folder), ["compile", *plugins], settings, world=world, timeout=300
     ):
-        close(latents[0], want)
+        assert_close(latents[0], want)
         assert graphs <= 8  # two kinds of block, with and without text, the first size and any
 
 

@@ -7,21 +7,17 @@ import pytest
 import torch
 
 from xdit_core import PlanRefused
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
-
-
-def close(mine, other):
-    """Equal in float32: a hundred-thousandth of the largest value."""
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "flash", "math"])
 def test_alone_and_under_a_ring(gloo, tiny_sd3_folder, kernel):
     serial = diffusers_latents(str(tiny_sd3_folder))
-    close(generate(["flash"], str(tiny_sd3_folder), {"flash.kernel": kernel})[0], serial)
+    assert_close(generate(["flash"], str(tiny_sd3_folder), {"flash.kernel": kernel})[0], serial)
     settings = {"flash.kernel": kernel, "usp.ulysses": 1, "usp.ring": 2}
     for latents, _ in gloo.run(generate, ["flash", "usp"], str(tiny_sd3_folder), settings, world=2):
-        close(latents, serial)
+        assert_close(latents, serial)
 
 
 def call(q, k, v, with_lse, **options):

@@ -1,14 +1,14 @@
 """The pytest plugin of ``xdit_core.testing``; active wherever xdit is installed.
 
-Fixtures: ``gloo`` (a session pool of workers), ``tiny_sd3_folder`` (a checkpoint on disk). Torch is imported when one
-is used.
+Fixtures: ``gloo`` (a session pool of workers), ``tiny_sd3_folder`` (a checkpoint on disk), ``check_plan`` (a plan
+compared with its oracle). Torch is imported when one is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -33,6 +33,25 @@ def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
     return folder if folder.exists() else save_tiny_sd3(folder)
+
+
+@pytest.fixture(scope="session")
+def check_plan(gloo: Pool, tiny_sd3_folder: Path) -> Callable[..., list[dict[str, int]]]:
+    """Compare a plan on several ranks with its oracle: ``check_plan(plugins, settings, world=2)``; see
+    ``xdit_core.testing.check_plan``. Without ``folder=`` the model is the tiny Stable Diffusion 3."""
+    from xdit_core.testing import checks
+
+    def check(
+        plugins: Sequence[str],
+        settings: Mapping[str, Any] | None = None,
+        *,
+        world: int,
+        folder: str | Path = tiny_sd3_folder,
+        within: float = 1e-5,
+    ) -> list[dict[str, int]]:
+        return checks.check_plan(gloo, folder, plugins, settings, world=world, within=within)
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -200,8 +200,8 @@ def reference(case: Case, plan: Plan, one: Ask, lora: str, dtype: str) -> list[t
 class Fuzzer:
     """Runs cases on a pool of workers."""
 
-    def __init__(self) -> None:
-        self.pool = Pool()
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
 
     def close(self) -> None:
         """End the workers."""

@@ -8,14 +8,10 @@ import torch
 
 from xdit_core import Engine, Message, UnsupportedCall, materialized
 from xdit_core.parallel.channel import Channel
+from xdit_core.testing import assert_close
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 HEUN = {"scheduler": "FlowMatchHeunDiscreteScheduler"}
-
-
-def close(mine, other):
-    """Equal in float32: a hundred-thousandth of the largest value."""
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
 def drop_guidance(pipe, step, timestep, tensors):
@@ -68,23 +64,23 @@ def test_guidance_that_ends_or_comes_and_goes(gloo, tiny_sd3_folder, name, patch
     for stages in (1, 2):
         values = {**late, "pipefusion.stages": stages}
         for latents in gloo.run(with_schedule, ["cfg", "pipefusion"], folder, values, name, world=2 * stages):
-            close(latents, want)
+            assert_close(latents, want)
 
 
 def test_guidance_that_ends_without_patches(gloo, tiny_sd3_folder):
     want = with_schedule([], str(tiny_sd3_folder), {}, "drop")
     for latents in gloo.run(with_schedule, ["cfg"], str(tiny_sd3_folder), {}, "drop", world=2):
-        close(latents, want)
+        assert_close(latents, want)
 
 
 def test_inference_mode(gloo, tiny_sd3_folder):
     """Tensors made in inference mode have no version, so no memory of results may rest on one."""
     folder, late = str(tiny_sd3_folder), {"pipefusion.patches": 3}
     want = with_schedule(["pipefusion"], folder, {**late, "pipefusion.stages": 1}, "drop")
-    close(with_schedule(["pipefusion"], folder, {**late, "pipefusion.stages": 1}, "drop", True), want)
+    assert_close(with_schedule(["pipefusion"], folder, {**late, "pipefusion.stages": 1}, "drop", True), want)
     values = {**late, "pipefusion.stages": 2}
     for latents in gloo.run(with_schedule, ["pipefusion"], folder, values, "drop", True, world=2):
-        close(latents, want)
+        assert_close(latents, want)
 
 
 @pytest.mark.parametrize("plugins", [["pipefusion"], ["distrifusion"]])
@@ -96,7 +92,7 @@ def test_warmup_counts_steps_of_the_pipeline(gloo, tiny_sd3_folder, plugins):
     values = {**HEUN, **degree, "steps": 3}
     serial = generate([], str(tiny_sd3_folder), {**HEUN, "steps": 3})[0]
     for latents, _ in gloo.run(generate, plugins, str(tiny_sd3_folder), {**values, f"{plugins[0]}.warmup": 3}, world=2):
-        close(latents, serial)
+        assert_close(latents, serial)
     (displaced, _), _ = gloo.run(
         generate, plugins, str(tiny_sd3_folder), {**values, f"{plugins[0]}.warmup": 1}, world=2
     )
@@ -123,7 +119,7 @@ def test_a_prediction_of_another_shape_than_the_latents(gloo, tiny_pixart_folder
     want = one_call([], str(tiny_pixart_folder))
     assert want.shape == (1, 8, 16, 16)
     for out in gloo.run(one_call, ["cfg"], str(tiny_pixart_folder), world=2):
-        close(out, want)
+        assert_close(out, want)
 
 
 @pytest.mark.parametrize(
