@@ -127,7 +127,9 @@ def test_divided_matrices_are_compiled_for_each_size(gloo, tiny_sd3_folder):
     """Torch cannot look up how a matrix is divided by a size that it does not know; it fails at the second size."""
     for requests, latents in gloo.run(sizes_under_tp, str(tiny_sd3_folder), world=2):
         for (images, height), found in zip(requests, latents, strict=True):
-            close(found, diffusers_latents(str(tiny_sd3_folder), height=height, width=32, num_images_per_prompt=images))
+            assert_close(
+                found, diffusers_latents(str(tiny_sd3_folder), height=height, width=32, num_images_per_prompt=images)
+            )
 
 
 def test_divided_matrices_for_all_sizes_are_refused(tiny_sd3_folder):
