@@ -118,7 +118,7 @@ def xdit_observe(settings: Any, rank: Rank) -> Observer:  # type: ignore[empty-b
         rank: this rank's view; the observer may keep it.
 
     Returns:
-        An ``Observer``. What it does not override is not called, and costs nothing. Nothing: this rank is not watched.
+        An ``Observer``; a method that it does not override costs nothing. Nothing: the plugin does not watch this rank.
 
     Example::
 

@@ -105,7 +105,7 @@ class Observer:
         return None
 
     def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
-        """Picture rows ``[B, n, D]`` between two blocks; only told if a subclass has this method.
+        """Picture rows ``[B, n, D]`` between two blocks.
 
         Args:
             place: 0 before the first block, ``i + 1`` behind block ``i``.
@@ -157,8 +157,10 @@ class Observers(Observer):
     def __init__(self, parts: Iterable[Observer]) -> None:
         self._parts = tuple(parts)
         self.sees_every_wait = any(part.sees_every_wait for part in self._parts)
-        self._waiting, self._sending = self._methods("waiting"), self._methods("sending")
-        self._status, self._rows = self._methods("status"), self._methods("rows")
+        methods = [name for name in vars(Observer) if callable(getattr(Observer, name)) and not name.startswith("_")]
+        self._methods: dict[str, tuple[Callable[..., Any], ...]] = {
+            name: tuple(getattr(part, name) for part in self._parts if part.overrides(name)) for name in methods
+        }
 
     @property
     def parts(self) -> tuple[Observer, ...]:
@@ -169,69 +171,61 @@ class Observers(Observer):
         """Whether one of them does something in a method."""
         return any(part.overrides(method) for part in self._parts)
 
-    def _methods(self, name: str) -> tuple[Callable[..., Any], ...]:
-        return tuple(getattr(part, name) for part in self._parts if part.overrides(name))
+    def _tell(self, method: str, *args: Any) -> None:
+        for tell in self._methods[method]:
+            tell(*args)
 
     def status(self, status: Status) -> None:
         """Tell each."""
-        for method in self._status:
-            method(status)
+        self._tell("status", status)
 
     def waiting(self, awaited: Awaited) -> AbstractContextManager[None]:
         """The contexts of all."""
-        return together([method(awaited) for method in self._waiting])
+        return together([method(awaited) for method in self._methods["waiting"]])
 
     def sending(self, message: Sending) -> AbstractContextManager[None]:
         """The contexts of all."""
-        return together([method(message) for method in self._sending])
+        return together([method(message) for method in self._methods["sending"]])
 
     def point(self, point: str, level: str, plugin: str) -> Around | None:
         """The contexts of all that want to see it."""
-        return joint([part.point(point, level, plugin) for part in self._parts])
+        return joint([method(point, level, plugin) for method in self._methods["point"]])
 
     def block(self, index: int) -> Around | None:
         """The contexts of all that want to see it."""
-        return joint([part.block(index) for part in self._parts])
+        return joint([method(index) for method in self._methods["block"]])
 
     def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
         """Tell each."""
-        for method in self._rows:
-            method(place, rows, context)
+        self._tell("rows", place, rows, context)
 
     def latents(self, latents: torch.Tensor) -> None:
         """Tell each."""
-        for part in self._parts:
-            part.latents(latents)
+        self._tell("latents", latents)
 
     def engine_built(self, seconds: float) -> None:
         """Tell each."""
-        for part in self._parts:
-            part.engine_built(seconds)
+        self._tell("engine_built", seconds)
 
     def engine_closed(self) -> None:
         """Tell each."""
-        for part in self._parts:
-            part.engine_closed()
+        self._tell("engine_closed")
 
     def job_started(self, job: Job) -> None:
         """Tell each."""
-        for part in self._parts:
-            part.job_started(job)
+        self._tell("job_started", job)
 
     def step_done(self, step: int, steps: int) -> None:
         """Tell each."""
-        for part in self._parts:
-            part.step_done(step, steps)
+        self._tell("step_done", step, steps)
 
     def job_done(self, job: Job, phases: Mapping[str, tuple[float, float]]) -> None:
         """Tell each."""
-        for part in self._parts:
-            part.job_done(job, phases)
+        self._tell("job_done", job, phases)
 
     def output_done(self, output: Output) -> None:
         """Tell each."""
-        for part in self._parts:
-            part.output_done(output)
+        self._tell("output_done", output)
 
 
 def combined(observers: Iterable[Observer | None]) -> Observer:

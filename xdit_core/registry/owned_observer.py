@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import PluginFailed
-from xdit_core.observe.observer import Around, Awaited, Observer, Sending
+from xdit_core.observe.observer import UNSEEN, Around, Awaited, Observer, Sending
 from xdit_core.observe.status import Status
 from xdit_core.registry.owners import OwnedContext, Owner
 
@@ -30,6 +30,7 @@ class OwnedObserver(Observer):
     def __init__(self, observer: Observer, owner: Owner) -> None:
         self._observer, self._owner = observer, owner
         self.sees_every_wait = observer.sees_every_wait
+        self._waits, self._sends = observer.overrides("waiting"), observer.overrides("sending")
 
     def overrides(self, method: str) -> bool:
         """Whether the observer of the plugin does something in a method."""
@@ -56,10 +57,14 @@ class OwnedObserver(Observer):
 
     def waiting(self, awaited: Awaited) -> AbstractContextManager[None]:
         """The plugin's context."""
+        if not self._waits:
+            return UNSEEN
         return OwnedContext(partial(self._observer.waiting, awaited), self._owner, "waiting of its observer")
 
     def sending(self, message: Sending) -> AbstractContextManager[None]:
         """The plugin's context."""
+        if not self._sends:
+            return UNSEEN
         return OwnedContext(partial(self._observer.sending, message), self._owner, "sending of its observer")
 
     def point(self, point: str, level: str, plugin: str) -> Around | None:

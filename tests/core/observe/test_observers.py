@@ -152,6 +152,12 @@ def test_a_hook_that_returns_something_else(tiny_sd3_folder, returned):
         Engine(plan_for(["odd"], str(tiny_sd3_folder), extra=extra), Registry(extra))
 
 
+def test_a_rank_that_is_not_watched(tiny_sd3_folder):
+    extra = {"odd": Odd(None)}
+    engine = Engine(plan_for(["odd"], str(tiny_sd3_folder), extra=extra), Registry(extra))
+    assert type(engine.rank.observer) is Observer
+
+
 def test_an_observer_cannot_swallow_an_error(tiny_sd3_folder):
     def stop(pipe, i, t, values):
         raise KeyError("stop")
