@@ -27,7 +27,7 @@ def check_hosts(fleet: Fleet, plan: Plan | None) -> tuple[dict[int, Any], list[s
     """
     distributions, modules = host_facts.origins(plan)
     model = plan.folder if plan else ""
-    ours = host_facts.about(distributions, modules, model)
+    local = host_facts.about(distributions, modules, model)
     answers, problems = fleet.ask(
         "hello",
         kind=dict,
@@ -36,14 +36,14 @@ def check_hosts(fleet: Fleet, plan: Plan | None) -> tuple[dict[int, Any], list[s
         plan=plan.to_json() if plan else "",
         folder=os.getcwd(),
     )
-    unreadable = [i for i, theirs in answers.items() if not host_facts.alike(theirs, ours)]
+    unreadable = [i for i, remote in answers.items() if not host_facts.alike(remote, local)]
     problems += [f"{fleet.hosts[i].name}: {UNREADABLE}" for i in unreadable]
-    facts = {i: theirs for i, theirs in answers.items() if i not in unreadable}
+    facts = {i: remote for i, remote in answers.items() if i not in unreadable}
     problems += host_facts.same_machine(facts, {i: fleet.hosts[i].name for i in facts}) if fleet.typed else ()
-    for i, theirs in sorted(facts.items()):
-        problems += host_facts.differences(theirs, ours, fleet.hosts[i].name)
-        problems.append(host_facts.model_problem(theirs, ours, fleet.hosts[i].name, model))
-        problems += gpu_problems(fleet, i, theirs, plan)
+    for i, remote in sorted(facts.items()):
+        problems += host_facts.differences(remote, local, fleet.hosts[i].name)
+        problems.append(host_facts.model_problem(remote, local, fleet.hosts[i].name, model))
+        problems += gpu_problems(fleet, i, remote, plan)
     return facts, [problem for problem in problems if problem]
 
 

@@ -63,16 +63,17 @@ def about(distributions: Iterable[str], modules: Iterable[str], model: str) -> d
     }
 
 
-def alike(theirs: Any, ours: Any) -> bool:
-    """Whether an answer has the shape of ours: the same names, and values of the same types."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
+def alike(answer: Any, expected: Any) -> bool:
+    """Whether an answer has the expected shape: the same names, and values of the same types."""
+    if isinstance(expected, dict) and isinstance(answer, dict):
         may_be_none = {"model"}  # a machine may lack it
-        return set(ours) <= set(theirs) and all(
-            alike(theirs[name], value) or (name in may_be_none and theirs[name] is None) for name, value in ours.items()
+        return set(expected) <= set(answer) and all(
+            alike(answer[name], value) or (name in may_be_none and answer[name] is None)
+            for name, value in expected.items()
         )
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return all(alike(value, ours[0]) for value in theirs) if ours else True
-    return ours is None or isinstance(theirs, (int, float) if isinstance(ours, float) else type(ours))
+    if isinstance(expected, list) and isinstance(answer, list):
+        return all(alike(value, expected[0]) for value in answer) if expected else True
+    return expected is None or isinstance(answer, (int, float) if isinstance(expected, float) else type(expected))
 
 
 def version(distribution: str) -> str:
@@ -192,36 +193,33 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it ended without a message")
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str) -> Iterator[str]:
+def differences(remote: Mapping[str, Any], local: Mapping[str, Any], host: str) -> Iterator[str]:
     """Sentences about what must be the same on all machines and is not.
 
     Args:
-        theirs, ours: facts as `about` returns them; ``ours`` are those of the machine where the launcher runs.
+        remote, local: facts as `about` returns them; ``local`` are those of the machine where the launcher runs.
         host: name of the other machine.
     """
-    for name in ours["versions"]:
-        here, there = (
-            about["versions"].get(name, "").split("+")[0] for about in (ours, theirs)
-        )  # +cpu and +cu130 are the same code
-        if there != here:
-            what = f"{host} has {f'{name} {there}' if there else f'no {name}'}, and this machine {here or 'none'}"
-            yield (
-                f"{what}; run pip install {name}=={here} there."
-                if here
-                else f"{what}; install {name}=={there} here too."
-            )
-    if theirs["python"].split(".")[:2] != ours["python"].split(".")[:2]:
+    differ = False
+    for name in local["versions"]:
+        # +cpu and +cu130 are the same code
+        wanted, present = (about["versions"].get(name, "").split("+")[0] for about in (local, remote))
+        if present == wanted:
+            continue
+        differ = True
+        what = f"{host} has {f'{name} {present}' if present else f'no {name}'}, and this machine {wanted or 'none'}"
+        fix = f"run pip install {name}=={wanted} there" if wanted else f"install {name}=={present} here too"
+        yield f"{what}; {fix}."
+    if remote["python"].split(".")[:2] != local["python"].split(".")[:2]:
         yield (
-            f"{host} runs Python {theirs['python']}, and this machine {ours['python']}; use the same minor version "
-            f"on both."
+            f"{host} runs Python {remote['python']}, and this machine {local['python']}; use the same minor version "
+            "on both."
         )
-    unlike = [n for n, v in ours["versions"].items() if v.split("+")[0] != theirs["versions"].get(n, "").split("+")[0]]
-    for name, here in ours["code"].items():
-        there = theirs["code"].get(name)
-        if there != here and not unlike:
+    for name, digest_here in local["code"].items():
+        if not differ and remote["code"].get(name) != digest_here:
             yield (
                 f"the code of {name} on {host} is not that of this machine though the versions are equal; install "
-                f"the same copy there."
+                "the same copy there."
             )
 
 
@@ -246,10 +244,10 @@ def device_problem(plan: Plan, gpus: bool, where: str) -> str:
     return f"this machine has no GPU and {where}; choose where to run with device=cuda or device=cpu."
 
 
-def model_problem(theirs: Mapping[str, Any], ours: Mapping[str, Any], host: str, folder: str) -> str:
+def model_problem(remote: Mapping[str, Any], local: Mapping[str, Any], host: str, folder: str) -> str:
     """A sentence about a checkpoint that is missing or differs, "" if it is the same."""
-    if not ours["model"] or theirs["model"] == ours["model"]:
+    if not local["model"] or remote["model"] == local["model"]:
         return ""
-    if theirs["model"] is None:
+    if remote["model"] is None:
         return f"{host} has no folder {folder}; copy the model there, or keep it on a disk that all hosts share."
     return f"{folder} on {host} holds other files than on this machine; copy the model there again."

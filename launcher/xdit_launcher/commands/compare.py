@@ -36,14 +36,14 @@ def latents(folder: Path) -> dict[tuple[int, int], Array]:
     }
 
 
-def difference(ours: Mapping[Any, Array], theirs: Mapping[Any, Array]) -> float:
-    """The largest difference, relative to the largest value of ``theirs``.
+def difference(actual: Mapping[Any, Array], expected: Mapping[Any, Array]) -> float:
+    """The largest difference, relative to the largest value of ``expected``.
 
     It is NaN if a value is, and infinite if the shapes differ.
     """
-    if not theirs or {k: a.shape for k, a in ours.items()} != {k: a.shape for k, a in theirs.items()}:
+    if not expected or {k: a.shape for k, a in actual.items()} != {k: a.shape for k, a in expected.items()}:
         return float("inf")
-    each = [relative(ours[k] - theirs[k], theirs[k]) for k in theirs]
+    each = [relative(actual[k] - expected[k], expected[k]) for k in expected]
     return float(np.max(each))
 
 
@@ -74,15 +74,15 @@ class Divergence:
     size: float
 
 
-def first_divergence(ours: Path, theirs: Path, tolerance: float) -> Divergence | None:
+def first_divergence(plan_folder: Path, single_folder: Path, tolerance: float) -> Divergence | None:
     """Find the first step, and there the first block, whose rows differ by more than the tolerance; None if all agree.
 
     Args:
-        ours: run folder of the plan.
-        theirs: run folder of a single process.
+        plan_folder: run folder of the plan.
+        single_folder: run folder of a single process.
     """
-    single = records(theirs)[0]
-    by_rank = (divergences(record, single, rank, tolerance) for rank, record in records(ours).items())
+    single = records(single_folder)[0]
+    by_rank = (divergences(record, single, rank, tolerance) for rank, record in records(plan_folder).items())
     return min(itertools.chain.from_iterable(by_rank), default=None)
 
 
@@ -114,7 +114,7 @@ def bounds(numbers: str) -> tuple[int, int]:
 
 
 def by_place(
-    ours: Array, theirs: Array, own_pictures: tuple[int, int], all_pictures: tuple[int, int], tolerance: float
+    rows: Array, expected: Array, own_pictures: tuple[int, int], all_pictures: tuple[int, int], tolerance: float
 ) -> Array:
     """The largest difference before the first block and after each block, 0 where the rank has no rows.
 
@@ -123,26 +123,26 @@ def by_place(
     in most places.
 
     Args:
-        ours: fingerprints of the rank ``[places, b, tokens]``, negative where it has no row.
-        theirs: those of all pictures and conditions, ``[places, B, tokens]``.
+        rows: fingerprints of the rank ``[places, b, tokens]``, negative where it has no row.
+        expected: those of all pictures and conditions, ``[places, B, tokens]``.
         own_pictures, all_pictures: first picture, and the one after the last, of the rank and of all.
         tolerance: the largest difference of places that agree.
 
     Returns:
         ``[places]``, relative to the largest fingerprint there.
     """
-    places, _, tokens = ours.shape
-    if theirs.shape[0] != places or theirs.shape[2] != tokens:
+    places, _, tokens = rows.shape
+    if expected.shape[0] != places or expected.shape[2] != tokens:
         return np.full(places, np.inf)
     pictures, count = own_pictures[1] - own_pictures[0], all_pictures[1] - all_pictures[0]
-    ours = ours.reshape(places, -1, pictures, tokens)
+    rows = rows.reshape(places, -1, pictures, tokens)
     offset = own_pictures[0] - all_pictures[0]
-    theirs = theirs.reshape(places, -1, count, tokens)[:, :, offset : offset + pictures]
-    scale = np.maximum(theirs.max(axis=(1, 2, 3)), 1e-30)
-    conditions = ours.shape[1]
+    expected = expected.reshape(places, -1, count, tokens)[:, :, offset : offset + pictures]
+    scale = np.maximum(expected.max(axis=(1, 2, 3)), 1e-30)
+    conditions = rows.shape[1]
     fits = []
-    for first in range(0, theirs.shape[1] - conditions + 1, conditions):
-        delta = np.where(ours < 0, 0, np.abs(ours - theirs[:, first : first + conditions]))
+    for first in range(0, expected.shape[1] - conditions + 1, conditions):
+        delta = np.where(rows < 0, 0, np.abs(rows - expected[:, first : first + conditions]))
         fits.append(delta.max(axis=(1, 2, 3)) / scale)
     best: Array = min(fits, key=lambda sizes: tuple(~(sizes <= tolerance)))  # which agrees in the longest run of places
     return best
@@ -163,9 +163,9 @@ class Likeness:
     largest_difference: int
 
 
-def likeness(ours: Sequence[Path], theirs: Sequence[Path]) -> Likeness:
+def likeness(paths: Sequence[Path], other_paths: Sequence[Path]) -> Likeness:
     """The likeness of the pair of pictures that resemble each other least."""
-    pairs = [(pixels(a), pixels(b)) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [(pixels(a), pixels(b)) for a, b in zip(paths, other_paths, strict=True)]
     return Likeness(
         min(psnr(a, b) for a, b in pairs),
         min(ssim(a, b) for a, b in pairs),
