@@ -1,4 +1,4 @@
-"""A contact sheet: what a run wrote, small, in one picture, each with what it shows."""
+"""The contact sheet: one picture that shows the results of a run as thumbnails with captions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ MOST, WIDE = 400, 16  # cells of a sheet, columns of a row that is one prompt
 def contact_sheet(
     rows: Sequence[Sequence[Path]], captions: Sequence[str], seeds: Sequence[int] = (), fonts: Fonts | None = None
 ) -> tuple[Any, list[Path]]:
-    """One cell for each file, a row for each prompt if it has several files.
+    """Draw a cell for each file; a prompt with several files has a row of its own.
 
-    Prompts with one file each, or with more than ``WIDE``, follow one another in a grid that is about square. Only one
-    of the files is in memory at a time.
+    If each prompt has one file, or more than ``WIDE``, the cells form a grid that is about square. Only one file is in
+    memory at a time.
 
     Args:
-        rows: files by prompt, as many of each. One that is not there, or cannot be read, leaves its cell empty.
-        captions: one for each row; it stands under each of its cells. If no font can show it, the name of the file
-            does.
-        seeds: one for each column, for cells whose captions would be equal.
-        fonts: what the captions are written with; None: the installed fonts.
+        rows: files of each prompt, the same number for all. A file that cannot be read leaves its cell empty.
+        captions: one for each row, written under each of its cells. If no font can show it, the name of the file is
+            written.
+        seeds: one for each column, written too where captions of a row would be equal.
+        fonts: fonts for the captions; None uses the installed ones.
 
     Returns:
-        A PIL picture, and the files up to ``MOST`` whose cells are empty.
+        A PIL picture, and those of the first ``MOST`` files whose cells are empty.
     """
     from PIL import Image, ImageDraw
 
@@ -60,8 +60,9 @@ def contact_sheet(
 def cells_of(
     rows: Sequence[Sequence[Path]], captions: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[tuple[Path, str, str]]:
-    """Each file with its seed, where captions are equal, and its caption. The seed comes first: at the end it would be
-    cut off."""
+    """List each file with its caption, and with its seed where captions are equal.
+
+    The seed comes first, because the end of a long caption is cut off."""
     counts = Counter(caption for row, caption in zip(rows, captions, strict=True) for _ in row)
     for row, caption in zip(rows, captions, strict=True):
         for i, path in enumerate(row):
@@ -70,7 +71,7 @@ def cells_of(
 
 
 def thumbnail(path: Path) -> Any:
-    """A picture, or the frame in the middle of a video, at most ``SIDE`` a side."""
+    """Read a picture, or the middle frame of a video, and shrink it to at most ``SIDE`` pixels a side."""
     from PIL import Image
 
     if not path.is_file():  # a pipe would be waited for
@@ -88,7 +89,7 @@ def thumbnail(path: Path) -> Any:
 
 
 def shortened(text: str, font: Any, width: int = SIDE) -> str:
-    """As much of a text as fits under a thumbnail, or into so many pixels."""
+    """Cut a text so that it fits under a thumbnail, or into a number of pixels."""
     text = " ".join(text[: 4 * width].split())  # no more can fit, and each try measures all that is left
     if font.getlength(text) <= width:
         return text

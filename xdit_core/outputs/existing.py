@@ -1,4 +1,4 @@
-"""Which results of a run are there before it starts, on the disks of all ranks that write. Without torch."""
+"""Find the results of a run that exist before it starts, on the disks of all ranks. Without torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FilesThere:
-    """Results that are there.
+    """Results that exist before the run.
 
     Args:
-        kept: with the wanted settings inside; with ``resume=yes`` they stay.
-        replaced: all others.
+        kept: results with the wanted settings inside; ``resume=yes`` keeps them.
+        replaced: all other results.
     """
 
     kept: frozenset[Path] = frozenset()
@@ -29,10 +29,10 @@ class FilesThere:
 
     @staticmethod
     def here(plan: Plan) -> FilesThere:
-        """Those on this machine, after a check that results can be written.
+        """Find the results on this machine, and check that results can be written.
 
         Raises:
-            UsageError: they cannot.
+            UsageError: results cannot be written.
         """
         check_writable(plan)
         files = targets(plan.run, plan.facts.video)
@@ -40,17 +40,17 @@ class FilesThere:
         return FilesThere(kept, frozenset(existing(files)) - kept)
 
     def to_json(self) -> str:
-        """For the other ranks."""
+        """Convert to JSON, for the other ranks."""
         return json.dumps({"kept": sorted(map(str, self.kept)), "replaced": sorted(map(str, self.replaced))})
 
     def with_others(self, texts: Iterable[str]) -> FilesThere:
-        """What all ranks found; a result that one of them has is not drawn again."""
+        """Combine what all ranks found: a result that one rank has is not drawn again."""
         found = [json.loads(text) for text in texts]
         kept = frozenset(Path(path) for item in found for path in item["kept"])
         return FilesThere(kept, frozenset(Path(path) for item in found for path in item["replaced"]) - kept)
 
     def skipped(self, plan: Plan) -> frozenset[tuple[int, int]]:
-        """The pictures that are not drawn, as (prompt, picture)."""
+        """List the pictures that need not be drawn, as (index of the prompt, number of the picture)."""
         every = range(plan.run.images)
         return frozenset(
             (index, number)
@@ -61,11 +61,11 @@ class FilesThere:
         )
 
     def left(self, plan: Plan) -> int:
-        """How many results are to be made."""
+        """Count the results that remain to be made."""
         return sum(map(len, targets(plan.run, plan.facts.video))) - len(self.kept)
 
     def lines(self, plan: Plan) -> Iterator[str]:
-        """For the user."""
+        """Describe these results in lines for the user."""
         if plan.run.resume:
             count = len(self.kept) + self.left(plan)
             yield (

@@ -1,4 +1,4 @@
-"""Fonts for the words of users: of those that are installed, for each character one that has it. Without torch."""
+"""Fonts for captions: each character is drawn with an installed font that has it. Without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NOWHERE = "\U0010ffff"  # a character that no font has: what is drawn for it sta
 
 
 def installed_fonts(folders: Sequence[str] = FOLDERS) -> list[Path]:
-    """Files of fonts with many characters, the best first."""
+    """List the installed fonts that have many characters, the best first."""
     found = []
     for folder in folders:
         for place, _, names in os.walk(os.path.expanduser(folder)):
@@ -51,12 +51,12 @@ def installed_fonts(folders: Sequence[str] = FOLDERS) -> list[Path]:
 
 
 class Fonts:
-    """A font of one size made of several: Pillow's own, and installed ones for what it lacks.
+    """One font made of several: Pillow's own font, and installed ones for the characters that it lacks.
 
     Args:
         size: pixels.
-        files: fonts that may be used, the best first; None: the installed ones, which are looked for when one is
-            needed.
+        files: fonts that may be used, the best first; None uses the installed ones, which are searched for when one
+            is needed.
     """
 
     def __init__(self, size: int, files: Sequence[Path] | None = None) -> None:
@@ -69,7 +69,7 @@ class Fonts:
         self._by_character: dict[str, Any] = {}
 
     def _open(self, files: Sequence[Path] | None) -> Iterator[Any]:
-        """Further fonts, opened when they are asked for; those that cannot be, as of fixed sizes, are left out."""
+        """Open further fonts as they are needed; fonts that cannot be opened in this size are left out."""
         from PIL import ImageFont
 
         for path in installed_fonts() if files is None else files:
@@ -81,16 +81,16 @@ class Fonts:
             yield font
 
     def font_of(self, character: str) -> Any:
-        """The first font that has a character, None if there is none."""
+        """Return the first font that has a character, or None."""
         if character not in self._by_character:
             found = next((font for font in list(self._opened) if has(font, character)), None)
             self._by_character[character] = found or next((font for font in self._more if has(font, character)), None)
         return self._by_character[character]
 
     def shown(self, text: str) -> str:
-        """A text of characters that there are: without accents, or with the name of a symbol, where they are missing.
+        """Replace characters that no font has: by the letter without its accent, or by the name of the symbol.
 
-        What has no such way out stays, and is drawn as an empty box.
+        Other missing characters stay, and are drawn as an empty box.
         """
         return " ".join("".join(map(self._substitute, unicodedata.normalize("NFC", text))).split())
 
@@ -107,12 +107,12 @@ class Fonts:
         return f" {name.lower()} " if name else character
 
     def legible(self, text: str) -> bool:
-        """There is a font for at least half of the characters."""
+        """Return whether the fonts have at least half of the characters."""
         letters = [c for c in self.shown(text) if not c.isspace()]
         return 2 * sum(self.font_of(c) is not None for c in letters) >= len(letters)
 
     def getlength(self, text: str) -> float:
-        """Width in pixels."""
+        """Return the width of a text in pixels."""
         return sum(float(font.getlength(part)) for font, part in self._runs(text))
 
     def write(self, pen: Any, at: tuple[float, float], text: str, fill: str) -> None:
@@ -128,12 +128,12 @@ class Fonts:
             x += font.getlength(part)
 
     def _runs(self, text: str) -> Iterator[tuple[Any, str]]:
-        """The text in pieces of one font each."""
+        """Split a text into pieces that are drawn with one font each."""
         for font, part in groupby(text, lambda c: self._own if c.isspace() else self.font_of(c) or self._own):
             yield font, "".join(part)
 
 
 def has(font: Any, character: str) -> bool:
-    """A font draws something of its own for a character."""
+    """Return whether a font has a character."""
     drawn, missing = font.getmask(character), font.getmask(NOWHERE)
     return bool(drawn.size[0]) and (drawn.size != missing.size or bytes(drawn) != bytes(missing))

@@ -1,5 +1,4 @@
-"""What a result says of itself: the settings inside a PNG, an MP4 or a safetensors file. Without torch until it is
-written."""
+"""Write and read results with their settings inside: PNG, MP4 and safetensors. Only writing latents needs torch."""
 
 from __future__ import annotations
 
@@ -30,21 +29,25 @@ UNTOLD = (
     "model.download_dir",
     "trace",
     "profile",
-)  # settings that do not make the picture
-TEXTS = ("negative", "class")  # settings that name no file, whatever they begin with
+)  # settings that do not influence the picture
+TEXTS = ("negative", "class")  # settings whose values are never paths
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-OF_THE_RUN = ("images", "seed", "timeout")  # settings that make no difference to one picture, whose own seed is told
+OF_THE_RUN = (
+    "images",
+    "seed",
+    "timeout",
+)  # settings that do not influence a single picture; its own seed is stored apart
 KEY = "xdit"  # of the settings in a PNG and a safetensors file
-FORMAT = "xdit result"  # says that a JSON file is one of ours
-MOST_JSON = 2**22  # bytes that are read of a JSON file to see whose it is
-FPS = 16  # of a model that names no other
+FORMAT = "xdit result"  # marks a JSON file as written by xdit
+MOST_JSON = 2**22  # most bytes of a JSON file that are read to see whether xdit wrote it
+FPS = 16  # frames per second, unless the model has another default
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """What made a result: plugins, axes and settings, as JSON.
+    """Describe what made a result, as JSON: plugins, axes and settings.
 
-    A picture is shown to others, so it names files and folders by their last part only; fingerprints tell whether they
-    are the same.
+    Pictures are shown to others, so files and folders are named by the last part of their path only. Fingerprints tell
+    whether two of them have the same content.
     """
     run = plan.run
     return {
@@ -67,11 +70,11 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def without_folders(key: str, value: Any) -> Any:
-    """The value of a setting as it is shown to others: of files and folders the last part, hub ids as they are.
+    """Shorten the value of a setting for others to see: paths to their last part; hub ids stay as they are.
 
     Args:
         key: the setting.
-        value: its value as given; values inside of lists and mappings, and of JSON, are changed likewise.
+        value: its value; values inside lists, mappings and JSON are shortened too.
     """
     if isinstance(value, (list, tuple)):
         return [without_folders(key, item) for item in value]
@@ -95,7 +98,7 @@ def without_folders(key: str, value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a picture looks like."""
+    """Return the versions of the packages that influence a picture."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -104,7 +107,7 @@ def versions() -> dict[str, str]:
 
 
 def readable(prompt: str, seed: int, plan: Plan) -> str:
-    """The settings in the form that picture tools show as ``parameters``."""
+    """Format the settings as text, in the form that picture tools show as ``parameters``."""
     run = plan.run
     lines = [prompt]
     if run.negative:
@@ -116,11 +119,10 @@ def readable(prompt: str, seed: int, plan: Plan) -> str:
 
 
 def save(output: Output, i: int, path: Path, inside: Mapping[str, Any], text: str, fps: int) -> None:
-    """Picture ``i`` as PNG, video ``i`` as MP4, or all latents as safetensors.
+    """Write picture ``i`` as PNG, video ``i`` as MP4, or all latents as safetensors.
 
-    Inside are the settings, not the timings: same run, same bytes. A PNG holds JSON as ``xdit`` and ``text`` as
-        ``parameters``;
-    the comment of an MP4 is ``text``, and the JSON as its last line.
+    The file holds the settings and not the timings, so that equal runs give equal bytes. A PNG has the settings as JSON
+    under ``xdit`` and ``text`` under ``parameters``. The comment of an MP4 is ``text``, and the JSON as its last line.
     """
     settings = json.dumps(inside)
     if output.latents is not None:
@@ -145,17 +147,17 @@ def save(output: Output, i: int, path: Path, inside: Mapping[str, Any], text: st
 
 
 def about(plan: Plan, prompt: str, seed: int) -> dict[str, Any]:
-    """What is embedded into the result of one prompt and seed, as JSON."""
+    """Return what is written into the result of one prompt and seed, for JSON."""
     return {"prompt": prompt, "plan": describe(plan), "versions": versions(), "seed": seed}
 
 
 def same_result(embedded: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:
-    """A file with these settings inside holds what a run with the wanted ones would draw."""
+    """Return whether a file with the embedded settings holds what a run with the wanted ones would draw."""
     return embedded is not None and comparable(embedded) == comparable(json.loads(json.dumps(wanted)))
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The embedded settings that decide what one result looks like."""
+    """Return those embedded settings that influence what the result looks like."""
     plan = settings.get("plan")
     if not isinstance(plan, Mapping) or not isinstance(plan.get("settings"), Mapping):
         return {}
@@ -164,7 +166,7 @@ def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def embedded_settings(path: Path) -> dict[str, Any] | None:
-    """The settings inside a PNG, MP4 or safetensors file; None if it is none of ours, or no file."""
+    """Read the settings from a PNG, MP4 or safetensors file; None if xdit did not write it, or if it does not exist."""
     read = {".png": text_of_png, ".mp4": text_of_video, ".safetensors": text_of_tensors}.get(path.suffix.lower())
     if read is None or not path.is_file():
         return None
@@ -176,7 +178,7 @@ def embedded_settings(path: Path) -> dict[str, Any] | None:
 
 
 def text_of_png(path: Path) -> str:
-    """The text ``xdit`` of a PNG, "" if it has none; only what lies before the pixels is read."""
+    """Read the text ``xdit`` of a PNG, "" if it has none. Only the chunks before the pixels are read."""
     with path.open("rb") as file:
         if file.read(8) != b"\x89PNG\r\n\x1a\n":
             return ""
@@ -188,7 +190,7 @@ def text_of_png(path: Path) -> str:
 
 
 def chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """The chunks of a PNG before its pixels, by kind."""
+    """Yield kind and data of the chunks of a PNG that precede its pixels."""
     while len(head := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
         if kind in (b"IDAT", b"IEND") or size > MOST_JSON:
@@ -198,7 +200,7 @@ def chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 
 
 def text_of_tensors(path: Path) -> str:
-    """The metadata ``xdit`` of a safetensors file, "" if it has none."""
+    """Read the metadata ``xdit`` of a safetensors file, "" if it has none."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size)) if size <= MOST_JSON else None
@@ -208,14 +210,14 @@ def text_of_tensors(path: Path) -> str:
 
 
 def text_of_video(path: Path) -> str:
-    """The last line of the comment of an MP4."""
+    """Read the last line of the comment of an MP4."""
     from xdit_core.outputs.video import comment_of
 
     return comment_of(path).rpartition("\n")[2]
 
 
 def is_json_of(path: Path, result: Path) -> bool:
-    """A JSON file that a run has written beside a result of that name."""
+    """Return whether a run has written this JSON file beside a result of that name."""
     try:
         if not path.is_file() or path.stat().st_size > MOST_JSON:
             return False

@@ -18,17 +18,17 @@ SUFFIX = MappingProxyType({"image": ".png", "video": ".mp4", "latent": ".safeten
 
 
 def slug(prompt: str) -> str:
-    """A prompt as a part of a file name: ``A red fox!`` gives ``a-red-fox``."""
+    """Turn a prompt into a part of a file name: ``A red fox!`` becomes ``a-red-fox``."""
     return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:48].rstrip("-_") or "picture"
 
 
 def is_folder(out: str) -> bool:
-    """``out=`` means a folder: one that exists, a name without suffix, or one that ends in a slash."""
+    """Return whether ``out=`` means a folder: an existing one, a name without suffix, or one that ends in a slash."""
     return out.endswith(("/", os.sep)) or os.path.isdir(user_path(out, "out=")) or not Path(out).suffix
 
 
 def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ...]:
-    """The files that a run writes: for each prompt one for each picture, or one that holds the latents of all.
+    """List the files that a run writes: for each prompt one for each picture, or one with all latents.
 
     Args:
         video: the model makes videos.
@@ -43,7 +43,7 @@ def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ..
     if is_folder(run.out):
         names = [[f"{slug(prompt)}-{run.seed_of(i)}" for i in range(each)] for prompt in run.prompt]
         return tuple(tuple(out / (name + suffix) for name in row) for row in without_repeats(names))
-    if run.out == "out.png":  # the default serves both types of output
+    if run.out == "out.png":  # the default name gets the suffix of the output type
         out = out.with_suffix(suffix)
     if out.suffix.lower() != suffix:
         forms = {"image": "pictures are written as PNG", "video": "videos are written as MP4"}
@@ -62,9 +62,9 @@ def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ..
 
 
 def without_repeats(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The names, with ``-2``, ``-3`` ... after a name that occurred before."""
+    """Make names unique: a name that occurred before gets ``-2``, ``-3`` and so on."""
     taken: set[str] = set()
-    seen: dict[str, int] = {}  # so that a thousand repetitions are not tried a thousand times each
+    seen: dict[str, int] = {}  # the last number used for each name, which saves trying all smaller ones
     result: list[list[str]] = []
     for row in rows:
         result.append([])
@@ -79,7 +79,7 @@ def without_repeats(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def sheet_path(run: RunSettings) -> Path:
-    """Where the contact sheet goes: a name that is free, or that of an earlier one."""
+    """Return the path of the contact sheet: a free name, or that of an earlier contact sheet."""
     out = user_path(run.out, "out=")
     names = chain(("sheet",), (f"sheet-{n}" for n in count(2)))
     folder = is_folder(run.out)
@@ -88,24 +88,23 @@ def sheet_path(run: RunSettings) -> Path:
 
 
 def json_path(result: Path) -> Path:
-    """Where the JSON of a result goes: ``fox.json``, or ``fox.png.json`` and so on where that belongs to somebody
-    else."""
+    """Return the path of a result's JSON: ``fox.json``, or ``fox.png.json`` if xdit did not write that."""
     usual = (result.with_suffix(".json").name, f"{result.name}.json")
     names = chain(usual, (f"{result.name}-{n}.json" for n in count(2)))
     return first_free((result.with_name(name) for name in names), lambda path: is_json_of(path, result))
 
 
 def first_free(paths: Iterable[Path], is_ours: Callable[[Path], bool]) -> Path:
-    """The first path that is free or ours."""
+    """Return the first path that is free or that xdit wrote."""
     return next(path for path in paths if not os.path.lexists(path) or is_ours(path))
 
 
 def has_sheet(run: RunSettings, files: Iterable[Sequence[Path]]) -> bool:
-    """There are several pictures, so that a contact sheet shows them."""
+    """Return whether a contact sheet is made, which is so for several pictures."""
     return run.output_type == "image" and sum(map(len, files)) > 1
 
 
 def all_files(run: RunSettings, files: Sequence[Sequence[Path]]) -> list[Path]:
-    """Every file that a run writes outside of its run folder, as things are now."""
+    """List every file that a run would now write outside of its run folder."""
     found = [path for row in files for result in row for path in (result, json_path(result))]
     return [*found, sheet_path(run)] if has_sheet(run, files) else found

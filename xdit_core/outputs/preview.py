@@ -1,4 +1,4 @@
-"""Look at the latents while a run is under way, without stalling it."""
+"""Show the latents while a run goes on, without making ranks wait."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from xdit_core.parallel.patch_tensor import PatchTensor
 class Preview:
     """A ``callback_on_step_end`` that shows the latents of the step before, on the ranks that have them.
 
-    Under PipeFusion the latents of a step arrive while the next one is computed; those of the step before are there. A
-    callback that reads ``latents`` itself brings them together on all ranks: correct, but everybody waits.
+    Under PipeFusion the latents of a step arrive while the next step is computed, so those of the step before are
+    complete. A callback that reads ``latents`` itself gathers them on all ranks; this is correct, but all ranks wait.
 
     Args:
-        show: called with the index of a step and its latents ``[B, C, h, w]``, a plain tensor.
+        show: a function of the index of a step and its latents ``[B, C, h, w]``, a plain tensor.
 
     Example::
 
@@ -29,7 +29,7 @@ class Preview:
         self.show, self._last = show, None
 
     def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """Called by the pipeline after each step."""
+        """Show the latents; the pipeline calls this after each step."""
         last: Any = self._last
         if isinstance(last, PatchTensor):
             last = last.rows(0, last.bounds[-1]) if last.world.evaluates else None

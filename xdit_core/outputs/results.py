@@ -1,5 +1,4 @@
-"""Results are written: pictures with their settings inside, a JSON of timings beside each, a contact sheet of all.
-Without torch."""
+"""Write results: pictures, a JSON of timings beside each, and a contact sheet. Without torch."""
 
 from __future__ import annotations
 
@@ -21,15 +20,15 @@ if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_core.points.request import Output
 
-SOME = 5  # files that a message names
+SOME = 5  # most files that a message names
 
 
 def check_writable(plan: Plan) -> None:
-    """Results can be written where they should go, so that an hour's work is not lost at its end. Nothing is written.
+    """Check before the run that its results can be written, without writing anything.
 
     Raises:
-        UsageError: a name that cannot be, a folder in the way, files that must not be replaced, or no way to write;
-            says where and why.
+        UsageError: an impossible name, a folder in the way, a file that must not be replaced, or no permission; says
+            where and why.
     """
     run, files = plan.run, targets(plan.run, plan.facts.video)
     given, paths = f"out={run.out}", [path for row in files for path in row]
@@ -45,10 +44,10 @@ def check_writable(plan: Plan) -> None:
 
 
 def check_link(path: Path, given: str) -> None:
-    """Where a link leads can be written.
+    """Check that the target of a symbolic link can be written.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot be written.
     """
     try:
         target = behind_links(path)
@@ -58,7 +57,7 @@ def check_link(path: Path, given: str) -> None:
 
 
 def check_replaced(run: RunSettings, files: Sequence[Sequence[Path]], kept: Collection[Path]) -> None:
-    """No file is replaced that the user wants to keep.
+    """Check that no file is replaced that the user wants to keep.
 
     Args:
         kept: results that stay as they are.
@@ -82,19 +81,19 @@ def check_replaced(run: RunSettings, files: Sequence[Sequence[Path]], kept: Coll
 
 
 def existing(files: Iterable[Iterable[Path]]) -> list[Path]:
-    """The results that are there already and hold something."""
+    """List the results that exist and are not empty."""
     return [path for row in files for path in row if path.is_file() and path.stat().st_size]
 
 
 def some(paths: Sequence[Path]) -> str:
-    """A few of the files, and how many more, for a message."""
+    """Name a few of the files, and the number of the others, for a message."""
     return join_words(
         [str(path) for path in paths] if len(paths) <= SOME else [*paths[: SOME - 1], f"{len(paths) - SOME + 1} more"]
     )
 
 
 def finished(plan: Plan, files: Sequence[Sequence[Path]]) -> frozenset[Path]:
-    """The results that are there with exactly the settings of this plan inside."""
+    """Find the results that exist with exactly the settings of this plan inside."""
     found, common = set(), about(plan, "", 0)
     for prompt, row in zip(plan.run.prompt, files, strict=True):
         for i, path in enumerate(row):
@@ -114,18 +113,18 @@ def write(
     beside: Path | None = None,
     **more: Any,
 ) -> None:
-    """Write one picture or video of a prompt, or its latents, and a JSON beside; each whole or not at all.
+    """Write one picture or video of a prompt, or its latents, and a JSON beside it; each file whole or not at all.
 
     Args:
-        output: from ``Engine.generate`` on the owner.
-        i: which of its pictures; 0 for latents.
-        path: where it goes; its folder is made.
-        seconds: timings by phase.
-        beside: where the JSON goes, None: see `json_path`.
+        output: what ``Engine.generate`` returned on the rank that owns it.
+        i: number of the picture in the output; 0 for latents.
+        path: the file; its folder is made if necessary.
+        seconds: seconds of each phase.
+        beside: path of the JSON; None means `json_path`.
         more: further entries of the JSON.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be made; names the file.
+        OSError: the disk is full, or the folder cannot be made. The error names the file.
     """
     seed = plan.run.seed_of(output.numbers[i])
     inside = about(plan, output.prompt, seed)
@@ -142,14 +141,13 @@ def write(
 def write_elsewhere(
     output: Output, i: int, path: Path, plan: Plan, seconds: Mapping[str, float], run_folder: Path
 ) -> Path:
-    """Write a result that could not be written where it should go into the run folder, or the folder for temporary
-    files.
+    """Write a result, whose own path failed, into the run folder or the system's temporary folder.
 
     Returns:
-        Where it is; its name there was free.
+        The path, whose name was free there.
 
     Raises:
-        OSError: neither has room.
+        OSError: neither folder has room.
     """
     places = (run_folder, Path(tempfile.gettempdir()))
     for place in places:
@@ -167,11 +165,11 @@ def write_elsewhere(
 
 
 def write_sheet(run: RunSettings, files: Sequence[Sequence[Path]]) -> str:
-    """Put everything that was written onto one picture, from the files: on another machine's disk they may be missing.
+    """Write the contact sheet from the result files; some may lie on the disk of another machine.
 
     Returns:
-        A line for the user, also if it failed: the pictures are there, and the run went well. "" if there is nothing to
-            put together.
+        A line for the user, "" if there is no sheet to make. If the sheet fails, the line says so; the pictures exist,
+        so the run still succeeds.
     """
     if not has_sheet(run, files):
         return ""

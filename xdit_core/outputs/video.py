@@ -1,8 +1,8 @@
-"""Videos as MP4, through PyAV.
+"""Write and read videos as MP4, with PyAV.
 
-PyAV rather than imageio-ffmpeg: both have wheels for Linux, macOS and Windows and a BSD licence, and both bring FFmpeg
-with x264 (GPL, which is used here and not passed on); but PyAV needs no second process, which gloo and NCCL ranks had
-better not fork, its errors are exceptions and not text on a pipe, and it reads back what it wrote.
+PyAV and imageio-ffmpeg both have wheels for Linux, macOS and Windows and a BSD licence, and both bring FFmpeg with x264
+(GPL, which is used here and not distributed). PyAV is used because it needs no second process, which ranks with gloo or
+NCCL should not fork, because its errors are exceptions, and because it can read videos too.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BT709 = 1  # matrix, primaries and transfer in the numbers of H.273; a browser takes 720 and more untagged rows for it
+BT709 = 1  # as matrix, primaries and transfer in H.273; browsers assume it for untagged videos of 720 rows and more
 NARROW = 1  # luma from 16 to 235
-THREADS = 4  # their number is in the bytes of the file, so that it must not follow from the machine
+THREADS = 4  # encoder threads; the number changes the bytes of the file, so it must not depend on the machine
 
 
 def write_video(frames: Sequence[Any], path: Path, fps: int, about: str) -> None:
     """Write frames as H.264 that browsers play.
 
     Args:
-        frames: PIL pictures of one size. The last row or column is repeated where a side is odd, since colours are
-            halved.
-        path: of any suffix.
-        fps: frames a second.
-        about: goes into the file as its comment.
+        frames: PIL pictures of one size. If a side is odd, its last row or column is repeated, since H.264 stores
+            colours at half the size.
+        path: the file, with any suffix.
+        fps: frames per second.
+        about: the comment of the file.
 
     Raises:
-        OSError: the disk is full or the folder has gone.
+        OSError: the disk is full or the folder does not exist any more.
         ValueError: there is no frame.
     """
     import av
@@ -53,7 +53,7 @@ def write_video(frames: Sequence[Any], path: Path, fps: int, about: str) -> None
 
 
 def middle_frame(path: Path) -> Any:
-    """The picture in the middle of a video that ``write_video`` wrote, without holding the others.
+    """Read the middle frame of a video that ``write_video`` wrote; only one frame is in memory at a time.
 
     Raises:
         OSError, ValueError: the file cannot be read.
@@ -71,10 +71,10 @@ def middle_frame(path: Path) -> Any:
 
 
 def comment_of(path: Path) -> str:
-    """The comment in a video, "" if it has none.
+    """Read the comment of a video, "" if it has none.
 
     Raises:
-        ValueError: it is no video.
+        ValueError: the file is not a video.
     """
     import av
 
