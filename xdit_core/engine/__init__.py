@@ -1,1 +1,1 @@
-"""The engine: loads a pipeline for one rank, puts the strategies in, answers requests."""
+"""The engine: load a pipeline for one rank, put the strategies in, and answer requests."""

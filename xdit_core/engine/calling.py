@@ -1,4 +1,4 @@
-"""The call of the pipeline: its arguments, and the scheduler that it uses."""
+"""Prepare a call of the pipeline: its arguments and its scheduler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xdit_core.planning.signatures import argument_names
 
 
 def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[str, Any]:
-    """The shared settings as arguments of the pipeline's ``__call__``, for some of the pictures of a prompt."""
+    """Return the shared settings as arguments of the pipeline's ``__call__``, for some of the pictures of a prompt."""
     named = {
         key: word
         for key, word in argument_names(spec).items()
@@ -32,7 +32,7 @@ def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[st
 
 
 def call_values(more: Mapping[str, Any], numbers: range, images: int) -> dict[str, Any]:
-    """Further arguments for some of the pictures of a prompt: of latents for all of them, those of these pictures.
+    """Return further arguments for some of the pictures of a prompt, with the latents of these pictures only.
 
     Args:
         more: values by name.
@@ -63,7 +63,7 @@ def without_texts(arguments: Mapping[str, Any], more: Mapping[str, Any]) -> dict
 
 
 def scheduler_named(name: str, current: Any) -> Any:
-    """A scheduler of another class with the configuration of the current one.
+    """Make a scheduler of another class with the configuration of the current one.
 
     Raises:
         PlanRefused: diffusers has no such class, or it does not fit what the model predicts.

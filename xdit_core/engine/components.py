@@ -1,7 +1,7 @@
-"""The components of a pipeline beside its denoisers, loaded by their own libraries; each must be complete.
+"""Load the components of a pipeline other than its denoisers, and check that each is complete.
 
-A library fills tensors that a checkpoint lacks with random numbers and a warning, and a picture of noise is all that is
-seen of it.
+Their libraries fill tensors that a checkpoint lacks with random numbers and only warn; the user would see a picture of
+noise.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def load_components(
     but: Mapping[str, Any],
     observer: Observer,
 ) -> dict[str, nn.Module]:
-    """The models that ``model_index.json`` lists, by component name; what has no weights is left to the pipeline.
+    """Load the models that ``model_index.json`` lists, by name; the pipeline loads components without weights.
 
     Args:
-        but: components that are not to be loaded.
+        but: components that are not loaded.
         observer: told which one is being loaded.
 
     Raises:
@@ -52,10 +52,10 @@ def load_components(
 
 
 def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.Module:
-    """A model by its library's ``from_pretrained``, as a pipeline would load it.
+    """Load a model with its library's ``from_pretrained``, as a pipeline would.
 
     Raises:
-        ModelError: it cannot be read; tensors are missing or have another shape.
+        ModelError: the model cannot be read, or tensors are missing or have another shape.
     """
     words: dict[str, Any] = (
         {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "ignore_mismatched_sizes": True}
@@ -63,7 +63,7 @@ def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.M
     words |= {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     try:
         model, report = cls.from_pretrained(folder, **words)
-    except Exception as error:  # whatever a config or a file can make a constructor raise
+    except Exception as error:  # a damaged config or file can make a constructor raise anything
         other = re.search(r"because (\S+) expected shape (.+?), but got (.+?)\. ", str(error))
         if other:
             raise wrong_shape(folder, library, other[1], numbers(other[3]), numbers(other[2])) from error
@@ -80,10 +80,10 @@ def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.M
 
 
 def check_filled(folder: Path, model: nn.Module) -> None:
-    """Every tensor must have values.
+    """Check that every tensor has values.
 
     Raises:
-        ModelError: some are on the meta device still.
+        ModelError: some tensors are still on the meta device.
     """
     missing = {name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta}
     if missing:
@@ -91,18 +91,18 @@ def check_filled(folder: Path, model: nn.Module) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in a line."""
+    """Return the first line of a library's error."""
     text = str(error).strip()
     return text.splitlines()[0][:300].rstrip(".") if text else type(error).__name__
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The numbers in a shape that was written out."""
+    """Return the numbers in a shape that is given as text."""
     return tuple(int(n) for n in re.findall(r"\d+", text))
 
 
 def lacking(folder: Path | str, names: set[str]) -> ModelError:
-    """The error for tensors that are not there."""
+    """Make the error for missing tensors."""
     first = sorted(names)
     more = f" and {len(first) - 5} more" if len(first) > 5 else ""
     return ModelError(

@@ -1,7 +1,6 @@
-"""One rank of one run: load the pipeline, weave the strategies in, answer requests.
+"""The engine of one rank: load the pipeline, put the wraps of the strategies in, and answer requests.
 
-The pipeline and its scheduler run as diffusers ships them; what changes is what ``transformer(...)`` and
-``vae.decode(...)`` do.
+The pipeline and its scheduler run unmodified; only ``transformer(...)`` and ``vae.decode(...)`` do something else.
 """
 
 from __future__ import annotations
@@ -61,27 +60,28 @@ AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of t
 
 
 class _Elsewhere(Exception):
-    """Leaves the pipeline on a rank whose output another rank makes."""
+    """Raised to leave the pipeline on a rank that does not make the output."""
 
 
 class _Latents(Exception):
-    """Leaves the pipeline with its latents in hand."""
+    """Raised to leave the pipeline when its latents are complete."""
 
 
 Progress = Callable[[int, int], None]
 
 
 class Engine:
-    """The frozen strategies around one pipeline.
+    """One pipeline on one rank, with the strategies of a plan.
 
     Args:
-        plan: what to run. With more than one rank the default process group must be initialized and have that many
-            ranks.
+        plan: what to run. If it has more than one rank, the default process group must be initialized with that number
+            of ranks.
         registry: where the plugins come from, by default the installed ones.
-        pipe: a loaded diffusers pipeline to use instead of loading the plan's. It is left as it was; parameters that
-            need no change share memory with it. One that was changed after loading (adapters, hooks, other processors)
-            is refused.
-        progress: told ``(step, steps)`` after each step; True for a progress bar, None for one in a notebook only.
+        pipe: a loaded diffusers pipeline to use instead of loading the one of the plan. It is not changed; parameters
+            that need no change share memory with it. A pipeline that was changed after loading (adapters, hooks, other
+            attention processors) is refused.
+        progress: called with ``(step, steps)`` after each step. True shows a progress bar, None shows one in a notebook
+            only.
         observer: told of everything that happens on this rank.
     """
 
@@ -151,7 +151,7 @@ class Engine:
         observer: Observer | None = None,
         **settings: Any,
     ) -> Engine:
-        """An engine from the name of a model, a folder or a hub id.
+        """Make an engine from the name of a model, a folder or a hub id.
 
         Example::
 
@@ -200,7 +200,7 @@ class Engine:
         return built
 
     def _owner_of(self, plugin: str) -> Owner:
-        """A plugin, for messages."""
+        """Return the owner of a plugin, for messages."""
         return Owner("plugin", plugin, *self.plan.plugins[plugin])
 
     def _transforms(self, phases: Collection[str]) -> list[Callable[[Any], None]]:
@@ -213,7 +213,7 @@ class Engine:
         return changes
 
     def _weave(self, spec: ModelSpec) -> None:
-        """Nest the wraps of the strategies in the plan's order, and put them where the pipeline will call them."""
+        """Compose the wraps of the strategies in the order of the plan, and put them where the pipeline calls them."""
         plan, built = self.plan, self._built
         self.trunks: list[Trunk]
         self.forwards: list[ForwardPoint]
@@ -256,10 +256,13 @@ class Engine:
     def generate(self, prompt: Sequence[str], **changes: Any) -> list[Output]: ...
 
     def generate(self, prompt: str | Sequence[str] | None = None, **changes: Any) -> Output | list[Output]:
-        """One prompt, ``images`` pictures of it, or a list of prompts and an output for each; as ``generate_all``.
+        """Draw ``images`` pictures of one prompt, or of each prompt in a list; see ``generate_all``.
 
         Args:
-            prompt: None if ``call={"prompt_embeds": ...}`` says what to draw.
+            prompt: a prompt or a list of prompts; None if ``call={"prompt_embeds": ...}`` says what to draw.
+
+        Returns:
+            One output for a prompt, a list of outputs for a list.
         """
         if prompt is None or isinstance(prompt, str):
             return self.generate_all([prompt], **changes)[0]
@@ -272,12 +275,12 @@ class Engine:
         skip: Collection[tuple[int, int]] = (),
         **changes: Any,
     ) -> list[Output]:
-        """Some prompts, ``images`` pictures of each; every rank of the plan must call it with the same arguments.
+        """Draw ``images`` pictures of each prompt. Every rank of the plan must call it with the same arguments.
 
         Args:
             prompts: what to draw; ``[None]`` if embeddings in ``call`` say so.
-            skip: pictures that are not drawn, as (prompt, picture); what is left of a prompt may come in several
-                outputs.
+            skip: pictures that are not drawn, as (index of the prompt, number of the picture). The other pictures of a
+                prompt may come in several outputs.
             changes: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
                 the pipeline's ``__call__``.
 
@@ -285,9 +288,9 @@ class Engine:
             An output for each prompt. Pictures are on rank 0, latents on all ranks.
 
         Raises:
-            UsageError: an argument that is unknown or decided by the plan.
-            PlanRefused: a value that no run can have.
-            XditError: an earlier request failed on several ranks, which then no longer agree on what was sent.
+            UsageError: an argument is unknown, or the plan has decided it.
+            PlanRefused: a value is not possible.
+            XditError: an earlier request failed, after which several ranks no longer agree on what was sent.
         """
         if self._broken:
             raise XditError(
@@ -304,9 +307,9 @@ class Engine:
         return outputs
 
     def _one_by_one(self, request: Request) -> list[Output]:
-        """The jobs of this rank."""
+        """Run the jobs of this rank."""
         outputs, spec = [], self.rank.spec
-        # one picture a call is all that some pipelines can do, and all that every pipeline can do with embeddings
+        # some pipelines draw only one picture in a call, and with embeddings all of them do
         single = (not spec.request.takes("images") and spec.request.encode_subject is None) or request.more.get(
             "prompt_embeds"
         ) is not None
@@ -319,7 +322,7 @@ class Engine:
         return joined(outputs, in_turn=True) if single else outputs
 
     def _draw(self, job: Job, request: Request) -> Output:
-        """One call of the pipeline."""
+        """Run one call of the pipeline."""
         self._marks = {"start": time.perf_counter()}
         run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
         asks = spec.request
@@ -340,7 +343,7 @@ class Engine:
             torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
             watched(self.pipe.scheduler, self._state.branches.stepped, streams),
         ):
-            torch.manual_seed(seeds[0])  # stochastic schedulers draw from the default generator
+            torch.manual_seed(seeds[0])  # stochastic schedulers use the default generator
             try:
                 result = self.pipe(**arguments)[0]
                 if self._wants_latents:
@@ -359,8 +362,8 @@ class Engine:
 
     @contextmanager
     def _request(self, pictures: int, grid: tuple[int, int]) -> Iterator[None]:
-        """Around a call of the pipeline: strategies release behind it what they acquired before it, and nothing of it
-        is kept."""
+        """Surround a call of the pipeline: afterwards strategies release what they acquired, and its tensors are
+        dropped."""
         with ExitStack() as stack:
             stack.callback(self._forget_request)
             self._forget_request()
@@ -378,8 +381,8 @@ class Engine:
             point.clear()
 
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stands for ``vae.decode``: all ranks bring the latents together, the owner decodes, or whoever has strategies
-        for it."""
+        """Replace ``vae.decode``: all ranks gather the latents, then the owner decodes, or the ranks that a strategy
+        chooses."""
         self.rank.observer.status(Status(Phase.GATHERING, "the latents"))
         latents = self._finite(materialized(latents), "the latents")
         if "decoding" not in self._marks:  # else the pipeline decodes in parts
@@ -397,13 +400,13 @@ class Engine:
         if result is None:
             raise _Elsewhere
         self._finite(result[0] if isinstance(result, tuple) else result.sample, "the decoded picture")
-        return result  # on all that took part: the pipeline may decode in parts, one call after the other
+        return result  # on all ranks that decoded: the pipeline may decode in several calls
 
     def _finite(self, x: torch.Tensor, what: str) -> torch.Tensor:
-        """``x``, if it holds numbers; otherwise the picture would be black.
+        """Check that a tensor holds finite numbers, since the picture would otherwise be black.
 
         Raises:
-            XditError: it holds something else.
+            XditError: some values are not finite.
         """
         if not torch.isfinite(x).all():
             dtype = str(self.rank.dtype).removeprefix("torch.")
@@ -417,12 +420,12 @@ class Engine:
         return x
 
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> StepLoop:
-        """Stands for the pipeline's progress bar."""
+        """Replace the pipeline's progress bar."""
         self._mark("encoded")
         return StepLoop(iterable, total or 0, self._step, self.rank.observer, partial(self._mark, "denoised"))
 
     def _step(self, done: int, steps: int) -> None:
-        """A step of the pipeline is done."""
+        """Count a finished step of the pipeline."""
         self._state.step = done
         self.rank.observer.step_done(done, steps)
 
@@ -432,20 +435,20 @@ class Engine:
         self._marks[name] = time.perf_counter()
 
     def _phases(self) -> dict[str, tuple[float, float]]:
-        """Begin and end of the phases of the call of the pipeline that is over."""
+        """Return begin and end of each phase of the last call of the pipeline."""
         end, start = time.perf_counter(), self._marks["start"]
         encoded, denoised = self._marks.get("encoded", start), self._marks.get("denoised", end)
         return {"encode": (start, encoded), "denoise": (encoded, denoised), "decode": (denoised, end)}
 
     def _seconds(self, phases: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """Seconds of the phases, and of what strategies count apart; their sum is the wall time of the call."""
+        """Return the seconds of each phase, and of what strategies time themselves. The sum is the wall time."""
         seconds = {name: end - start for name, (start, end) in phases.items()}
         apart = dict(self.rank.seconds)
         denoise = seconds["denoise"] - sum(apart.values())
         return {"encode": seconds["encode"], **apart, "denoise": denoise, "decode": seconds["decode"]}
 
     def close(self) -> None:
-        """Release process groups and buffers; the pipeline stays woven and must not be used again."""
+        """Release process groups and buffers. The pipeline keeps its wraps and must not be used again."""
         for name, built in self._built.items():
             if built.close:
                 self._owner_of(name).call("its close", built.close)
@@ -454,12 +457,12 @@ class Engine:
 
 
 def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
-    """The denoisers that the pipeline has, by name."""
+    """Return the denoisers of the pipeline by name."""
     return {name: part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None}
 
 
 def alone(job: Job) -> tuple[Job, ...]:
-    """A job for each picture of a job."""
+    """Split a job into jobs of one picture each."""
     return tuple(dataclasses.replace(job, numbers=job.numbers[i : i + 1]) for i in range(len(job.numbers)))
 
 

@@ -1,8 +1,8 @@
-"""A pipeline from the user's hands: what must be refused, and a pipeline of our own over the same tensors.
+"""Use a pipeline that the user has loaded: refuse what cannot work, and make an own pipeline over the same tensors.
 
-The user's pipeline is left as it was. Components of ours have modules of their own, whose parameters share memory with
-the user's until a strategy divides them or a device is changed; dropping the user's pipeline frees what this rank does
-not hold.
+The user's pipeline is not changed. The own pipeline has modules of its own. Their parameters share memory with the
+user's until a strategy divides them or they move to another device. If the user drops his pipeline, the memory that
+this rank does not need is freed.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def adopt_pipeline(
     changes: Sequence[Change] = (),
     loras: Mapping[str, float] = MappingProxyType({}),
 ) -> Any:
-    """A pipeline like the given one whose denoisers hold only what this rank needs; takes the same way as one from a
-    folder.
+    """Make a pipeline like the given one whose denoisers hold only what this rank needs.
+
+    The same code loads it as a pipeline from a folder.
 
     Args:
-        spec, blocks, device, changes, loras: as of ``load_pipeline``.
-        pipe: must have passed ``check_given``; it is not changed.
+        spec, blocks, device, changes, loras: see ``load_pipeline``.
+        pipe: the user's pipeline, which has passed ``check_given``; it is not changed.
 
     Raises:
         ModelError: a LoRA does not fit.
@@ -67,7 +68,7 @@ def adopt_pipeline(
 
 
 def twin(module: nn.Module, of: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
-    """A copy of a module's structure; buffers and other tensors are shared, parameters are made by ``of``."""
+    """Copy the structure of a module. Buffers and other tensors are shared; ``of`` makes the parameters."""
     made: dict[int, Any] = {id(p): of(p) for p in module.parameters()}
     made |= {id(b): b.detach() for b in module.buffers()}
     for part in module.modules():
@@ -76,17 +77,17 @@ def twin(module: nn.Module, of: Callable[[nn.Parameter], nn.Parameter]) -> nn.Mo
 
 
 def hollow(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter without values."""
+    """Make a parameter of the same shape without values."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def shared(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter over the same memory, which can be moved alone."""
+    """Make a parameter over the same memory that can move to another device by itself."""
     return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def precision(pipe: Any, spec: ModelSpec) -> torch.dtype:
-    """What most of the denoiser's numbers are in."""
+    """Return the dtype of most of the denoiser's numbers."""
     counts: dict[torch.dtype, int] = {}
     for p in getattr(pipe, spec.checkpoint.denoiser).parameters():
         if p.is_floating_point():
@@ -95,11 +96,11 @@ def precision(pipe: Any, spec: ModelSpec) -> torch.dtype:
 
 
 def check_given(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[str, Any], dtype: str | None) -> None:
-    """Refuse what would be dropped or misread when the denoiser is divided.
+    """Refuse a pipeline of which something would be lost or misread when its denoiser is divided.
 
     Args:
         wanted: of the plan.
-        asked: the shared settings and ``call.*``, from which the plan's facts were made.
+        asked: the shared settings and ``call.*`` from which the facts of the plan were made.
         dtype: of the plan.
 
     Raises:
@@ -128,7 +129,7 @@ def check_given(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[s
 
 
 def changed_pipeline(pipe: Any) -> Iterator[Problem]:
-    """Methods of the pipeline that were replaced: by an Engine that already has it, or by hand."""
+    """Find methods of the pipeline that were replaced, by hand or by another Engine."""
     replaced = [
         name for name, value in vars(pipe).items() if callable(value) and callable(getattr(type(pipe), name, None))
     ]
@@ -140,7 +141,7 @@ def changed_pipeline(pipe: Any) -> Iterator[Problem]:
 
 
 def changed_components(pipe: Any) -> Iterator[Problem]:
-    """Components that cannot be taken over."""
+    """Find components that cannot be used."""
     for name, part in pipe.components.items():
         if not isinstance(part, nn.Module):
             continue
@@ -171,7 +172,7 @@ def live_adapters(module: nn.Module) -> list[str]:
 
 
 def changed_denoiser(name: str, given: nn.Module) -> Iterator[Problem]:
-    """What differs from the same class as diffusers makes it, but for the values of its tensors."""
+    """Find what differs from a fresh module of the same class, other than the values of tensors."""
     from accelerate import init_empty_weights
 
     with quiet(), init_empty_weights():

@@ -1,9 +1,9 @@
-"""How a pipeline gets onto a rank: of the denoiser only the blocks that this rank holds are read and allocated.
+"""Load a pipeline onto a rank; of the denoiser, only the blocks that this rank holds are read and allocated.
 
-There is one way, whether the tensors come from a folder or from a pipeline that the user has loaded: a denoiser without
-values (`Part.make`), placeholders for absent blocks, changes by strategies while parameters have shapes only, then the
-tensors (`Part.tensors`), with the LoRAs added, each divided as its parameter says. The denoiser is never read by
-diffusers' own loader, which fills tensors that a checkpoint lacks with random numbers and a warning.
+The same steps run for a folder and for a pipeline that the user has loaded. First the denoiser is made without values
+(`Part.make`), with placeholders for the blocks of other ranks. Then strategies change it, while parameters have shapes
+only. Then the tensors are read (`Part.tensors`), LoRAs are added, and each tensor is divided as its parameter says. The
+loader of diffusers is not used, because it fills tensors that a checkpoint lacks with random numbers and only warns.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Change = Callable[[nn.Module], None]
 
 @dataclass(frozen=True)
 class Part:
-    """A denoiser that is to be loaded.
+    """A denoiser that will be loaded.
 
     Args:
-        make: gives it with parameters on the meta device and computed buffers real.
-        tensors: opens where its tensors are.
-        origin: where that is, for messages.
+        make: makes it with parameters on the meta device and real computed buffers.
+        tensors: opens the source of its tensors.
+        origin: name of that source, for messages.
     """
 
     make: Callable[[], nn.Module]
@@ -63,15 +63,15 @@ def load_pipeline(
     loras: Mapping[str, float] = MappingProxyType({}),
     observer: Observer | None = None,
 ) -> Any:
-    """The pipeline of a local checkpoint folder.
+    """Load the pipeline of a local checkpoint folder.
 
     Args:
         spec: the model adapter's record.
-        folder: has ``model_index.json``.
+        folder: the folder with ``model_index.json``.
         blocks: indices of the blocks to hold.
-        changes: what strategies do to the denoiser while its parameters are on the meta device.
-        trust_remote_code: Python code that lies in the folder may run.
-        loras: path to scale, to be added to the weights.
+        changes: transforms of strategies that run while parameters are on the meta device.
+        trust_remote_code: whether Python code in the folder may run.
+        loras: scale of each LoRA to add to the weights, by path.
         observer: told which component is being loaded.
 
     Raises:
@@ -91,15 +91,13 @@ def load_pipeline(
     parts = {
         name: folder_part(folder, name, index[name][1], dtype) for name in spec.checkpoint.denoisers if name in listed
     }
-    # the denoisers come at last; until then LoRA adapters, which name all blocks, are put onto their shapes
+    # the denoisers get their values last, because LoRA adapters name all blocks and are first put onto shapes
     shapes = {name: part.make() for name, part in parts.items()}
     models = load_components(folder, index, dtype, {**absent, **shapes}, observer)
     more = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         pipe = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **more, **absent, **shapes, **models)
-    except (
-        Exception
-    ) as error:  # whatever the files of tokenizers, schedulers and the like can make their libraries raise
+    except Exception as error:  # damaged files of tokenizers or schedulers can make their libraries raise anything
         raise ModelError(f"{folder} cannot be loaded as {index['_class_name']}: {first_line(error)}.") from error
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name not in parts:
@@ -109,10 +107,10 @@ def load_pipeline(
 
 
 def folder_part(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Part:
-    """A denoiser whose tensors are in the files of a folder.
+    """Describe a denoiser whose tensors are in the files of a folder.
 
     Raises:
-        ModelError: its class is no model of diffusers.
+        ModelError: its class is not a model of diffusers.
     """
     import diffusers
 
@@ -136,7 +134,7 @@ def fill(
     changes: Sequence[Change],
     loras: Mapping[str, float],
 ) -> Any:
-    """Put the denoisers, with their values, in place of their shapes.
+    """Replace the denoisers without values by denoisers with values.
 
     Raises:
         ModelError: a tensor is missing or has another shape; a LoRA does not fit.
@@ -148,11 +146,10 @@ def fill(
 
 
 def empty(class_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A denoiser with parameters on the meta device and computed buffers real, as diffusers makes it before it reads a
-    checkpoint.
+    """Make a denoiser with parameters on the meta device and real computed buffers, as diffusers does before reading.
 
     Args:
-        dtype: what buffers and tables get that do not choose for themselves.
+        dtype: dtype of those buffers and tables that do not choose one themselves.
 
     Raises:
         ModelError: its config does not describe it.
@@ -166,7 +163,7 @@ def empty(class_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     try:
         with init_empty_weights():
             model: nn.Module = cls.from_config(cls.load_config(folder))
-    except Exception as error:  # whatever a config can make a constructor raise
+    except Exception as error:  # a damaged config can make a constructor raise anything
         raise ModelError(
             f"{folder}/config.json does not describe a {class_name} ({type(error).__name__}: {first_line(error)}); "
             f"fetch it again."
@@ -177,7 +174,7 @@ def empty(class_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
 
 
 def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, None]:
-    """Constructor arguments that the folder lacks or lists as null, so that diffusers does not ask for them."""
+    """Return null for components that the folder does not have, so that diffusers does not ask for them."""
     absent: dict[str, None] = {}
     for p in inspect.signature(cls.__init__).parameters.values():
         component = p.default is inspect.Parameter.empty or p.default is None
@@ -226,14 +223,14 @@ def load_part(spec: ModelSpec, part: Part, blocks: range, changes: Sequence[Chan
 
 
 def replace_buffers(model: nn.Module, tensors: Tensors) -> None:
-    """Buffers that no checkpoint holds but a module has, which may have cast them."""
+    """Replace buffers that are not in checkpoints by those of a loaded module, which may have changed their dtype."""
     for name in dict(model.named_buffers()).keys() & set(tensors.computed()):
         holder, _, last = name.rpartition(".")
         model.get_submodule(holder)._buffers[last] = tensors.read(name)
 
 
 def read(tensors: Tensors, name: str, like: torch.Tensor, delta: Delta | None = None) -> torch.Tensor:
-    """A tensor, or the part of it that a ``DTensor`` holds here; with ``delta()`` added, in float32."""
+    """Read a tensor, or the part of it that a ``DTensor`` holds on this rank, and add ``delta()`` in float32."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
 
@@ -245,7 +242,7 @@ def read(tensors: Tensors, name: str, like: torch.Tensor, delta: Delta | None = 
     where = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
     dim, packed = getattr(like, "packed", (0, (like.shape[0],)))
     pieces, start = [], 0
-    for size in packed:  # parts that lie one behind the other are divided each for itself
+    for size in packed:  # a tensor may consist of several matrices, each of which is divided
         if len(packed) > 1:
             one = size // like.device_mesh.size()
             first = start + like.device_mesh.get_local_rank() * one
@@ -255,7 +252,7 @@ def read(tensors: Tensors, name: str, like: torch.Tensor, delta: Delta | None = 
         pieces.append(piece if change is None else piece.float() + change[tuple(where)])
         start += size
     part = torch.cat(pieces, dim=dim)
-    # a slice would hold the whole
+    # a slice would keep the whole tensor in memory
     own = part.to(like.device_mesh.device_type, dtype).clone(memory_format=torch.contiguous_format)
     made: torch.Tensor = DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()

@@ -1,8 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): read by diffusers, added to the weights as these are read, so before they
-are divided.
+"""Add LoRA files (Hu et al. 2021, arXiv:2106.09685) to the weights while these are read, before they are divided.
 
-The denoiser stands by on the meta device while diffusers reads the file in whatever format it has; what its adapters
-then hold is added to the tensors, or to the parts of them, that a rank reads.
+Diffusers reads the file, in any format that it knows, into adapters of a denoiser on the meta device. What the adapters
+hold is then added to the tensors, or to the parts of tensors, that a rank reads.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ Deltas = Mapping[str, Delta]
 
 
 def load_loras(pipe: Any, denoisers: Mapping[str, nn.Module], loras: Mapping[str, float]) -> dict[str, Deltas]:
-    """What is to be added to the weights of the denoisers; the text encoders of the pipeline are changed here.
+    """Read LoRA files: return what to add to the denoisers, and change the text encoders at once.
 
     Args:
         pipe: a pipeline whose denoisers are on the meta device.
-        denoisers: by name; they take adapters and must not be used for anything else afterwards.
-        loras: path of a file or folder to scale.
+        denoisers: the denoisers by name. They get the adapters and must not be used for anything else afterwards.
+        loras: scale of each file or folder, by path.
 
     Returns:
-        For each denoiser, name of a parameter to a function that gives the change of its value, in float32.
+        For each denoiser, a function for each changed parameter, which returns the change in float32.
 
     Raises:
-        ModelError: the pipeline takes none, or this one is of a kind that is more than a change of weights.
+        ModelError: the pipeline takes no LoRA, or the LoRA changes more than weights.
     """
     kind = type(pipe).__name__
     if not hasattr(pipe, "load_lora_weights"):
@@ -59,7 +58,7 @@ def load_loras(pipe: Any, denoisers: Mapping[str, nn.Module], loras: Mapping[str
 
 
 def stand_in(denoiser: nn.Module) -> None:
-    """Give parameters on the meta device a device, since adapters go where these are; none of them takes any memory."""
+    """Pretend that parameters on the meta device have a device, since adapters follow it; no memory is allocated."""
     for module in denoiser.modules():
         for name, p in module.named_parameters(recurse=False):
             module.register_parameter(
@@ -68,7 +67,7 @@ def stand_in(denoiser: nn.Module) -> None:
 
 
 def adapted(module: nn.Module) -> dict[str, Any]:
-    """The layers with adapters, by name of the layer that they stand for."""
+    """Return the layers with adapters, by the name of the layer that they replace."""
     from peft.tuners.lora import LoraLayer
 
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
@@ -80,15 +79,15 @@ def merge(module: nn.Module, adapter: str, scale: float) -> None:
         if adapter in layer.lora_A:
             layer.scaling[adapter] *= scale
             weight = layer.get_base_layer().weight
-            weight.data = weight.data.clone()  # the memory may belong to a pipeline of the user's
+            weight.data = weight.data.clone()  # the memory may belong to the user's pipeline
             layer.merge(adapter_names=[adapter])
 
 
 def deltas(denoiser: nn.Module, scales: Mapping[str, float], shapes: Mapping[str, torch.Size]) -> Deltas:
-    """Name of a weight to the sum of what the adapters add to it.
+    """Return the sum of what the adapters add to each weight, by its name.
 
     Raises:
-        ModelError: an adapter is no sum of low-rank products, or changes more than weights.
+        ModelError: an adapter is not a sum of low-rank products, or changes more than weights.
     """
     fix = "it cannot be added to weights that are divided; merge it into the checkpoint first"
     sums: dict[str, Delta] = {}

@@ -1,8 +1,8 @@
-"""Random numbers of each picture from its own stream, whoever draws it and with whomever it shares a batch.
+"""Give each picture its own stream of random numbers, independent of its rank and of its batch.
 
-The noise that a pipeline starts from comes from a generator for each picture. Some schedulers draw more at every step,
-from torch's default generator, and for the whole batch at once. While such a scheduler steps, these draws are made
-picture by picture, each with the default generator in the state in which a run of that picture alone would have it.
+A pipeline starts from noise of a generator for each picture. Some schedulers need more random numbers in every step,
+and take them for the whole batch from torch's default generator. While such a scheduler steps, these numbers are drawn
+picture by picture, each with the state that the default generator would have in a run of that picture alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from xdit_core.errors import UnsupportedCall
 
-# what gives a tensor of random numbers of a shape: by itself, or like another
+# functions that make random tensors: of a shape, or like another tensor
 _OF_SHAPE: Mapping[Any, Callable[..., torch.Tensor]] = MappingProxyType(
     {torch.randn: torch.randn, torch.rand: torch.rand}
 )
@@ -26,11 +26,11 @@ _LIKE: Mapping[Any, Callable[..., torch.Tensor]] = MappingProxyType(
 
 
 class PictureStreams(TorchFunctionMode):
-    """Around each step of a scheduler: draws from the default generator are made for each picture from its own stream.
+    """Surround each step of a scheduler: random numbers of each picture come from its own stream.
 
     Args:
-        seeds: of the pictures of the batch, in order.
-        device: of the latents.
+        seeds: seeds of the pictures of the batch, in order.
+        device: device of the latents.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -75,7 +75,9 @@ class PictureStreams(TorchFunctionMode):
             size = given.pop("size", None) if "size" in given else args[0] if len(args) == 1 else args
             shape = (size,) if isinstance(size, int) else tuple(size)
         if not shape or shape[0] != len(self._streams):
-            return func(*args, **(kwargs or {}))  # not of the pictures: noticed at the end of the step
+            return func(
+                *args, **(kwargs or {})
+            )  # these numbers are not one row a picture, which is noticed at the end of the step
         before, pictures = self._state(), []
         for i, stream in enumerate(self._streams):
             self._restore(stream)
@@ -85,7 +87,7 @@ class PictureStreams(TorchFunctionMode):
         return torch.cat(pictures)
 
     def _state(self) -> tuple[torch.Tensor, ...]:
-        """State of the default generators that a scheduler may draw from."""
+        """Return the state of the default generators that a scheduler may use."""
         cuda = () if self._cuda is None else (torch.cuda.get_rng_state(self._cuda),)
         return (torch.get_rng_state(), *cuda)
 

@@ -1,4 +1,4 @@
-"""The short way from names to an engine: a plan from keyword arguments, and a bar where a notebook would show one."""
+"""Make a plan from keyword arguments, and show a progress bar in notebooks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def plan_from(
     world: int = 1,
     **settings: Any,
 ) -> Plan:
-    """The plan of an engine.
+    """Make the plan of an engine.
 
     Args:
-        model: the name of an installed model (``emoji``), or a folder or hub id of a diffusers pipeline, whose adapter
-            is then found.
+        model: the name of an installed model (``emoji``), or a folder or hub id of a diffusers pipeline; the adapter
+            that fits it is used.
         plugins: names of strategies, as a list or as ``"usp,pipefusion"``.
         registry: where plugins come from; by default the installed ones.
         world: number of processes.
@@ -50,12 +50,12 @@ def plan_from(
 
 
 def names_of(plugins: str | Iterable[str]) -> list[str]:
-    """Names of plugins, from a list or from one text."""
+    """Return the names of plugins, from a list or from one text."""
     return [name.strip() for name in plugins.split(",") if name.strip()] if isinstance(plugins, str) else list(plugins)
 
 
 class Bar(Observer):
-    """A progress bar of ``tqdm``, which draws itself as a notebook or a terminal wants it."""
+    """A progress bar of ``tqdm``, which looks right in a notebook and in a terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None

@@ -1,5 +1,4 @@
-"""Libraries that keep their bars and warnings to themselves for a while; what matters of these is raised as an
-error."""
+"""Silence progress bars and warnings of libraries for a while; xdit raises what matters as an error."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ LOGGERS = ("diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bar and no warning of a library while a pipeline is loaded; afterwards everything is as it was."""
+    """Silence libraries while a pipeline is loaded, and restore their settings afterwards."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Where the tensors of a denoiser come from: the weight files of a folder, or a module that is in memory already."""
+"""Read the tensors of a denoiser from the weight files of a folder, or from a module in memory."""
 
 from __future__ import annotations
 
@@ -124,5 +124,5 @@ class ModuleTensors:
         return tensor if where is None else tensor[where]
 
     def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
-        """Whoever made the module chose it."""
+        """Return the dtype that it has in the module."""
         return stored

@@ -1,1 +1,1 @@
-"""One rank as a process: meet the others, load, draw, write, say how it goes and why it failed."""
+"""One rank as a process: meet the other ranks, load, draw, write, and report progress and failure."""

@@ -1,9 +1,9 @@
-"""One rank of a run: ``python -m xdit_core.worker plan.json``, under any launcher.
+"""Run one rank of a plan under any launcher: ``python -m xdit_core.worker plan.json``.
 
-It reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without WORLD_SIZE it is
-alone. The folder of the plan is the run folder; there the rank keeps ``rank{n}.beat`` and, if it fails,
-``rank{n}.error.json``, written before anything is torn down: peers fail soon after, and only the time of writing tells
-the cause from its victims.
+The process reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; without WORLD_SIZE
+it is the only rank. The folder of the plan is the run folder. There the rank keeps its heartbeat ``rank{n}.beat``, and
+``rank{n}.error.json`` if it fails. It writes that file before it closes anything, because its peers fail soon after and
+only the time of writing distinguishes the cause from its victims.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from xdit_core.worker.writer import Writer
 
 
 def quieten() -> None:
-    """Libraries keep their bars, advertisements and warnings to themselves; must run before they are imported."""
+    """Silence progress bars, advertisements and warnings of libraries; must run before they are imported."""
     for key, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
@@ -54,8 +54,7 @@ def quieten() -> None:
 
 
 def fetch_weights(plan: Plan) -> None:
-    """Fetch from the hub what a plan did not need: one that was made by a dry run and started by hand has JSON files
-    only."""
+    """Fetch the weights from the hub: a plan of a dry run that is started by hand has fetched JSON files only."""
     from xdit_core.checkpoints import hub
     from xdit_core.checkpoints.weights import weight_files
     from xdit_core.planning.settings import ModelSettings, build
@@ -68,10 +67,10 @@ def fetch_weights(plan: Plan) -> None:
 
 
 def take_device(plan: Plan, place: RankEnv) -> None:
-    """This rank's GPU, or its share of the cores.
+    """Take this rank's GPU, or its part of the CPU cores.
 
     Raises:
-        UsageError: there is no GPU, or not one for each rank.
+        UsageError: this machine has no GPU, or fewer than ranks.
     """
     import torch
 
@@ -90,7 +89,7 @@ def take_device(plan: Plan, place: RankEnv) -> None:
 
 
 def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> None:
-    """Load, draw every prompt, write what this rank owns, leave."""
+    """Load the model, draw every prompt, write what this rank owns, and leave."""
     with screens(place) as progress:
         progress.show("starting")
         beat.status(Status(Phase.IMPORTING, "torch"))
@@ -122,7 +121,7 @@ def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> Non
 
 
 def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folder: Path, files: FilesThere) -> Writer:
-    """Load the model and draw what is not there."""
+    """Load the model and draw the results that do not exist yet."""
     beat.status(Status(Phase.IMPORTING, "diffusers"))
     import diffusers  # noqa: F401  the engine would import it, but this is not the time of loading
 
@@ -144,14 +143,14 @@ def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folde
 
 @contextlib.contextmanager
 def screens(place: RankEnv) -> Iterator[Progress]:
-    """The progress line of rank 0, and its prints on the terminal as well as in its log."""
+    """Make the progress line of rank 0, and show what it prints on the terminal as well as in its log."""
     if place.rank:
         yield Progress(None)
         return
     if len(place.screen) != 2:
         yield Progress(sys.stderr)
         return
-    # left open: closing would complain about a terminal that has gone
+    # left open, because closing it fails if the terminal is closed
     out, err = (os.fdopen(fd, "w", encoding="utf-8", errors="replace", closefd=False) for fd in place.screen)
     progress, own = Progress(err, place.columns), sys.stdout
     sys.stdout = Tee(own, out, before=progress.clear)
@@ -163,7 +162,7 @@ def screens(place: RankEnv) -> Iterator[Progress]:
 
 
 def leave(error: BaseException, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> NoReturn:
-    """Say what happened and end at once: waiting for peers that wait for this rank would hang."""
+    """Report what happened and end at once, because peers that wait for this rank would never answer."""
     about = failure(error, place.rank, beat.now)
     with contextlib.suppress(OSError), atomically(error_path(folder, place.rank)) as temporary:
         temporary.write_text(json.dumps(about, indent=1))
@@ -177,8 +176,7 @@ def leave(error: BaseException, place: RankEnv, beat: HeartbeatWriter, folder: P
 
 
 def by_hand(about: Mapping[str, Any], place: RankEnv, folder: Path) -> str:
-    """What somebody reads who started this rank without the launcher: a sentence, and where the traceback is if it is
-    needed."""
+    """Print the failure for a user who started this rank by hand: a sentence, and where the traceback is."""
     said = printable(" ".join(str(about["message"]).split()))
     if not about["known"]:
         said = f"{about['type']}: {said}"
@@ -195,10 +193,10 @@ def by_hand(about: Mapping[str, Any], place: RankEnv, folder: Path) -> str:
 
 
 def read_plan(path: Path) -> tuple[Plan, RankEnv]:
-    """The plan in a file, and this process' place in it.
+    """Read the plan from a file, and this process' place in it from the environment.
 
     Raises:
-        XditError: there is no plan, or the environment does not fit it.
+        XditError: the file is not a plan, or the environment does not fit it.
     """
     fix = "write one with xdit-launch run --dry-run --json"
     text = read_text(path, f"the plan {path}", fix)
@@ -211,7 +209,7 @@ def read_plan(path: Path) -> tuple[Plan, RankEnv]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one rank; ends the process with the exit code on a failure."""
+    """Run one rank; a failure ends the process with its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     with_docstrings("xdit_core.worker", words)
     if len(words) != 1:
@@ -225,7 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     die_with(place.parent)
     if place.parent is not None:
         faulthandler.enable()
-        faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks a hung rank where it is
+        faulthandler.register(
+            signal.SIGUSR1, all_threads=True
+        )  # the launcher sends this signal to a hung rank to get its stack
     quieten()
     folder = path.resolve().parent
     with contextlib.suppress(OSError):
@@ -235,7 +235,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work(plan, place, beat, folder)
     except KeyboardInterrupt:
         os._exit(130)
-    except (
-        BaseException
-    ) as error:  # SystemExit too: whoever calls sys.exit in a plugin must not leave the peers waiting
+    except BaseException as error:  # SystemExit too: a plugin that calls sys.exit must not leave the peers waiting
         leave(error, place, beat, folder)

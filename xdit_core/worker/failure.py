@@ -1,4 +1,4 @@
-"""What a rank tells of its failure: who is to blame is decided from these files. Without torch."""
+"""The file in which a rank reports its failure; the launcher finds the root cause from these files. Without torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-
 
 
 def error_path(folder: Path, rank: int) -> Path:
-    """Where a rank tells of its failure."""
+    """Return the path of the failure file of a rank."""
     return folder / f"rank{rank}.error.json"
 
 
 def failure(error: BaseException, rank: int, status: Status) -> dict[str, Any]:
-    """What the launcher needs for its report.
+    """Return what the launcher needs for its report.
 
     Args:
         status: what the rank was doing.

@@ -1,7 +1,7 @@
-"""A rank's sign of life: a small file in the run folder that says when it last moved and what it is doing.
+"""The heartbeat of a rank: a small file in the run folder with the time of its last progress and what it is doing.
 
-The file is mapped into memory: a beat costs microseconds and outlives the process. Without torch: the launcher reads
-it.
+The file is mapped into memory, so a beat costs microseconds and survives the process. Without torch, since the launcher
+reads it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MOST_PEERS = 32  # ranks that a beat names
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a beat file says.
+    """The content of a heartbeat file.
 
     Args:
-        count: beats so far; a rank whose count stands still does not move.
-        at: ``time.monotonic()`` of the last beat, comparable on one machine only.
-        status: what the rank is doing since then.
-        written: results that are where they should be.
+        count: number of beats so far; it stands still if the rank makes no progress.
+        at: ``time.monotonic()`` of the last beat in seconds; comparable on one machine only.
+        status: what the rank has been doing since then.
+        written: number of results that were written to their own path.
     """
 
     count: int
@@ -43,15 +43,15 @@ class Heartbeat:
 
 
 def heartbeat_path(folder: Path, rank: int) -> Path:
-    """The beat file of a rank."""
+    """Return the path of the heartbeat file of a rank."""
     return folder / f"rank{rank}.beat"
 
 
 class HeartbeatWriter(Observer):
-    """Writes the beats of one rank.
+    """Writes the heartbeat of one rank.
 
     Args:
-        path: its file; None, or a path that cannot be written: beats are only remembered.
+        path: its file. With None, or if the path cannot be written, beats stay in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -68,14 +68,14 @@ class HeartbeatWriter(Observer):
         self.status(self.now)
 
     def status(self, status: Status) -> None:
-        """Say what the rank does from now on."""
+        """Write what the rank does from now on."""
         self.now = status
         self.count += 1
         self._put()
 
     @contextlib.contextmanager
     def waiting(self, awaited: Awaited) -> Iterator[None]:
-        """Say what is waited for, beside the work in which it happens; behind the wait the work goes on."""
+        """Write what the rank waits for; after the wait, the status is again what it was before."""
         work = self.now
         peers = () if awaited.message is None else (awaited.message[1],)
         self.status(replace(work, waiting_for=awaited.what, axis=awaited.axis, peers=peers))
@@ -83,7 +83,7 @@ class HeartbeatWriter(Observer):
         self.status(work)
 
     def wrote(self, results: int) -> None:
-        """So many more results are where they should be."""
+        """Count results that were written to their own path."""
         self.written += results
         self._put()
 
@@ -97,7 +97,7 @@ class HeartbeatWriter(Observer):
 
 
 def encoded(status: Status) -> bytes:
-    """A status as JSON that fits into a beat file; long texts lose their ends."""
+    """Encode a status as JSON that fits into a heartbeat file; long texts are cut."""
     values = replace(status, peers=status.peers[:MOST_PEERS]).to_dict()
     while len(data := json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")) > SIZE - HEAD.size:
         longest = max((name for name in values if isinstance(values[name], str)), key=lambda name: len(values[name]))
@@ -106,7 +106,7 @@ def encoded(status: Status) -> bytes:
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:
-    """The last beat in a file, None if there is none yet, or one that was cut off."""
+    """Read the last beat from a file; None if there is none yet, or if it is incomplete."""
     for _ in range(READS):
         try:
             data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What rank 0 shows: one progress line that is rewritten, or a line now and then where nobody watches."""
+"""Show progress on rank 0: one line that is rewritten on a terminal, or a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SELDOM = 10.0  # seconds between lines in a log
 
 
 def duration(seconds: float) -> str:
-    """``12 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    """Format seconds as ``12 s``, ``3 min 20 s`` or ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -30,9 +30,9 @@ class Progress(Observer):
     """The progress line.
 
     Args:
-        screen: where it goes; None shows nothing.
-        width: columns of the terminal to which somebody else passes on what is written; None: see whether ``screen`` is
-            one.
+        screen: the stream that it is written to; None shows nothing.
+        width: columns of the terminal, if another process passes the stream on to one; None: find out whether
+            ``screen`` is a terminal.
     """
 
     def __init__(self, screen: TextIO | None, width: int | None = None) -> None:
@@ -41,22 +41,22 @@ class Progress(Observer):
         self._title, self._first, self._shown, self._last = "", 0.0, 0.0, ""
 
     def show(self, text: str) -> None:
-        """Words for a phase without steps; only where somebody watches."""
+        """Show a text for a phase without steps; only on a terminal."""
         if self.tty:
             self._put(text)
 
     def status(self, status: Status) -> None:
-        """Show what is being loaded, of all that the rank does."""
+        """Show which component is being loaded; other statuses are not shown."""
         if status.phase == Phase.LOADING and not status.waiting:
             self.show(str(status))
 
     def begin(self, title: str) -> None:
-        """The steps of a new prompt follow."""
+        """Begin the steps of a new prompt."""
         self._title, self._shown = title, time.monotonic()
         self.show(f"encoding {title!r}")
 
     def step_done(self, step: int, steps: int) -> None:
-        """A step is done; the first one only starts the clock, since it is slower than the others."""
+        """Show a finished step. The first one only starts the clock, since it is slower than the others."""
         if self.screen is None:
             return
         now = time.monotonic()
@@ -74,17 +74,17 @@ class Progress(Observer):
             self._write(printable(words) + "\n")
 
     def end(self) -> None:
-        """The prompt is done."""
+        """End the progress of a prompt."""
         self.clear()
 
     def clear(self) -> None:
-        """Take the line away, so that something else can be written."""
+        """Erase the line, so that something else can be written."""
         if self.tty and self._last:
             self._write("\r\x1b[K")
             self._last = ""
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         self.clear()
         self._write(printable(line) + "\n")
 
@@ -105,7 +105,7 @@ class Progress(Observer):
 
     @staticmethod
     def peak() -> int:
-        """Most memory so far in bytes: of the GPU, or of this process."""
+        """Return the peak memory in bytes: of the GPU, or of this process."""
         torch: Any = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             return int(torch.cuda.max_memory_allocated())
@@ -116,11 +116,11 @@ class Progress(Observer):
 
 
 class Tee:
-    """Stands for ``sys.stdout``: what is printed goes to the log and to the terminal.
+    """Replaces ``sys.stdout`` so that prints go to the log and to the terminal.
 
     Args:
-        log, terminal: where to.
-        before: called before the terminal is written to.
+        log, terminal: the two streams.
+        before: called before something is written to the terminal.
     """
 
     encoding = "utf-8"
@@ -129,7 +129,7 @@ class Tee:
         self._log, self._terminal, self._before = log, terminal, before
 
     def write(self, text: str) -> int:
-        """Write to both."""
+        """Write to both streams."""
         self._log.write(text)
         with contextlib.suppress(OSError, ValueError):
             self._before()
@@ -138,11 +138,11 @@ class Tee:
         return len(text)
 
     def flush(self) -> None:
-        """Flush both."""
+        """Flush both streams."""
         self._log.flush()
         with contextlib.suppress(OSError, ValueError):
             self._terminal.flush()
 
     def isatty(self) -> bool:
-        """Whether somebody watches."""
+        """Return whether the terminal is one."""
         return self._terminal.isatty()

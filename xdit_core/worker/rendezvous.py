@@ -1,4 +1,4 @@
-"""Where a process stands among the others of its run, and how it meets them. Torch is imported when they meet."""
+"""Find out which rank a process is, and meet the other ranks. Torch is imported only for meeting."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ COLUMNS_VARIABLE = "XDIT_COLUMNS"  # of the environment: columns of the terminal
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Where a process stands among the others.
+    """The place of a process among the ranks of its run.
 
     Args:
-        address, port: of the store, which rank 0 serves.
-        listen: file descriptor on which the launcher already listens for rank 0, so that no port can be lost to others.
-        screen: file descriptors of the terminal's stdout and stderr, if the process' own go to a log.
+        address, port: address of the store, which rank 0 serves.
+        listen: file descriptor on which the launcher already listens for rank 0, so that no other program can take the
+            port.
+        screen: file descriptors of the terminal's stdout and stderr, if those of the process go to a log.
         parent: process id of the launcher.
-        columns: of the terminal to which the launcher passes on what is written to the second of ``screen``, None if it
-            is none.
+        columns: width of the terminal to which the launcher passes on the second of ``screen``; None if it is not a
+            terminal.
     """
 
     rank: int = 0
@@ -53,7 +54,7 @@ class RankEnv:
 
     @staticmethod
     def of(env: Mapping[str, str], world: int) -> RankEnv:
-        """From the environment; without WORLD_SIZE the process is alone.
+        """Read the environment; without WORLD_SIZE the process is the only rank.
 
         Raises:
             UsageError: the environment does not fit a plan for ``world`` ranks.
@@ -94,7 +95,7 @@ class RankEnv:
 
 
 def die_with(parent: int | None) -> None:
-    """End this process when its launcher ends, however that happens. Without a known launcher nothing is done.
+    """End this process when its launcher ends, even if that is killed. Without a known launcher, do nothing.
 
     Args:
         parent: the launcher's process id.
@@ -119,14 +120,14 @@ def die_with(parent: int | None) -> None:
 
 
 def waiting_to_start(ranks: Sequence[int]) -> Status:
-    """The status of a rank while others have not come; `not_started` reads it."""
+    """Return the status of a rank that waits for other ranks to start; `not_started` reads it."""
     named = tuple(ranks[:MOST_NAMED])
     what = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, named))} to start"
     return Status(Phase.CONNECTING, waiting_for=what, peers=named)
 
 
 def not_started(status: Status) -> tuple[int, ...]:
-    """The ranks that a rank waits for to start, none if it is past that."""
+    """Return the ranks whose start a rank waits for; none if they have started."""
     return status.peers if status.phase == Phase.CONNECTING else ()
 
 
@@ -134,16 +135,16 @@ def connect(place: RankEnv, digest: str, device: str, timeout: float, observer: 
     """Meet the other ranks and form the default process group, after making sure that all run the same plan.
 
     Args:
-        digest: of the plan.
-        device: ``cpu`` or ``cuda``; of the latter the current device is used.
+        digest: digest of the plan.
+        device: ``cpu``, or ``cuda`` for the current CUDA device.
         timeout: seconds that the launcher waits for signs of progress.
         observer: told whom this rank waits for.
 
     Returns:
-        What all ranks can write into and read.
+        A store that all ranks can write and read.
 
     Raises:
-        XditError: they do not come, or differ.
+        XditError: some ranks do not come, or have another plan.
     """
     import torch
     import torch.distributed as dist
@@ -191,7 +192,7 @@ def connect(place: RankEnv, digest: str, device: str, timeout: float, observer: 
 
 @contextlib.contextmanager
 def announced(text: str, quiet: bool = False) -> Iterator[None]:
-    """Say on stderr that this takes long, if it does."""
+    """Print on stderr what is waited for, if it takes long."""
 
     def say() -> None:
         print(text, file=sys.stderr, flush=True)
@@ -207,18 +208,18 @@ def announced(text: str, quiet: bool = False) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error of torch without its stack."""
+    """Return the first line of an error of torch, without its stack."""
     return " ".join(str(error).split("\nException raised from")[0].split())[:200]
 
 
 def everyones(store: Store, name: str, text: str, place: RankEnv) -> list[str]:
-    """A text of each rank, by rank."""
+    """Return a text from each rank, by rank."""
     store.set(f"{name}/{place.rank}", text)
     return [store.get(f"{name}/{rank}").decode() for rank in range(place.world)]
 
 
 def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, observer: Observer) -> None:
-    """Ranks with different plans would wait for each other for ever, or compute something else without a word.
+    """Check that all ranks have the same plan, since others would wait for ever or compute something else.
 
     Raises:
         XditError: names the ranks that differ from rank 0, or that did not come.
@@ -249,7 +250,7 @@ def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, obse
 
 
 def awaited(store: Store, keys: Sequence[str], patience: timedelta) -> list[int]:
-    """The ranks that did not write their keys, after waiting for them for a while."""
+    """Wait a while for the keys of all ranks, and return the ranks that did not write theirs."""
     try:
         store.wait(list(keys), patience)
     except RuntimeError:

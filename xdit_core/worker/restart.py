@@ -1,4 +1,4 @@
-"""Start this process again where it cannot go on as it is. Without torch."""
+"""Start this process again with other options of Python. Without torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 
 def with_docstrings(module: str, arguments: Sequence[str]) -> None:
-    """Under ``PYTHONOPTIMIZE=2`` or ``-OO`` there are no docstrings, and transformers cannot be imported; then start
-    again without.
+    """Start again without ``-OO`` or ``PYTHONOPTIMIZE=2``, since transformers cannot be imported without docstrings.
 
-    The process id, open files and the environment stay.
+    Process id, open files and environment stay the same.
 
     Args:
         module: what to run, as with ``python -m``.

@@ -1,4 +1,4 @@
-"""Writes the results of one rank as they come, so that a later failure loses nothing."""
+"""Write each result of a rank as soon as it exists, so that a later failure loses nothing."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Writer(Observer):
 
     Args:
         rank: number of this rank.
-        run_folder: where a result goes that cannot be written where it should.
-        kept: results that were there before and stay.
+        run_folder: folder for results that cannot be written to their own path.
+        kept: results that existed before the run and stay.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Writer(Observer):
         self._failures: list[tuple[Path, str]] = []
 
     def engine_built(self, seconds: float) -> None:
-        """Remember how long loading took, which is told with each result."""
+        """Store how many seconds loading took, which is written beside each result."""
         self.load_seconds = seconds
 
     def job_started(self, job: Job) -> None:
-        """Another prompt begins."""
+        """Show the next prompt."""
         many = len(self.plan.run.prompt)
         self.progress.begin(job.prompt if many == 1 else f"{job.index + 1} of {many}: {job.prompt}")
 
@@ -73,10 +73,10 @@ class Writer(Observer):
                 print(f"{printable(str(path))}  {sum(output.seconds.values()):.1f} s ({shown})", flush=True)
 
     def _write(self, output: Output, i: int, path: Path, seconds: dict[str, float]) -> bool:
-        """One result where it should be, or else elsewhere; whether it is where it should be.
+        """Write a result to its own path, or else to another folder; return whether its own path worked.
 
         Raises:
-            XditError: there is no room for it anywhere.
+            XditError: no folder has room for it.
         """
         peak = self.progress.peak()
         try:
@@ -97,8 +97,7 @@ class Writer(Observer):
         return True
 
     def rest(self, output: Output) -> None:
-        """On rank 0, when all is done: latents of one prompt that came in parts, and a word on what other ranks
-        wrote."""
+        """Finish on rank 0: write latents that came in parts, and report what other ranks wrote."""
         others = set(self.files[output.index]) - self._settled
         if self.rank or not others:
             return
@@ -109,10 +108,10 @@ class Writer(Observer):
                 print(f"{printable(str(path))}  by another rank", flush=True)
 
     def check(self) -> None:
-        """All results are where they should be.
+        """Check that all results were written to their own paths.
 
         Raises:
-            XditError: says where the others are.
+            XditError: names the other paths.
         """
         if self._failures:
             path, why = self._failures[0]
