@@ -55,7 +55,7 @@ def call_values(more: Mapping[str, Any], numbers: range, images: int) -> dict[st
 
 
 def without_texts(arguments: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without those texts whose embeddings are given: ``prompt_embeds`` stands for ``prompt``."""
+    """Leave out texts whose embeddings are given: ``prompt_embeds`` replaces ``prompt``."""
     replaced = {
         name.removesuffix("_embeds") for name, value in more.items() if name.endswith("_embeds") and value is not None
     }

@@ -189,7 +189,7 @@ class Engine:
         return [OwnedObserver(observer, self._owner_of(name)) for name, observer in observers.items()]
 
     def _build(self, registry: Registry, arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Built]:
-        """The callables of every strategy."""
+        """Build the callables of every strategy."""
         plan, built = self.plan, registry.call("xdit_build", arguments)
         for name in plan.plugins:
             wraps = [
@@ -204,7 +204,7 @@ class Engine:
         return Owner("plugin", plugin, *self.plan.plugins[plugin])
 
     def _transforms(self, phases: Collection[str]) -> list[Callable[[Any], None]]:
-        """The changes of the modules in some phases, in the plan's order."""
+        """Return the transforms of some phases, in the order of the plan."""
         changes: list[Callable[[Any], None]] = []
         for phase, name in self.plan.transforms:
             change = self._built[name].transforms[phase]

@@ -163,7 +163,7 @@ def changed_components(pipe: Any) -> Iterator[Problem]:
 
 
 def live_adapters(module: nn.Module) -> list[str]:
-    """Names of the adapters of peft in a module."""
+    """Return the names of the peft adapters in a module."""
     names: dict[str, None] = {}
     for part in module.modules():
         if hasattr(part, "lora_A") or hasattr(part, "base_layer"):
@@ -185,7 +185,7 @@ def changed_denoiser(name: str, given: nn.Module) -> Iterator[Problem]:
 
 
 def compare(fresh: nn.Module, given: nn.Module) -> Iterator[str]:
-    """Modules, attributes and hooks of the given one that the fresh one has not, in words."""
+    """Describe modules, attributes and hooks that the fresh module does not have."""
     expected, actual = dict(fresh.named_modules()), dict(given.named_modules())
     for name in [*expected.keys() - actual.keys(), *actual.keys() - expected.keys()]:
         yield f"{name} was {'removed' if name in expected else 'added'}"
@@ -200,7 +200,7 @@ def compare(fresh: nn.Module, given: nn.Module) -> Iterator[str]:
 
 
 def changed_attributes(expected: nn.Module, actual: nn.Module) -> Iterator[str]:
-    """Numbers, words, methods and attention processors that differ; tables and caches are left alone."""
+    """Find numbers, texts, methods and attention processors that differ; tables and caches are not compared."""
     for name in sorted(vars(actual).keys() - HARMLESS):
         value, other = vars(actual)[name], vars(expected).get(name)
         if name.startswith("_") or value is other:
@@ -219,7 +219,7 @@ def changed_attributes(expected: nn.Module, actual: nn.Module) -> Iterator[str]:
 
 
 def other_model(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[str, Any]) -> Iterator[Problem]:
-    """What the plan took from the folder's files and is different here."""
+    """Find facts of the plan, read from the folder, that differ in this pipeline."""
     actual = facts(spec, configs_of(pipe, {}), asked)
     for field in wanted.__dataclass_fields__:
         has, planned = getattr(actual, field), getattr(wanted, field)
@@ -229,7 +229,7 @@ def other_model(pipe: Any, spec: ModelSpec, wanted: ModelFacts, asked: Mapping[s
 
 
 def configs_of(pipe: Any, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The configs of the components by name, and ``model_index.json`` as ``_index``."""
+    """Return the configs of the components by name, and ``model_index.json`` as ``_index``."""
     configs: dict[str, Any] = {"_index": {**index, **pipe.config}}
     for name, part in pipe.components.items():
         config: Any = getattr(part, "config", None)
