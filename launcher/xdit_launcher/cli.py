@@ -154,13 +154,13 @@ def shared(command: Any) -> Any:
     for option in (
         click.argument("words", nargs=-1, metavar="[KEY=VALUE | PROMPT]...", shell_complete=completion.words),
         registry.options,
-        click.option("--config", metavar="FILE", help="YAML with settings; the command line wins."),
+        click.option("--config", metavar="FILE", help="A YAML file with settings; those of the command line win."),
         click.option(
             "--plugins",
             multiple=True,
             metavar="A,B",
             shell_complete=completion.plugins,
-            help="Parallel methods, in any order; none: one serial process.",
+            help="Parallel methods, in any order; without any, one serial process runs.",
         ),
     ):
         command = option(command)
@@ -187,9 +187,9 @@ def parse_request(
 @cli.command(cls=RunCommand)
 @shared
 @click.option("--dry-run", is_flag=True, help="Show the plan and start nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, as a worker reads it.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, as a worker reads it.")
 @click.option("--trace", is_flag=True, help="Write what every rank did and when, with a summary and a picture.")
-@click.option("--profile", is_flag=True, help="The same, with torch's profiler on every rank.")
+@click.option("--profile", is_flag=True, help="Write the same, and run torch's profiler on every rank.")
 @click.pass_context
 def run(
     ctx: click.Context,

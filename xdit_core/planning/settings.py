@@ -29,9 +29,10 @@ STUCK = 600.0  # seconds without progress after which a run counts as stuck, if 
 class RunSettings:
     """The settings of every run, whatever plugins are chosen. None stands for the model's or machine's default."""
 
-    prompt: tuple[str, ...] = field(default=(), metadata={"help": "what to draw; repeat for several"})
+    prompt: tuple[str, ...] = field(default=(), metadata={"help": "what to draw; give it again for more prompts"})
     prompts: str | None = field(
-        default=None, metadata={"help": "a text file with one prompt a line, # for comments; - for standard input"}
+        default=None,
+        metadata={"help": "a text file with one prompt on each line, # for comments; - for standard input"},
     )
     negative: str | None = field(default=None, metadata={"help": "what to keep out of the picture"})
     steps: int | None = field(default=None, metadata={"help": "denoising steps"})
@@ -39,15 +40,15 @@ class RunSettings:
     height: int | None = field(default=None, metadata={"help": "pixels"})
     width: int | None = field(default=None, metadata={"help": "pixels"})
     class_: tuple[str, ...] = field(
-        default=(), metadata={"help": "number or name of a class, for models that draw classes; repeat"}
+        default=(), metadata={"help": "number or name of a class, for models that draw classes; give it again for more"}
     )
     frames: int | None = field(default=None, metadata={"help": "frames of a video"})
-    fps: int | None = field(default=None, metadata={"help": "frames a second of a video file"})
+    fps: int | None = field(default=None, metadata={"help": "frames per second of a video file"})
     images: int = field(default=1, metadata={"help": "pictures or videos for each prompt"})
     seed: tuple[int, ...] = field(
         default=(0,),
         metadata={
-            "help": "of the noise: 5 (the next picture has 6), a seed for each picture as 1..8 or 3,5,9, or random"
+            "help": "seed of the noise: 5 (the next picture has 6), one for each picture as 1..8 or 3,5,9, or random"
         },
     )
     out: str = field(default="out.png", metadata={"help": "a file, or a folder for several pictures"})
@@ -65,9 +66,11 @@ class RunSettings:
     device: str | None = field(default=None, metadata={"help": "cpu or cuda"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of each process"})
     nproc: int | None = field(default=None, metadata={"help": "number of processes"})
-    lora: tuple[str, ...] = field(default=(), metadata={"help": "PATH[:scale] of a LoRA to add to the weights; repeat"})
+    lora: tuple[str, ...] = field(
+        default=(), metadata={"help": "PATH[:scale] of a LoRA to add to the weights; give it again for more"}
+    )
     scheduler: str | None = field(default=None, metadata={"help": "a diffusers scheduler class instead of the model's"})
-    max_sequence_length: int | None = field(default=None, metadata={"help": "most text tokens of the T5 encoder"})
+    max_sequence_length: int | None = field(default=None, metadata={"help": "the most text tokens of the T5 encoder"})
     timeout: float | None = field(
         default=None,
         metadata={

@@ -26,16 +26,22 @@ OPTIONS = (
         "--on",
         "backend",
         metavar="NAME",
-        help="What starts the processes; default: local, or the backend that takes the options below.",
+        help="The backend that starts the processes; default: local, or the one that takes the options below.",
     ),
     click.option("--hosts", metavar="A:8,B:8", help="Machines, with the number of processes on each."),
-    click.option("--hostfile", metavar="FILE", help="The same as lines: host slots=8."),
-    click.option("--include", metavar="A@B:0,1", help="Only these of the hosts, and of their devices."),
-    click.option("--exclude", metavar="A@B:0,1", help="All but these."),
+    click.option("--hostfile", metavar="FILE", help="A file that names the machines in lines such as: host slots=8."),
+    click.option("--include", metavar="A@B:0,1", help="Use only these hosts, and only these of their devices."),
+    click.option("--exclude", metavar="A@B:0,1", help="Use all hosts and devices but these."),
     click.option("--nnodes", metavar="N", help="Number of machines."),
-    click.option("--node-rank", metavar="K", help="By hand on each machine: which of them this is, from 0."),
     click.option(
-        "--rdzv", metavar="HOST:PORT", help="Where the ranks meet: an address of the first machine, a free port."
+        "--node-rank",
+        metavar="K",
+        help="The number of this machine, from 0, where you start the command on each machine by hand.",
+    ),
+    click.option(
+        "--rdzv",
+        metavar="HOST:PORT",
+        help="Where the ranks meet: an address of the first machine and a free port there.",
     ),
 )
 

@@ -7,11 +7,11 @@ import click
 from xdit_launcher import completion
 from xdit_launcher.printing import print_lines
 
-json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
 @click.group(invoke_without_command=True)
-@click.option("--matrix", "table", is_flag=True, help="Which of them go together, as a Markdown table.")
+@click.option("--matrix", "table", is_flag=True, help="Show which of them can be combined, as a Markdown table.")
 @click.option(
     "--model",
     default="emoji",
@@ -20,7 +20,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
     shell_complete=completion.models,
     help="With --matrix: for which model.",
 )
-@click.option("--device", default="cuda", show_default=True, metavar="NAME", help="With --matrix: on cpu or cuda.")
+@click.option(
+    "--device", default="cuda", show_default=True, metavar="NAME", help="With --matrix: on which device, cpu or cuda."
+)
 @json_option
 @click.pass_context
 def plugins(ctx: click.Context, table: bool, model: str, device: str, as_json: bool) -> None:
@@ -38,7 +40,7 @@ def plugins(ctx: click.Context, table: bool, model: str, device: str, as_json: b
 @click.argument("name", shell_complete=completion.plugins)
 @json_option
 def plugins_show(name: str, as_json: bool) -> None:
-    """All about one of them: what it owns, its settings."""
+    """Describe one parallel method: what it owns, and its settings."""
     from xdit_core.registry.registry import STRATEGIES, Registry
     from xdit_launcher.commands import pages, show
     from xdit_launcher.inspection import inspect_strategy
@@ -65,9 +67,9 @@ def models(ctx: click.Context, as_json: bool) -> None:
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=completion.words)
 @json_option
 def models_show(name: str, words: tuple[str, ...], as_json: bool) -> None:
-    """All about one of them: defaults, the settings that it takes, the strategies that fit.
+    """Describe one model: its defaults, the settings that it takes, the parallel methods that fit.
 
-    With model.path=DIR the strategies are tried on that checkpoint.
+    With model.path=DIR the parallel methods are tried on that checkpoint.
     """
     from xdit_core.planning.settings import parse_words
     from xdit_launcher.commands import pages

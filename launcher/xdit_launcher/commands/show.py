@@ -69,7 +69,11 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     value = field.default
     if value is None or value is dataclasses.MISSING:
         return "auto"
-    return "yes" if value is True else "no" if value is False else "auto" if value == () else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "auto"
+    return str(value)
 
 
 def plan_lines(
