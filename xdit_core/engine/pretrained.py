@@ -89,12 +89,12 @@ class StepFunction(Observer):
         self._function = function
 
     def step_done(self, step: int, steps: int) -> None:
-        """Call it."""
+        """Call the function."""
         self._function(step, steps)
 
 
 def steps_observer(progress: Callable[[int, int], None] | bool | None, rank: int) -> Observer | None:
-    """Who shows the steps to the user of an engine.
+    """The observer that shows the steps to the user of an engine.
 
     Args:
         progress: a function to call, True for a bar, None for a bar in a notebook only.

@@ -94,13 +94,13 @@ class Lockstep(TorchDispatchMode):
             self._store.delete_key(f"{group.group_name}/{number - 1}/{self._me}")
 
     def comparable(self, entry: dict[str, Any], group: Any) -> tuple[Any, ...]:
-        """What must be equal; ranks that make different pictures may be in different steps."""
+        """The parts of an entry that must be equal. Ranks that draw different pictures may be in different steps."""
         op = entry["op"]
         tensors = [(tuple(shape) if op in SAME_SHAPE else (), dtype) for shape, dtype in entry["tensors"]]
         return (op, *((entry["step"], entry["place"], *tensors) if self.share_picture(group) else ()))
 
     def share_picture(self, group: Any) -> bool:
-        """The ranks of a group make one picture."""
+        """Whether the ranks of a group work on one picture."""
         if group.group_name not in self._one_picture:
             where = [self._rank.plan.coordinates(rank) for rank in dist.get_process_group_ranks(group)]
             apart = [name for name in where[0] if name not in self._picture]
@@ -113,7 +113,7 @@ class Lockstep(TorchDispatchMode):
         self._store.set(f"at/{self._me}", json.dumps({**at, "ranks": ranks, "key": key, "waiting": waiting}))
 
     def entry_of(self, other: int, key: str, own: dict[str, Any]) -> dict[str, Any]:
-        """What another rank wrote, when it comes.
+        """Wait for the entry of another rank and return it.
 
         Raises:
             LockstepError: it waits for this rank in another collective, or did not come within half of the run's
@@ -135,7 +135,7 @@ class Lockstep(TorchDispatchMode):
                 raise LockstepError(difference({self._me: told(own), other: elsewhere}))
 
     def been_at(self, key: str) -> bool:
-        """This rank wrote its entry for that collective."""
+        """Whether this rank wrote its entry for a collective."""
         name, _, number = key.rpartition("/")
         return self._counts.get(name, 0) >= int(number)
 
@@ -153,14 +153,14 @@ def group_of(args: Any) -> Any:
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors among arguments, as they come."""
+    """The tensors among the arguments, in their order."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [x for part in value for x in tensors_of(part)] if isinstance(value, (list, tuple)) else []
 
 
 def place(rank: Rank) -> str:
-    """Whose code is running, from the stack."""
+    """Find on the stack whose code is running, in words."""
     frame = sys._getframe(1)
     while frame is not None:
         code: CodeType = frame.f_code
@@ -183,7 +183,7 @@ def told(entry: dict[str, Any]) -> str:
 
 
 def difference(where: dict[int, str]) -> str:
-    """The message."""
+    """The message of the error: where each rank is."""
     same: dict[str, list[int]] = {}
     for rank, text in sorted(where.items()):
         same.setdefault(text, []).append(rank)

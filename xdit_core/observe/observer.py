@@ -1,4 +1,4 @@
-"""What can be seen of a rank, and the class of those who watch it.
+"""Everything that can be observed on a rank, and the base class of observers.
 
 Everything that happens on a rank is told to one observer: ``rank.observer``. The progress line, the heartbeat, the
 trace, what ``verify`` records and whatever a plugin returns from ``xdit_observe`` are observers, and several of them
@@ -80,18 +80,20 @@ class Observer:
     sees_every_wait: bool = False
 
     def status(self, status: Status) -> None:
-        """The rank begins something else."""
+        """The rank now does something else."""
 
     def waiting(self, awaited: Awaited) -> AbstractContextManager[None]:
-        """A context around a wait for other ranks."""
+        """Return a context that is entered around a wait for other ranks."""
         return UNSEEN
 
     def sending(self, message: Sending) -> AbstractContextManager[None]:
-        """A context around the sending of a message."""
+        """Return a context that is entered around the sending of a message."""
         return UNSEEN
 
     def point(self, point: str, level: str, plugin: str) -> Around | None:
-        """Asked once for each wrap: what makes a context around each call of it, None to leave it alone.
+        """Return a function that makes a context for each call of a wrap, or None to leave the wrap alone.
+
+        It is asked for once for each wrap, when the engine is built.
 
         Args:
             point: the extension point, such as ``attention``.
@@ -101,11 +103,11 @@ class Observer:
         return None
 
     def block(self, index: int) -> Around | None:
-        """Asked once for each block that this rank holds: what makes a context around each call of it, or None."""
+        """Return the same for a block. It is asked for once for each block that this rank holds."""
         return None
 
     def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
-        """Picture rows ``[B, n, D]`` between two blocks.
+        """Rows ``[B, n, D]`` of the picture were passed from one block to the next.
 
         Args:
             place: 0 before the first block, ``i + 1`` behind block ``i``.
@@ -113,10 +115,10 @@ class Observer:
         """
 
     def latents(self, latents: torch.Tensor) -> None:
-        """The VAE is about to be given these latents."""
+        """The VAE is about to decode these latents."""
 
     def engine_built(self, seconds: float) -> None:
-        """The engine is ready; building and loading took so long."""
+        """The engine is ready, after building and loading for so many seconds."""
 
     def engine_closed(self) -> None:
         """The engine was closed."""
@@ -125,7 +127,7 @@ class Observer:
         """A call of the pipeline begins."""
 
     def step_done(self, step: int, steps: int) -> None:
-        """A step of the pipeline is done, counted from 1."""
+        """A step of the pipeline is done. Steps are counted from 1."""
 
     def job_done(self, job: Job, phases: Mapping[str, tuple[float, float]]) -> None:
         """A call of the pipeline is done.
@@ -135,20 +137,20 @@ class Observer:
         """
 
     def output_done(self, output: Output) -> None:
-        """An output, or a part of one, is there; told on the ranks that own it."""
+        """An output, or a part of one, is complete. Only ranks that own outputs are told."""
 
     @property
     def parts(self) -> tuple[Observer, ...]:
-        """The observers that this one stands for."""
+        """The observers of which this one consists."""
         return (self,)
 
     def overrides(self, method: str) -> bool:
-        """Whether it does something in a method."""
+        """Whether this observer does something in a method."""
         return getattr(type(self), method) is not getattr(Observer, method)
 
 
 class Observers(Observer):
-    """Several observers as one; each is called for what it overrides only.
+    """Several observers as one. Each is called only for the methods that it overrides.
 
     Args:
         parts: in the order in which they are told; contexts are entered in this order and left in the other.
@@ -164,11 +166,11 @@ class Observers(Observer):
 
     @property
     def parts(self) -> tuple[Observer, ...]:
-        """All of them."""
+        """The observers, in their order."""
         return self._parts
 
     def overrides(self, method: str) -> bool:
-        """Whether one of them does something in a method."""
+        """Whether one of the observers does something in a method."""
         return any(part.overrides(method) for part in self._parts)
 
     def _tell(self, method: str, *args: Any) -> None:
@@ -176,60 +178,60 @@ class Observers(Observer):
             tell(*args)
 
     def status(self, status: Status) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("status", status)
 
     def waiting(self, awaited: Awaited) -> AbstractContextManager[None]:
-        """The contexts of all."""
+        """Enter the contexts of all observers."""
         return together([method(awaited) for method in self._methods["waiting"]])
 
     def sending(self, message: Sending) -> AbstractContextManager[None]:
-        """The contexts of all."""
+        """Enter the contexts of all observers."""
         return together([method(message) for method in self._methods["sending"]])
 
     def point(self, point: str, level: str, plugin: str) -> Around | None:
-        """The contexts of all that want to see it."""
+        """Combine the functions of the observers that return one."""
         return joint([method(point, level, plugin) for method in self._methods["point"]])
 
     def block(self, index: int) -> Around | None:
-        """The contexts of all that want to see it."""
+        """Combine the functions of the observers that return one."""
         return joint([method(index) for method in self._methods["block"]])
 
     def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("rows", place, rows, context)
 
     def latents(self, latents: torch.Tensor) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("latents", latents)
 
     def engine_built(self, seconds: float) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("engine_built", seconds)
 
     def engine_closed(self) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("engine_closed")
 
     def job_started(self, job: Job) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("job_started", job)
 
     def step_done(self, step: int, steps: int) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("step_done", step, steps)
 
     def job_done(self, job: Job, phases: Mapping[str, tuple[float, float]]) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("job_done", job, phases)
 
     def output_done(self, output: Output) -> None:
-        """Tell each."""
+        """Tell each observer."""
         self._tell("output_done", output)
 
 
 def combined(observers: Iterable[Observer | None]) -> Observer:
-    """One observer for several, of which some may be None; one that does nothing for none."""
+    """Combine observers into one, leaving out None. Without any, the result does nothing."""
     parts = [
         part for observer in observers if observer is not None for part in observer.parts if type(part) is not Observer
     ]
@@ -237,12 +239,12 @@ def combined(observers: Iterable[Observer | None]) -> Observer:
 
 
 def together(contexts: Sequence[AbstractContextManager[None]]) -> AbstractContextManager[None]:
-    """One context for several."""
+    """Combine contexts into one."""
     return contexts[0] if len(contexts) == 1 else _nested(contexts) if contexts else UNSEEN
 
 
 def joint(arounds: Iterable[Around | None]) -> Around | None:
-    """One maker of contexts for several, None for none."""
+    """Combine functions that make contexts into one, leaving out None; None if none is left."""
     wanted = [around for around in arounds if around is not None]
     if len(wanted) < 2:
         return wanted[0] if wanted else None

@@ -41,7 +41,7 @@ def recording(recorder: Recorder | None, path: Path) -> Iterator[None]:
 
 
 class Recorder(Observer):
-    """Listens to the blocks and to the VAE of an engine.
+    """Records the rows between the blocks and the latents before the VAE.
 
     ``arrays`` holds, for each step and branch of each job, ``blocks/PROMPT/START-STOP/STEP/BRANCH``: fingerprints
     ``[1 + blocks, B, tokens]``, first those before the first block, with ``NOT_HELD`` where this rank has no row; and
@@ -59,16 +59,16 @@ class Recorder(Observer):
         self._job, self._step, self._times = "", 1, 0
 
     def job_started(self, job: Job) -> None:
-        """Another call of the pipeline."""
+        """Record another call of the pipeline under its own name."""
         self._job = f"{job.index}/{job.numbers.start}-{job.numbers.stop}"
         self._step, self._times = 1, 0
 
     def step_done(self, step: int, steps: int) -> None:
-        """What follows belongs to the next step."""
+        """Count the rows that follow to the next step."""
         self._step = step + 1
 
     def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
-        """Take the fingerprints of rows."""
+        """Keep the fingerprints of rows."""
         means = rows.detach().double().abs().mean(-1).float().cpu().numpy()
         key = f"blocks/{self._job}/{self._step}/{context.branch.number}"
         shape = (1 + self._blocks, rows.shape[0], context.layout.tokens)

@@ -1,4 +1,4 @@
-"""Listens to the blocks for observers that want to see the rows of the picture between them."""
+"""Hooks on the blocks, for observers that want to see the rows between them."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def watch_rows(rank: Rank, trunks: Sequence[Trunk], denoisers: Iterable[Any]) ->
 
 
 class Listener:
-    """The hooks of the blocks of one rank."""
+    """The hooks on the blocks of one rank."""
 
     def __init__(self, rank: Rank) -> None:
         self._observer, self._running = rank.observer, rank.running
 
     def before(self, names: tuple[str, ...], stream: Stream, block: Any, args: Any, kwargs: Any) -> None:
-        """The rows that the first block gets."""
+        """Tell of the rows that the first block gets."""
         self.tell(0, stream, {**dict(zip(names, args, strict=False)), **kwargs}[stream.tokens])
 
     def behind(self, index: int, stream: Stream, block: Any, args: Any, out: Any) -> None:
-        """The rows that a block gave."""
+        """Tell of the rows that a block returned."""
         parts = dict(zip(stream.returns, out if isinstance(out, tuple) else (out,), strict=False))
         self.tell(index + 1, stream, parts["tokens"])
 
@@ -58,7 +58,7 @@ class Listener:
 def blocks_of(
     rank: Rank, trunks: Sequence[Trunk], denoisers: Iterable[Any]
 ) -> Iterator[tuple[int, torch.nn.Module, Stream]]:
-    """The blocks that this rank holds, by global index, and how they are called."""
+    """The global index of each block that this rank holds, the block, and how it is called."""
     spec = rank.spec
     for trunk in trunks:
         yield from ((int(name), block, trunk.stream) for name, block in trunk.blocks.items())

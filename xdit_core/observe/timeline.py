@@ -1,4 +1,4 @@
-"""From the records of all ranks to one trace, a summary and a picture. Without torch."""
+"""Make one trace and a summary from the records of all ranks. Without torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Wait:
 
 
 def common(record: Record) -> list[Span]:
-    """The spans by the clock of rank 0: the offset is interpolated between its two measurements."""
+    """The spans of a rank in the time of rank 0. The offset of the clocks is interpolated between two measurements."""
     offsets = record.offsets
     if not offsets or not any(ahead for _, ahead in offsets):
         return list(record.spans)
@@ -61,7 +61,7 @@ def common(record: Record) -> list[Span]:
 
 
 def waits_of(spans: Mapping[int, Sequence[Span]]) -> list[Wait]:
-    """Every wait with the moment at which its peers had done their part.
+    """Find for every wait the moment at which its peers had done their part.
 
     A message is matched with its send by channel, ranks and number; a collective with the same wait of the other ranks,
     by how often it has happened.
@@ -97,7 +97,7 @@ def waits_of(spans: Mapping[int, Sequence[Span]]) -> list[Wait]:
 
 
 def covered(intervals: Iterable[tuple[int, int]]) -> int:
-    """ns that at least one interval covers."""
+    """How many ns are covered by at least one of the intervals."""
     total, reached = 0, -(1 << 62)
     for start, end in sorted(intervals):
         if end > reached:
@@ -125,7 +125,7 @@ class Row:
 
 
 def rows_of(spans: Mapping[int, Sequence[Span]], waits: Sequence[Wait]) -> dict[tuple[int, str], Row]:
-    """By rank and axis, and by rank and "" for all axes together."""
+    """The times of each rank along each axis, and under "" along all axes together."""
     sent: Counter[tuple[int, str]] = Counter()
     for rank, all_ in spans.items():
         for s in all_:
@@ -145,7 +145,7 @@ def rows_of(spans: Mapping[int, Sequence[Span]], waits: Sequence[Wait]) -> dict[
 
 
 def summary(records: Sequence[Record]) -> list[str]:
-    """One page for a person."""
+    """The summary as lines of text."""
     spans = {r.rank: common(r) for r in records}
     waits = waits_of(spans)
     rows, hosts = rows_of(spans, waits), {r.rank: r.host for r in records}
@@ -178,13 +178,13 @@ def summary(records: Sequence[Record]) -> list[str]:
 
 
 def table_line(*cells: object) -> str:
-    """Columns of the summary."""
+    """A line of the summary with its cells in columns."""
     wide = (14, 14, 9, 8, 9, 10, 9, 15, 9, 8)
     return "".join(f"{cell!s:<{w}}" for cell, w in zip(cells, wide, strict=True)).rstrip()
 
 
 def percent(part: int, whole: int) -> str:
-    """Of the time of the rank."""
+    """A part of the time of a rank in percent."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
@@ -218,5 +218,5 @@ def events(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
 
 
 def write_chrome(records: Sequence[Record], path: Path) -> None:
-    """A file for ui.perfetto.dev or chrome://tracing."""
+    """Write a file for ui.perfetto.dev or chrome://tracing."""
     path.write_text(json.dumps({"traceEvents": list(events(records)), "displayTimeUnit": "ms"}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A picture of a run: a row a rank, what it did in colours. Without torch."""
+"""Draw a run: a row for each rank, with colours for what it did. Without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INK, PAPER, LINE = "#202020", "#ffffff", "#d8d8d8"
 
 
 def draw(records: Sequence[Record], title: str = "") -> Image.Image:
-    """The time line of all ranks by the clock of rank 0.
+    """Draw the time line of all ranks in the time of rank 0.
 
     Args:
         title: what was run; it is cut where it does not fit.
@@ -62,13 +62,13 @@ def draw(records: Sequence[Record], title: str = "") -> Image.Image:
 
 
 def bar(pen: Any, start: float, end: float, top: int, colour: str) -> None:
-    """A stretch of waiting; one of less than half a pixel would hide the work around it."""
+    """Draw a wait. One of less than half a pixel is left out, since it would hide the work around it."""
     if end - start >= 0.5:
         pen.rectangle((start, top, end, top + ROW), colour)
 
 
 def steps(pen: Any, spans: Sequence[Span], x: Any, top: int) -> None:
-    """A line where each step ends, with its number below where there is room; a rank may be ahead of the others."""
+    """Draw a line where each step of a rank ends, with its number below if there is room."""
     font, free = ImageFont.load_default(size=11), float("-inf")
     for s in spans:
         at, number = x(s.end), s.name.rpartition(" ")[2]
@@ -80,7 +80,7 @@ def steps(pen: Any, spans: Sequence[Span], x: Any, top: int) -> None:
 
 
 def legend(pen: Any, font: Any) -> None:
-    """What the colours mean."""
+    """Draw what the colours mean."""
     at = float(LEFT)
     for name, colour in COLOURS.items():
         pen.rectangle((at, KEYS - 9, at + 18, KEYS + 9), colour, LINE)
@@ -91,7 +91,7 @@ def legend(pen: Any, font: Any) -> None:
 
 
 def ticks(pen: Any, font: Any, zero: int, end: int, x: Any, height: int) -> None:
-    """Seconds along the bottom, at most a dozen."""
+    """Draw at most a dozen marks of seconds along the bottom."""
     seconds = max((end - zero) / 1e9, 1e-9)
     step = next(s for k in range(-6, 7) for s in (10.0**k, 2 * 10.0**k, 5 * 10.0**k) if seconds / s <= 12)
     for i in range(int(seconds / step) + 1):

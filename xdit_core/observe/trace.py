@@ -37,7 +37,7 @@ class Trace(Observer):
 
     @contextlib.contextmanager
     def span(self, name: str, kind: str, axis: str = "", **about: Any) -> Iterator[None]:
-        """Around what is to be seen."""
+        """Record how long the code inside takes."""
         start = clock()
         try:
             yield
@@ -45,15 +45,15 @@ class Trace(Observer):
             self.spans.append(Span(name, kind, start, clock(), axis, about))
 
     def point(self, point: str, level: str, plugin: str) -> Around:
-        """A span for each call of a wrap, and of the model's own code inside them."""
+        """Record each call of a wrap, and of the model's own code inside all wraps."""
         return partial(self.span, f"{point}: {plugin} ({level})" if plugin else f"{point}: the model's own", point)
 
     def block(self, index: int) -> Around:
-        """A span for each call of a block."""
+        """Record each call of a block."""
         return partial(self.span, f"block {index}", "block")
 
     def waiting(self, awaited: Awaited) -> AbstractContextManager[None]:
-        """A span of each wait, with what finds what it waited for in the traces of the other ranks."""
+        """Record each wait, and which message or collective it was for."""
         about: dict[str, Any] = {}
         if awaited.message is not None:
             about = dict(zip(("channel", "peer", "number"), awaited.message, strict=True))
@@ -62,7 +62,7 @@ class Trace(Observer):
         return self.span(awaited.what, "wait", awaited.axis, **about)
 
     def sending(self, message: Sending) -> AbstractContextManager[None]:
-        """A span of each send."""
+        """Record each message that is sent."""
         return self.span(
             f"send {message.channel}{message.what}",
             "send",
@@ -79,11 +79,11 @@ class Trace(Observer):
         return self._groups[group]
 
     def step_done(self, step: int, steps: int) -> None:
-        """Remember when."""
+        """Remember when the step ended."""
         self._steps.append((step, clock()))
 
     def job_done(self, job: Job, phases: Mapping[str, tuple[float, float]]) -> None:
-        """Spans of encoding, denoising and decoding, and of the steps."""
+        """Record how long encoding, denoising and decoding took, and each step."""
         self.spans += [Span(name, "phase", int(a * 1e9), int(b * 1e9)) for name, (a, b) in phases.items() if b > a]
         starts = [int(phases["denoise"][0] * 1e9), *(moment for _, moment in self._steps)]
         self.spans += [

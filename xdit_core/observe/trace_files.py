@@ -1,4 +1,4 @@
-"""The files of a trace: the ranks compare their clocks, and rank 0 brings together what each of them saw."""
+"""Write the files of a trace: the ranks compare their clocks, and rank 0 collects what each rank recorded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROUNDS = 16  # exchanges by which two clocks are compared; the quickest counts
 
 
 def offset(rank: int, world: int, group: Any) -> tuple[int, int]:
-    """Compare this rank's clock with rank 0's by exchanges between the two; every rank must call it.
+    """Compare the clock of this rank with that of rank 0. Every rank must call it.
 
     Returns:
         The moment by the clock of rank 0, and how far ahead this rank's is, in ns.
@@ -56,7 +56,7 @@ def offset(rank: int, world: int, group: Any) -> tuple[int, int]:
 
 
 def title_of(plan: Plan) -> str:
-    """What a picture of a run is a picture of."""
+    """The title of the time line of a run: its model, plugins, size and steps."""
     run = plan.run
     several = f"{len(run.prompt)} prompts, " if len(run.prompt) > 1 else ""
     size = f"{run.width} x {run.height}" + (f" x {run.frames} frames" if plan.facts.video else "")
@@ -69,7 +69,7 @@ def title_of(plan: Plan) -> str:
 
 @contextlib.contextmanager
 def tracing(trace: Trace | None, rank: Rank, folder: Path) -> Iterator[None]:
-    """Around the requests of a run: at the end rank 0 writes ``trace.json``, ``summary.txt`` and ``timeline.png``.
+    """Trace the requests inside. At the end rank 0 writes ``trace.json``, ``summary.txt`` and ``timeline.png``.
 
     A rank that fails writes what it saw as ``rank{n}.trace.json``. With ``profile=yes`` every rank writes
     ``rank{n}.profile.json`` of torch's profiler.
@@ -104,7 +104,7 @@ def tracing(trace: Trace | None, rank: Rank, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def profiling(path: Path) -> Iterator[None]:
-    """Torch's profiler, written as a Chrome trace."""
+    """Run the code inside under torch's profiler and write a Chrome trace."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -114,7 +114,7 @@ def profiling(path: Path) -> Iterator[None]:
 
 
 def write(records: Sequence[Record], folder: Path, title: str = "") -> list[str]:
-    """Write all files.
+    """Write the trace, the summary and the picture.
 
     Args:
         title: of the picture: what was run.

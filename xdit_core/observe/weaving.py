@@ -1,5 +1,4 @@
-"""How observers come into the chains of wraps and between the blocks: when the engine is built, and not at all where
-nobody watches."""
+"""Put observers around wraps and blocks when the engine is built. What nobody observes stays as it is."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ from xdit_core.observe.observer import Around, Observer
 
 
 def watched(function: Callable[..., Any], around: Around | None) -> Callable[..., Any]:
-    """The function, each call in the context of whoever watches it; the function itself if nobody does.
+    """The function with a context around each call, or the function itself if nobody observes it.
 
-    Where a compiler follows the call nothing is seen.
+    While a compiler traces the call, the context is left out.
     """
     if around is None:
         return function
@@ -29,7 +28,7 @@ def watched(function: Callable[..., Any], around: Around | None) -> Callable[...
 
 
 def watching(observer: Observer, point: str, level: str = "", plugin: str = "") -> list[Callable[..., Any]]:
-    """The wrap that looks at another wrap, or at the model's own code; none if nobody wants to see it."""
+    """A list with the wrap that observes another wrap or the model's own code; empty if nobody does."""
     around = observer.point(point, level, plugin)
     if around is None:
         return []
