@@ -6,8 +6,17 @@ import os
 
 import pytest
 
+from helpers.quick import QUICK
+
 # torch looks up the name of whoever connects to a store; where the DNS loses an answer, that takes 5 s by default
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the quick tests."""
+    for item in items:
+        if item.nodeid.startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from xdit_core import Engine, Registry, make_plan
 from xdit_core.testing.runs import diffusers_latents
 
-FOLDER = Path(Registry().model("emoji")[0].path)
+FOLDER = Path(Registry().model("emoji")[0].checkpoint.path)
 
 
 @pytest.fixture(scope="module")

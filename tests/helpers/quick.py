@@ -1,0 +1,38 @@
+"""What `pytest -m quick` runs."""
+
+# Beginnings of the names of the tests that `pytest -m quick` runs: two minutes, each strategy and each adapter at least
+# once. tests/packaging/test_quick.py checks that nothing is missing.
+QUICK = (
+    "tests/combos/test_combos.py::test_every_strategy_has_settings_here",
+    "tests/core/lazy/test_lazy.py",
+    "tests/core/planning/test_slots.py",
+    "tests/core/planning/test_validation.py",
+    "tests/core/test_checks.py",
+    "tests/core/test_engine.py::test_the_hot_path_calls_no_hook",
+    "tests/core/test_engine.py::test_two_engines_with_different_plans",
+    "tests/core/test_engine.py::test_without_a_plugin_it_is_diffusers",
+    "tests/core/test_frozen.py",
+    "tests/core/test_mesh.py",
+    "tests/core/test_plan.py",
+    "tests/core/test_tokens.py",
+    "tests/launcher/plans/test_dry_run.py",
+    "tests/launcher/plans/test_refusals.py",
+    "tests/launcher/processes/test_pieces.py",
+    "tests/launcher/processes/test_runs.py::test_two_ranks_draw_what_one_draws",
+    "tests/models/test_emoji.py::test_it_is_the_pipeline_of_diffusers",
+    "tests/models/test_emoji_names.py",
+    "tests/models/test_parity.py::test_without_a_plugin_it_is_diffusers",
+    "tests/packaging/test_architecture.py",
+    "tests/packaging/test_imports.py",
+    "tests/plugins/test_cfg.py::test_equals_serial[changes0]",
+    "tests/plugins/test_compile.py::test_equals_serial[settings0]",
+    "tests/plugins/test_distrifusion.py::test_equals_its_reference[2-1]",
+    "tests/plugins/test_dp.py::test_every_picture_is_that_of_a_single_rank[2-3]",
+    "tests/plugins/test_flash.py::test_alone_and_under_a_ring[math]",
+    "tests/plugins/test_offload.py::test_layers_of_a_woven_pipeline_can_be_moved_one_by_one",
+    "tests/plugins/test_offload.py::test_what_is_refused",
+    "tests/plugins/test_parallel_vae.py::test_rows_equal_serial[2-8-6-1-AutoencoderKL]",
+    "tests/plugins/test_pipefusion.py::test_result_does_not_depend_on_stages[2-1]",
+    "tests/plugins/test_tp.py::test_equals_serial[2]",
+    "tests/plugins/test_usp.py::test_equals_serial[2-1]",
+)
