@@ -124,10 +124,10 @@ def check_names(paths: Iterable[Path], given: str) -> None:
 def limit(folder: Path, name: str, usual: int) -> int:
     """A limit of a file system."""
     try:
-        found = os.pathconf(folder, name)
+        limit = os.pathconf(folder, name)
     except (OSError, ValueError, AttributeError):
         return usual
-    return found if found > 0 else usual
+    return limit if limit > 0 else usual
 
 
 def nearest(folder: Path) -> Path:
@@ -192,10 +192,10 @@ def behind_links(path: Path) -> Path:
     Raises:
         OSError: its links lead in a circle.
     """
-    found = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if found.is_symlink():
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    return found
+    return target
 
 
 def is_special(path: Path) -> bool:

@@ -45,9 +45,9 @@ class FilesThere:
 
     def with_others(self, texts: Iterable[str]) -> FilesThere:
         """Combine what all ranks found: a result that one rank has is not drawn again."""
-        found = [json.loads(text) for text in texts]
-        kept = frozenset(Path(path) for item in found for path in item["kept"])
-        return FilesThere(kept, frozenset(Path(path) for item in found for path in item["replaced"]) - kept)
+        reports = [json.loads(text) for text in texts]
+        kept = frozenset(Path(path) for item in reports for path in item["kept"])
+        return FilesThere(kept, frozenset(Path(path) for item in reports for path in item["replaced"]) - kept)
 
     def skipped(self, plan: Plan) -> frozenset[tuple[int, int]]:
         """List the pictures that need not be drawn, as (index of the prompt, number of the picture)."""

@@ -40,14 +40,14 @@ NOWHERE = "\U0010ffff"  # a character that no font has: what is drawn for it sta
 
 def installed_fonts(folders: Sequence[str] = FOLDERS) -> list[Path]:
     """List the installed fonts that have many characters, the best first."""
-    found = []
+    ranked = []
     for folder in folders:
         for place, _, names in os.walk(os.path.expanduser(folder)):
             for name in names:
                 rank = next((i for i, start in enumerate(FAMILIES) if name.startswith(start)), None)
                 if rank is not None and name.lower().endswith((".ttf", ".ttc", ".otf")):
-                    found.append((rank, Path(place, name)))
-    return [path for _, path in sorted(found)]
+                    ranked.append((rank, Path(place, name)))
+    return [path for _, path in sorted(ranked)]
 
 
 class Fonts:
@@ -83,8 +83,8 @@ class Fonts:
     def font_of(self, character: str) -> Any:
         """Return the first font that has a character, or None."""
         if character not in self._by_character:
-            found = next((font for font in list(self._opened) if has(font, character)), None)
-            self._by_character[character] = found or next((font for font in self._more if has(font, character)), None)
+            opened = next((font for font in list(self._opened) if has(font, character)), None)
+            self._by_character[character] = opened or next((font for font in self._more if has(font, character)), None)
         return self._by_character[character]
 
     def shown(self, text: str) -> str:

@@ -99,11 +99,11 @@ def without_folders(key: str, value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that influence a picture."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def readable(prompt: str, seed: int, plan: Plan) -> str:
@@ -171,10 +171,10 @@ def embedded_settings(path: Path) -> dict[str, Any] | None:
     if read is None or not path.is_file():
         return None
     try:
-        found = json.loads(read(path))
+        settings = json.loads(read(path))
     except (OSError, ValueError, RecursionError, struct.error):
         return None
-    return found if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 def text_of_png(path: Path) -> str:
@@ -221,7 +221,7 @@ def is_json_of(path: Path, result: Path) -> bool:
     try:
         if not path.is_file() or path.stat().st_size > MOST_JSON:
             return False
-        found = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.get("format") == FORMAT and found.get("file") == result.name
+    return isinstance(entries, dict) and entries.get("format") == FORMAT and entries.get("file") == result.name

@@ -70,11 +70,11 @@ def without_repeats(rows: Sequence[Sequence[str]]) -> list[list[str]]:
         result.append([])
         for name in row:
             n = seen.get(name, 0) + 1
-            while (found := name if n == 1 else f"{name}-{n}") in taken:
+            while (free := name if n == 1 else f"{name}-{n}") in taken:
                 n += 1
             seen[name] = n
-            taken.add(found)
-            result[-1].append(found)
+            taken.add(free)
+            result[-1].append(free)
     return result
 
 
@@ -106,5 +106,5 @@ def has_sheet(run: RunSettings, files: Iterable[Sequence[Path]]) -> bool:
 
 def all_files(run: RunSettings, files: Sequence[Sequence[Path]]) -> list[Path]:
     """List every file that a run would now write outside of its run folder."""
-    found = [path for row in files for result in row for path in (result, json_path(result))]
-    return [*found, sheet_path(run)] if has_sheet(run, files) else found
+    paths = [path for row in files for result in row for path in (result, json_path(result))]
+    return [*paths, sheet_path(run)] if has_sheet(run, files) else paths

@@ -94,14 +94,14 @@ def some(paths: Sequence[Path]) -> str:
 
 def finished(plan: Plan, files: Sequence[Sequence[Path]]) -> frozenset[Path]:
     """Find the results that exist with exactly the settings of this plan inside."""
-    found, common = set(), about(plan, "", 0)
+    finished_paths, common = set(), about(plan, "", 0)
     for prompt, row in zip(plan.run.prompt, files, strict=True):
         for i, path in enumerate(row):
             if path.is_file() and same_result(
                 embedded_settings(path), {**common, "prompt": prompt, "seed": plan.run.seed_of(i)}
             ):
-                found.add(path)
-    return frozenset(found)
+                finished_paths.add(path)
+    return frozenset(finished_paths)
 
 
 def write(
@@ -151,17 +151,17 @@ def write_elsewhere(
     """
     places = (run_folder, Path(tempfile.gettempdir()))
     for place in places:
-        found = first_free(
+        path_elsewhere = first_free(
             (place / f"{n}{path.name}" for n in chain(("",), (f"{n}-" for n in count(2)))), lambda path: False
         )
         try:
-            write(output, i, found, plan, seconds)
+            write(output, i, path_elsewhere, plan, seconds)
         except OSError:
             if place == places[-1]:
                 raise
             continue
         break
-    return found
+    return path_elsewhere
 
 
 def write_sheet(run: RunSettings, files: Sequence[Sequence[Path]]) -> str:

@@ -30,11 +30,11 @@ class Mesh:
         self.device_mesh: DeviceMesh | None = None
         self._own: list[dist.ProcessGroup] = []
         if self.world > 1:
-            found = dist.get_world_size() if dist.is_initialized() else 0
-            if found != self.world:
+            processes = dist.get_world_size() if dist.is_initialized() else 0
+            if processes != self.world:
                 raise UsageError(
-                    f"the plan needs {self.world} ranks and this process belongs to {found or 'no group'}"
-                    f"{' of ranks' if found else ''}; start it with xdit-launch, or with torchrun --nproc-per-node "
+                    f"the plan needs {self.world} ranks and this process belongs to {processes or 'no group'}"
+                    f"{' of ranks' if processes else ''}; start it with xdit-launch, or with torchrun --nproc-per-node "
                     f"{self.world} "
                     "and torch.distributed.init_process_group."
                 )

@@ -155,8 +155,7 @@ class Trunk(nn.Module):
         stream, context = self.stream, self._running.context
         layout = context.layout
         if context.shape_only:
-            parts = {"tokens": given[stream.tokens], "text": given.get(stream.text)}
-            return parts["tokens"] if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
+            return self.as_returned(given[stream.tokens], given.get(stream.text))
         tokens = whole = given.pop(stream.tokens)
         text = given.pop(stream.text) if stream.text else None
         if stream.joined:
@@ -173,8 +172,7 @@ class Trunk(nn.Module):
         if not self._order:  # this rank has its blocks in other lists
             if context.shape_known and not self._later:
                 raise NothingHere
-            parts = {"tokens": whole, "text": text}
-            return whole if len(stream.returns) == 1 else tuple(parts[name] for name in stream.returns)
+            return self.as_returned(whole, text)
         patch, shard = context.patch, context.shard
         picture, words = layout.picture(patch, shard), layout.words(patch, shard)
         self.cut(given, stream.image_aligned, picture)
@@ -198,19 +196,31 @@ class Trunk(nn.Module):
         out = self._run(mine)
         if out is None and context.shape_known:
             raise NothingHere
-        full = tokens
-        if out is not None:
-            check = context.check_head
-            if check:
-                check.given_nan = not bool(out.tokens.isnan().any())
-            # what lies beside the patch has no numbers until it is known that the head does not look at it
-            nothing_beside = check is not None and check.given_nan
-            like = torch.full_like(tokens, torch.nan) if nothing_beside else tokens
-            full = self.select.put(like, out.tokens, layout.picture(patch, None), 1, fresh=nothing_beside)
+        full = tokens if out is None else self.put_back(tokens, out.tokens, context)
         if stream.joined and text is not None:
             return torch.cat((full, text), dim=1)
-        answer = [full if name == "tokens" else text for name in stream.returns]
-        return tuple(answer) if len(answer) > 1 else answer[0]
+        return self.as_returned(full, text)
+
+    def as_returned(self, tokens: torch.Tensor, text: torch.Tensor | None) -> Any:
+        """What a block returns, in its order."""
+        values = [tokens if name == "tokens" else text for name in self.stream.returns]
+        return tuple(values) if len(values) > 1 else values[0]
+
+    def put_back(self, like: torch.Tensor, rows: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Rows at full shape for the head, which looks at those of the patch only.
+
+        Args:
+            like: of the full shape.
+            rows: of the patch, of all shards.
+        """
+        check, spans = context.check_head, context.layout.picture(context.patch, None)
+        if check is None:
+            return self.select.put(like, rows, spans, 1)
+        # what lies beside the patch has no numbers until it is known that the head does not look at it
+        check.given_nan = not bool(rows.isnan().any())
+        return self.select.put(
+            torch.full_like(like, torch.nan) if check.given_nan else like, rows, spans, 1, fresh=check.given_nan
+        )
 
     def cut(self, given: dict[str, Any], arguments: tuple[Aligned, ...], spans: tuple[Span, ...]) -> None:
         """Take the rows in spans of some arguments, in place."""
