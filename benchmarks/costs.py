@@ -130,8 +130,7 @@ def main() -> None:
                 parameters, kept = max(r[1] for r in results) / whole, max(r[2] for r in results) / (2 * unit * LAYERS)
                 lines.append(
                     f"| {name} | {n} | {sum(sent):.2f} | {want:.2f} ({why}) | {rest} | {parameters:.3f} "
-                    f"({PARAMETERS[name]}) | "
-                    f"{kept:.3f} ({BUFFERS[name]}) |"
+                    f"({PARAMETERS[name]}) | {kept:.3f} ({BUFFERS[name]}) |"
                 )
                 print(lines[-1], flush=True)
     pool.close()

@@ -69,8 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # what is freed goes back at once and is not counted
     print(
-        f"Decoding {args.side} x {args.side} pixels in float32:\n\n| ranks | peak growth of the largest rank (MiB) | "
-        f"of one rank's |"
+        f"Decoding {args.side} x {args.side} pixels in float32:\n"
+        "\n"
+        "| ranks | peak growth of the largest rank (MiB) | of one rank's |"
     )
     print("|---|---|---|")
     first = 0

@@ -23,6 +23,7 @@ from xdit_core.errors import (
     XditError,
 )
 from xdit_core.hookspecs import hookimpl
+from xdit_core.machine import cuda_capability
 from xdit_core.model_spec import (
     Aligned,
     Blocks,
@@ -39,9 +40,7 @@ from xdit_core.observe.observer import Around, Awaited, Observer, Sending
 from xdit_core.observe.status import Status
 from xdit_core.parallel.tokens import TokenLayout, length
 from xdit_core.plan import Plan
-from xdit_core.planning.machine import cuda_capability
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.settings import did_you_mean
 from xdit_core.records import (
     EXACT,
     Axis,
@@ -59,6 +58,7 @@ from xdit_core.records import (
     join_words,
 )
 from xdit_core.registry.registry import Registry
+from xdit_core.settings import did_you_mean
 
 if TYPE_CHECKING:
     from xdit_core.engine.engine import Engine

@@ -115,7 +115,7 @@ def check_names(paths: Iterable[Path], given: str) -> None:
             if len(os.fsencode(name)) > most:
                 raise UsageError(
                     f"{given}: the name {name[:20]}... has {len(os.fsencode(name))} bytes and {folder} takes {most}; "
-                    f"choose a shorter one."
+                    "choose a shorter one."
                 )
         if len(os.fsencode(path.absolute())) >= LONGEST_PATH:
             raise UsageError(f"{given}: the path is longer than {LONGEST_PATH} bytes; choose a shorter one.")

@@ -17,8 +17,8 @@ from typing import Any
 
 from xdit_core.checkpoints.fingerprints import checkpoint_fingerprint
 from xdit_core.frozen import Record
-from xdit_core.planning.settings import SIDE_SETTINGS, RunSettings
 from xdit_core.records import FIDELITIES, Axis, ModelFacts
+from xdit_core.settings import SIDE_SETTINGS, RunSettings
 
 
 @dataclass(frozen=True)

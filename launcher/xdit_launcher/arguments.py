@@ -10,7 +10,7 @@ from typing import Any
 
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import read_text, user_path
-from xdit_core.planning.settings import parse_words
+from xdit_core.settings import parse_words
 
 LARGEST_CONFIG = 2**20  # bytes
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")

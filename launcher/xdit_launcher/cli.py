@@ -105,7 +105,7 @@ class RunCommand(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the settings, from their classes."""
-        from xdit_core.planning.settings import ModelSettings, RunSettings
+        from xdit_core.settings import ModelSettings, RunSettings
         from xdit_launcher.commands.show import settings_help
 
         with formatter.section("Settings"):

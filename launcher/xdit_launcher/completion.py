@@ -93,8 +93,8 @@ def words(ctx: click.Context, param: click.Parameter, begun: str) -> list[Comple
 
 def settings(chosen: Iterable[str]) -> Iterator[str]:
     """All settings as ``key=``, those of the chosen plugins too."""
-    from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
     from xdit_core.registry.registry import Registry
+    from xdit_core.settings import ModelSettings, RunSettings, fields_of
 
     yield "model="
     yield from (f"{name}=" for name in fields_of(RunSettings))

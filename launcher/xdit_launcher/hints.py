@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Sequence
 
 from xdit_core.errors import UsageError
-from xdit_core.planning.settings import RunSettings, fields_of
+from xdit_core.settings import RunSettings, fields_of
 
 
 def meant_setting(option: str, args: Sequence[str]) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xdit_core.errors import XditError
-from xdit_core.planning.settings import check_class
 from xdit_core.records import Declaration, ModelFacts
 from xdit_core.registry.discovery import InstalledPlugin
 from xdit_core.registry.registry import Registry
+from xdit_core.settings import check_class
 
 EXAMPLE = ModelFacts(model="a model", heads=24, blocks=24, rows=64, columns=64, text_tokens=333, pixels_per_token=16)
 

@@ -32,7 +32,7 @@ def xdit_check(settings: None, facts: ModelFacts, plan: Plan) -> Iterator[Proble
     if not facts.uses_cfg:
         yield Problem(
             f"guidance={plan.run.guidance} makes {facts.model} predict once a step, which leaves nothing for the "
-            f"second rank of cfg",
+            "second rank of cfg",
             "raise guidance above 1, or drop cfg",
         )
 

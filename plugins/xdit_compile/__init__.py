@@ -69,7 +69,7 @@ def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Pr
         )
     if settings.dynamic and "weights" in plan.claims:
         yield Problem(
-            f"compile.dynamic=yes makes code for all sizes, which torch cannot do for matrices that are divided by "
+            "compile.dynamic=yes makes code for all sizes, which torch cannot do for matrices that are divided by "
             f"{plan.claims['weights']}",
             "leave out compile.dynamic",
         )

@@ -89,7 +89,7 @@ def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Pr
     if settings.patches is not None and degree not in (1, settings.patches):
         yield Problem(
             f"distrifusion.patches={settings.patches} and distrifusion.degree={degree} differ, but every rank has one "
-            f"patch",
+            "patch",
             "leave distrifusion.patches out; with distrifusion.degree=1 it computes the result of that degree in one "
             "process",
         )

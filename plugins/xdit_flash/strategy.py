@@ -45,7 +45,7 @@ def torch_kernel(
     if call.with_lse and call.options.get("attn_mask") is not None and backend is not SDPBackend.MATH:
         raise UnsupportedCall(
             f"torch's {backend.name.lower()} kernel takes no mask in parts, which block {call.block} has; use "
-            f"flash.kernel=auto."
+            "flash.kernel=auto."
         )
     try:
         if call.with_lse:

@@ -49,7 +49,7 @@ def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Pr
             if phase in ("shard", "compile"):
                 yield Problem(
                     f"offload.mode=sequential moves every layer by itself, which the layers as {name} leaves them do "
-                    f"not allow",
+                    "not allow",
                     f"use offload.mode=model, or drop {name}",
                 )
 

@@ -82,8 +82,7 @@ class Divide:
         if unmatched:
             raise ModelError(
                 f"the matrices of {self.rank.spec.name} name {', '.join(unmatched)}, which {type(denoiser).__name__} "
-                f"does not have; "
-                "a part of the model would stay undivided, so correct the adapter."
+                "does not have; a part of the model would stay undivided, so correct the adapter."
             )
         known, fewer = styles(), set()
         for name, module in list(denoiser.named_modules()):
@@ -126,7 +125,7 @@ class Divide:
             raise ModelError(
                 f"{name} of {self.rank.spec.name} cannot be divided {style} by tp.degree={self.degree} "
                 f"({'it is no Linear' if size is None else f'{size} features'}); use another degree or correct the "
-                f"adapter."
+                "adapter."
             )
 
     def pass_nothing(self, module: nn.Module, style: str) -> None:

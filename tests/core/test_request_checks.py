@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xdit_core import Engine, PlanRefused, UsageError, XditError, make_plan
-from xdit_core.planning.settings import RunSettings, build
+from xdit_core.settings import RunSettings, build
 from xdit_core.testing.runs import diffusers_latents, generate, plan_for
 
 DIT = {"model": "dit", "steps": 2}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from xdit_core import Engine, Registry, hookspecs
-from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
+from xdit_core.settings import ModelSettings, RunSettings, fields_of
 from xdit_core.testing.runs import plan_for
 
 ROOT = Path(__file__).parents[2]

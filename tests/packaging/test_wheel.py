@@ -45,14 +45,12 @@ def test_entry_points_load_from_the_wheel(wheel, tmp_path):
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
     code = (
-        "import sys; from importlib.metadata import distribution, PathDistribution;"
-        "from pathlib import Path;"
-        f"target = {str(target)!r}; sys.path.insert(0, target);"
-        "dist = PathDistribution(next(Path(target).glob('*.dist-info')));"
-        "found = [e for e in dist.entry_points if e.group.startswith('xdit.') or e.group == 'console_scripts'];"
-        "loaded = [e.load() for e in found];"
-        "assert len(loaded) >= 6, found;"
-        "assert all(m.__file__.startswith(target) for m in loaded if hasattr(m, '__file__')), loaded"
+        "import sys; from importlib.metadata import distribution, PathDistribution;from pathlib import Path;target = "
+        f"{str(target)!r}; sys.path.insert(0, target);dist = "
+        "PathDistribution(next(Path(target).glob('*.dist-info')));found = [e for e in dist.entry_points if "
+        "e.group.startswith('xdit.') or e.group == 'console_scripts'];loaded = [e.load() for e in found];assert "
+        "len(loaded) >= 6, found;assert all(m.__file__.startswith(target) for m in loaded if hasattr(m, '__file__')), "
+        "loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from xdit_core.errors import ModelError
 from xdit_core.filesystem import user_path
 from xdit_core.model_spec import Checkpoint, ModelSpec
-from xdit_core.planning.settings import ModelSettings
+from xdit_core.settings import ModelSettings
 
 # Stands for whatever adapter fits the checkpoint that model.path names.
 AUTO = ModelSpec("auto", Checkpoint(pipelines=()))
@@ -40,7 +40,7 @@ def locate(spec: ModelSpec, settings: ModelSettings, fetch: bool = True, weights
         if not Path(spec.checkpoint.path).is_dir():
             raise ModelError(
                 f"the bundled checkpoint of model={spec.name} is missing; install the package again, or give "
-                f"model.path=DIR."
+                "model.path=DIR."
             )
         return Path(spec.checkpoint.path)
     source = settings.path or spec.checkpoint.hub

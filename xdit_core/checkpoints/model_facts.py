@@ -133,7 +133,7 @@ def check_config(spec: ModelSpec, config: Mapping[str, Any]) -> None:
         if key not in config:
             raise ModelError(
                 f"{file} has no {key}, which {spec.owner or spec.name} names as {field}; choose the model that fits "
-                f"this checkpoint, or correct the adapter."
+                "this checkpoint, or correct the adapter."
             )
         value = config[key]
         several = field == "latents.patch_size" and isinstance(value, (list, tuple)) and value
@@ -206,7 +206,7 @@ def default_size(denoiser: Mapping[str, Any], configs: Mapping[str, Any]) -> int
     if side > MOST_PIXELS:
         raise ModelError(
             f"config.json has sample_size={size}, which would be pictures of {side} pixels a side; fetch the JSON "
-            f"files again."
+            "files again."
         )
     return side
 

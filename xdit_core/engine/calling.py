@@ -12,8 +12,8 @@ from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
-from xdit_core.planning.settings import RunSettings
 from xdit_core.planning.signatures import argument_names
+from xdit_core.settings import RunSettings
 
 
 def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[str, Any]:

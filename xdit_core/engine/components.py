@@ -68,8 +68,8 @@ def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.M
         if other:
             raise wrong_shape(folder, library, other[1], numbers(other[3]), numbers(other[2])) from error
         raise ModelError(
-            f"{folder} cannot be loaded as the {cls.__name__} of its config.json: {first_line(error)}; fetch the "
-            f"model again."
+            f"{folder} cannot be loaded as the {cls.__name__} of its config.json: {first_line(error)}; fetch the model "
+            "again."
         ) from error
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         raise wrong_shape(folder, library, name, tuple(stored), tuple(wanted))
@@ -107,8 +107,7 @@ def lacking(folder: Path | str, names: set[str]) -> ModelError:
     more = f" and {len(first) - 5} more" if len(first) > 5 else ""
     return ModelError(
         f"{folder} lacks {len(first)} tensor{'s' if len(first) > 1 else ''} that its config.json asks for: "
-        f"{', '.join(first[:5])}{more}; "
-        "fetch the model again."
+        f"{', '.join(first[:5])}{more}; fetch the model again."
     )
 
 

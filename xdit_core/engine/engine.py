@@ -38,7 +38,6 @@ from xdit_core.parallel.patch_tensor import materialized
 from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
 from xdit_core.planning.requests import plan_of_request
-from xdit_core.planning.settings import ModelSettings, build, parse_loras
 from xdit_core.planning.signatures import argument_names
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.branches import watched
@@ -54,6 +53,7 @@ from xdit_core.registry.owned_observer import OwnedObserver
 from xdit_core.registry.owners import OwnedContext, Owner
 from xdit_core.registry.registry import Registry
 from xdit_core.registry.validation import check_built, check_observer
+from xdit_core.settings import ModelSettings, build, parse_loras
 
 BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
 AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of the strategies
@@ -413,9 +413,8 @@ class Engine:
             other = "bfloat16 or float32" if self.rank.dtype == torch.float16 else "float32"
             mend = "" if self.rank.dtype == torch.float32 else f"use dtype={other}, or "
             raise XditError(
-                f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take "
-                f"a lower guidance, more "
-                "steps or another scheduler."
+                f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take a "
+                "lower guidance, more steps or another scheduler."
             )
         return x
 

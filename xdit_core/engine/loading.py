@@ -166,7 +166,7 @@ def empty(class_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     except Exception as error:  # a damaged config can make a constructor raise anything
         raise ModelError(
             f"{folder}/config.json does not describe a {class_name} ({type(error).__name__}: {first_line(error)}); "
-            f"fetch it again."
+            "fetch it again."
         ) from error
     finally:
         torch.set_default_dtype(before)

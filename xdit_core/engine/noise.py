@@ -54,9 +54,8 @@ class PictureStreams(TorchFunctionMode):
         moved = any(not torch.equal(a, b) for a, b in zip(self._state(), self._before, strict=True))
         if moved and error[0] is None:
             raise UnsupportedCall(
-                f"the scheduler draws random numbers for {len(self._streams)} pictures at once in a way that cannot "
-                f"be told apart by "
-                "picture; ask for images=1 and give each picture a request of its own."
+                f"the scheduler draws random numbers for {len(self._streams)} pictures at once in a way that cannot be "
+                "told apart by picture; ask for images=1 and give each picture a request of its own."
             )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -193,6 +193,5 @@ def difference(where: dict[int, str]) -> str:
     ]
     return (
         f"ranks that must do the same have parted: {'; '.join(parts)}. A strategy decided differently on them; let it "
-        f"decide with "
-        "rank.agree(...)."
+        "decide with rank.agree(...)."
     )

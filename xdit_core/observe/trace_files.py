@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from xdit_core.filesystem import atomically
+from xdit_core.machine import host_name
 from xdit_core.observe.spans import Record
 from xdit_core.observe.status import Phase, Status
 from xdit_core.observe.timeline import summary, write_chrome
@@ -19,7 +20,6 @@ from xdit_core.observe.trace import Trace, clock
 from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
 from xdit_core.planning.degrees import processes
-from xdit_core.planning.machine import host_name
 
 ROUNDS = 16  # exchanges by which two clocks are compared; the quickest counts
 

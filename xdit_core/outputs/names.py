@@ -12,7 +12,7 @@ from types import MappingProxyType
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import user_path
 from xdit_core.outputs.metadata import embedded_settings, is_json_of
-from xdit_core.planning.settings import RunSettings
+from xdit_core.settings import RunSettings
 
 SUFFIX = MappingProxyType({"image": ".png", "video": ".mp4", "latent": ".safetensors"})
 
@@ -50,8 +50,7 @@ def targets(run: RunSettings, video: bool = False) -> tuple[tuple[Path, ...], ..
         form = forms.get(kind, "latents are written as safetensors")
         raise UsageError(
             f"out={run.out} ends in {out.suffix} but {form}; use out={out.with_suffix(suffix)}, or a name without a "
-            f"dot "
-            "for a folder."
+            "dot for a folder."
         )
     if len(run.prompt) * each == 1:
         return ((out,),)

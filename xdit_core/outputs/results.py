@@ -13,8 +13,8 @@ from xdit_core.errors import UsageError
 from xdit_core.filesystem import atomically, behind_links, blaming, check_folder, check_names
 from xdit_core.outputs.metadata import FORMAT, FPS, KEY, about, embedded_settings, readable, same_result, save
 from xdit_core.outputs.names import all_files, first_free, has_sheet, json_path, sheet_path, targets
-from xdit_core.planning.settings import RunSettings
 from xdit_core.records import join_words
+from xdit_core.settings import RunSettings
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -69,14 +69,12 @@ def check_replaced(run: RunSettings, files: Sequence[Sequence[Path]], kept: Coll
     if run.overwrite is False and there:
         raise UsageError(
             f"overwrite=no and {some(there)} {'is' if len(there) == 1 else 'are'} there; choose another place with "
-            f"out=, "
-            "or draw only what is missing with resume=yes."
+            "out=, or draw only what is missing with resume=yes."
         )
     if run.overwrite is None and (foreign := [path for path in there if embedded_settings(path) is None]):
         raise UsageError(
             f"{some(foreign)} {'is' if len(foreign) == 1 else 'are'} there and not written by xdit; choose another "
-            f"place with out=, "
-            "or replace with overwrite=yes."
+            "place with out=, or replace with overwrite=yes."
         )
 
 
@@ -193,8 +191,7 @@ def write_sheet(run: RunSettings, files: Sequence[Sequence[Path]]) -> str:
         line += f" of the first {MOST} of {pictures}"
     if absent:
         line += (
-            f", without "
-            f"{', '.join(p.name for p in absent[:3])}{f' and {len(absent) - 3} more' if absent[3:] else ''}: not "
-            f"here or not readable"
+            f", without {', '.join(p.name for p in absent[:3])}{f' and {len(absent) - 3} more' if absent[3:] else ''}: "
+            "not here or not readable"
         )
     return line

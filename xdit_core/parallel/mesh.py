@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xdit_core.errors import UsageError
-from xdit_core.planning.degrees import product
 from xdit_core.records import Axis
 
 
@@ -26,17 +26,16 @@ class Mesh:
     def __init__(self, axes: Sequence[Axis], device: str) -> None:
         self.axes = tuple(axes)
         self.degrees = {a.name: a.degree or 1 for a in axes}
-        self.world = product(self.degrees.values())
+        self.world = prod(self.degrees.values())
         self.device_mesh: DeviceMesh | None = None
         self._own: list[dist.ProcessGroup] = []
         if self.world > 1:
             processes = dist.get_world_size() if dist.is_initialized() else 0
             if processes != self.world:
                 raise UsageError(
-                    f"the plan needs {self.world} ranks and this process belongs to {processes or 'no group'}"
-                    f"{' of ranks' if processes else ''}; start it with xdit-launch, or with torchrun --nproc-per-node "
-                    f"{self.world} "
-                    "and torch.distributed.init_process_group."
+                    f"the plan needs {self.world} ranks and this process belongs to "
+                    f"{processes or 'no group'}{' of ranks' if processes else ''}; start it with xdit-launch, or with "
+                    f"torchrun --nproc-per-node {self.world} and torch.distributed.init_process_group."
                 )
             self.device_mesh = init_device_mesh(
                 device, tuple(self.degrees.values()), mesh_dim_names=tuple(self.degrees)
@@ -109,7 +108,7 @@ class Mesh:
         names = list(self.degrees)
         inner = [names.index(a) for a in names if a in axes]
         outer = [i for i in range(len(names)) if i not in inner]
-        size = product(self.degrees[names[i]] for i in inner)
+        size = prod(self.degrees[names[i]] for i in inner)
         grid = torch.arange(self.world).view(*self.degrees.values())
         result: list[list[int]] = grid.permute(*outer, *inner).reshape(-1, size).tolist()
         return result

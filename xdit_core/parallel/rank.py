@@ -150,9 +150,8 @@ class Rank:
                     raise  # a rank has gone
                 raise LockstepError(
                     f"rank {self.mesh.rank} asked in step {self.context.step + 1} for an agreement that others did not "
-                    f"ask for within "
-                    f"{patience.total_seconds():g} s; call rank.agree on every rank equally often, in a wrap of the "
-                    f"forward."
+                    f"ask for within {patience.total_seconds():g} s; call rank.agree on every rank equally often, in a "
+                    "wrap of the forward."
                 ) from error
         ranks = dist.get_process_group_ranks(group)
         steps = {r: int(x[1]) for r, x in zip(ranks, everyone, strict=True)}
@@ -160,7 +159,7 @@ class Rank:
             asked = ", ".join(f"rank {r} in step {s + 1}" for r, s in steps.items())
             raise PluginError(
                 f"the ranks of a picture asked for an agreement in different steps ({asked}); call rank.agree equally "
-                f"often."
+                "often."
             )
         return choose([type(value)(x[0].item()) for x in everyone])
 

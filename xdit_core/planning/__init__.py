@@ -1,1 +1,1 @@
-"""Make a plan from names and settings: settings, degrees, checks, and the plan of a request. Without torch."""
+"""Make a plan from names and settings: degrees, checks, and the plan of a request. Without torch."""

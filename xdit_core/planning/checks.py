@@ -13,8 +13,8 @@ from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.filesystem import read_text, user_path
 from xdit_core.model_spec import ModelSpec
 from xdit_core.planning.degrees import MOST_RANKS
-from xdit_core.planning.settings import RunSettings, parse_loras
 from xdit_core.records import Declaration, ModelFacts, Problem, join_words
+from xdit_core.settings import RunSettings, parse_loras
 
 SUBJECTS: Mapping[str, str] = MappingProxyType(
     {"prompt": "prompt", "class": "class_"}

@@ -18,8 +18,8 @@ def settle_claims(declared: Mapping[str, Declaration]) -> tuple[dict[str, str], 
                 owner, reason = owners[claim.slot]
                 problems.append(
                     Problem(
-                        f"{owner} and {name} both need the slot {claim.slot!r} "
-                        f"({owner}: {reason}; {name}: {claim.why})",
+                        f"{owner} and {name} both need the slot {claim.slot!r} ({owner}: {reason}; {name}: "
+                        f"{claim.why})",
                         f"drop one of {owner} and {name}",
                         name,
                     )

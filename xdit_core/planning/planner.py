@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xdit_core import machine
 from xdit_core.checkpoints import hub, model_facts
 from xdit_core.checkpoints.schedulers import check_scheduler
 from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.plan import Plan
-from xdit_core.planning import degrees, machine
+from xdit_core.planning import degrees
 from xdit_core.planning.checks import (
     check_lora_scale,
     check_loras,
@@ -30,7 +31,12 @@ from xdit_core.planning.checks import (
     with_defaults,
 )
 from xdit_core.planning.ordering import settle_claims, sort_transforms, sort_wraps
-from xdit_core.planning.settings import (
+from xdit_core.planning.signatures import typed_call
+from xdit_core.records import EXACT, FIDELITIES, Axis, Declaration, Fidelity, ModelFacts, Problem, join_words
+from xdit_core.registry.owners import Owner
+from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
+from xdit_core.registry.validation import check_declaration, problems_of
+from xdit_core.settings import (
     ModelSettings,
     RunSettings,
     build,
@@ -41,11 +47,6 @@ from xdit_core.planning.settings import (
     parse_loras,
     without_random,
 )
-from xdit_core.planning.signatures import typed_call
-from xdit_core.records import EXACT, FIDELITIES, Axis, Declaration, Fidelity, ModelFacts, Problem, join_words
-from xdit_core.registry.owners import Owner
-from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
-from xdit_core.registry.validation import check_declaration, problems_of
 
 ONLY_OBSERVES = Declaration(fidelity=EXACT)
 Origins = Mapping[str, tuple[str, str]]  # name of a plugin to its (distribution, version)
@@ -389,7 +390,7 @@ def check_fidelity(name: str, fidelity: Fidelity) -> None:
     if fidelity.bound < 0 or (fidelity.bound and fidelity.kind != "approximate"):
         raise PluginError(
             f"plugin {name} is {fidelity.kind} with the bound {fidelity.bound}; only what is approximate has one, "
-            f"above 0."
+            "above 0."
         )
 
 
@@ -398,7 +399,7 @@ def idle_ranks(axes: Sequence[Axis], run: RunSettings) -> list[str]:
     pictures = run.images * len(run.prompt)
     return [
         f"{a.setting or a.name}={a.degree} for {pictures} picture{'s' if pictures > 1 else ''}: the other ranks have "
-        f"nothing to draw"
+        "nothing to draw"
         for a in axes
         if a.own_outputs and (a.degree or 1) > pictures
     ]

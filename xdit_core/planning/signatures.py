@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from xdit_core.model_spec import ModelSpec
-from xdit_core.planning.settings import NO, YES, did_you_mean
 from xdit_core.records import Problem
+from xdit_core.settings import NO, YES, did_you_mean
 
 PIPELINE_WORDS: Mapping[str, str] = MappingProxyType(
     {  # what the shared settings are called in a pipeline's ``__call__``, if the adapter does not say otherwise

@@ -17,7 +17,7 @@ from torch import nn
 
 from xdit_core.errors import ModelError
 from xdit_core.model_spec import Blocks, ModelSpec, Stream
-from xdit_core.planning.settings import did_you_mean
+from xdit_core.settings import did_you_mean
 
 KINDS = ("joint", "self", "cross")  # of attention calls
 PARTS = ("tokens", "text")  # of what a block returns

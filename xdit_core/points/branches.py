@@ -102,9 +102,8 @@ class Branches:
         if len(self._entries) >= MOST:
             raise UnsupportedCall(
                 f"the pipeline called its {key[0]} with more than {MOST} conditions in one request, so what was kept "
-                f"of earlier "
-                "steps cannot be told apart; pass the same condition at every step, and call scheduler.step once for "
-                "each step."
+                "of earlier steps cannot be told apart; pass the same condition at every step, and call scheduler.step "
+                "once for each step."
             )
         self._entries.append(_Entry(BranchState(len(self._entries)), key, tensors, step, self._evaluation))
         return self._entries[-1].branch

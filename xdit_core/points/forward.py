@@ -245,7 +245,7 @@ class ForwardPoint:
         if latents.dim() != 3 or latents.shape[1] != rows * columns:
             raise UnsupportedCall(
                 f"latents of shape {tuple(latents.shape)} where [B, C, h, w] or [B, {rows} x {columns}, C] is "
-                f"expected; the adapter does not fit."
+                "expected; the adapter does not fit."
             )
         return 1, rows, columns, columns
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xdit_core.planning.settings import RunSettings
+from xdit_core.settings import RunSettings
 
 
 @dataclass(frozen=True)

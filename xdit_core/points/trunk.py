@@ -166,8 +166,7 @@ class Trunk(nn.Module):
         if tokens.shape[1] != layout.tokens or (text is not None and text.shape[1] != layout.text):
             raise ModelError(
                 f"the trunk got {tokens.shape[1]} picture rows and {0 if text is None else text.shape[1]} text rows "
-                f"where "
-                f"{layout.tokens} and {layout.text} were expected; the adapter does not describe this checkpoint."
+                f"where {layout.tokens} and {layout.text} were expected; the adapter does not describe this checkpoint."
             )
         if not self._order:  # this rank has its blocks in other lists
             if context.shape_known and not self._later:
@@ -189,9 +188,8 @@ class Trunk(nn.Module):
         )
         if context.check_embedding and mine.tokens.isnan().any():
             raise UnsupportedCall(
-                "the embedding of the latents mixes rows of the picture, so its patches cannot be computed one by "
-                "one; run this model "
-                "without strategies that cut the picture into patches."
+                "the embedding of the latents mixes rows of the picture, so its patches cannot be computed one by one; "
+                "run this model without strategies that cut the picture into patches."
             )
         out = self._run(mine)
         if out is None and context.shape_known:

@@ -66,8 +66,8 @@ def installed(group: str) -> InstalledPlugins:
             plugin = InstalledPlugin(entry.name, group, name, version, entry)
             if not NAME.fullmatch(entry.name):
                 notices.append(
-                    f"{entry.name} of {name} {version} cannot be used: a name has lower-case letters, digits and _ "
-                    f"and begins with a letter"
+                    f"{entry.name} of {name} {version} cannot be used: a name has lower-case letters, digits and _ and "
+                    "begins with a letter"
                 )
             elif not entry.pattern.match(entry.value):
                 notices.append(f"{entry.name} of {name} {version} cannot be used: {entry.value!r} names no module")

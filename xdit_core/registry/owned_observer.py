@@ -47,7 +47,7 @@ class OwnedObserver(Observer):
         if not callable(around):
             raise PluginFailed(
                 f"{self._owner} returned {around!r:.60} from {what}, where a function that makes a context, or None, "
-                f"is expected."
+                "is expected."
             )
         return partial(OwnedContext, around, self._owner, what)
 

@@ -12,10 +12,10 @@ import pluggy
 from xdit_core import hookspecs
 from xdit_core.errors import PluginError, UsageError
 from xdit_core.model_spec import ModelSpec
-from xdit_core.planning.settings import did_you_mean
 from xdit_core.registry.discovery import InstalledPlugin, contained, installed
 from xdit_core.registry.owners import Owner, line_of, owned_spec
 from xdit_core.registry.validation import check_record
+from xdit_core.settings import did_you_mean
 
 STRATEGIES = "xdit.plugins"
 MODELS = "xdit.models"

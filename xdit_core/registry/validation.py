@@ -15,9 +15,9 @@ from typing import Any
 
 from xdit_core.errors import PluginError
 from xdit_core.observe.observer import Observer
-from xdit_core.planning.settings import did_you_mean
 from xdit_core.records import SLOTS, Declaration, Problem
 from xdit_core.registry.owners import AdapterCall, Owner
+from xdit_core.settings import did_you_mean
 
 
 def check_record(record: Any, cls: type[Any], owner: Owner, hook: str) -> None:
@@ -166,7 +166,7 @@ def check_built(built: Any, declared: typing.Collection[str], transforms: typing
         for name in sorted(set(callables) - set(wanted)):
             raise PluginError(
                 f"{owner} builds {kind[:-1]} {name} without declaring it, so it would never run; declare it in "
-                f"xdit_declare."
+                "xdit_declare."
             )
         for name, value in callables.items():
             if not callable(value):

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from xdit_core import machine
 from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import atomically, read_text
 from xdit_core.observe.observer import Awaited, combined
@@ -27,7 +28,6 @@ from xdit_core.outputs import results
 from xdit_core.outputs.existing import FilesThere
 from xdit_core.outputs.names import targets
 from xdit_core.plan import Plan
-from xdit_core.planning import machine
 from xdit_core.planning.planner import check_same_plan
 from xdit_core.printable import printable
 from xdit_core.worker.failure import error_path, failure
@@ -57,8 +57,8 @@ def fetch_weights(plan: Plan) -> None:
     """Fetch the weights from the hub: a plan of a dry run that is started by hand has fetched JSON files only."""
     from xdit_core.checkpoints import hub
     from xdit_core.checkpoints.weights import weight_files
-    from xdit_core.planning.settings import ModelSettings, build
     from xdit_core.registry.registry import Registry
+    from xdit_core.settings import ModelSettings, build
 
     spec, _ = Registry().model(plan.model)
     where = build(ModelSettings, "model.", plan.values)
@@ -82,8 +82,7 @@ def take_device(plan: Plan, place: RankEnv) -> None:
     if place.local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"{place.local_world} processes on {place.address or 'this machine'} but only {torch.cuda.device_count()} "
-            f"GPUs; "
-            "lower the degrees or nproc, or use device=cpu."
+            "GPUs; lower the degrees or nproc, or use device=cpu."
         )
     torch.cuda.set_device(place.local_rank)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from xdit_core.errors import XditError
 from xdit_core.faults import full_disk, lost_peer, no_memory
+from xdit_core.machine import host_name
 from xdit_core.observe.status import Phase, Status
-from xdit_core.planning.machine import host_name
 
 OUT_OF_MEMORY = 137  # what a shell reports for a process that the kernel's out-of-memory killer ended
 

@@ -235,7 +235,7 @@ def compare(store: Store, digest: str, place: RankEnv, patience: timedelta, obse
         if time.monotonic() > end:
             raise XditError(
                 f"{text} did not come within {patience.total_seconds():.0f} s; start all nodes, and see whether they "
-                f"reach this one."
+                "reach this one."
             )
         if place.rank == 0 and not told and time.monotonic() > end - patience.total_seconds() + SOON:
             told = True

@@ -88,7 +88,7 @@ class Writer(Observer):
             except OSError as second:
                 raise XditError(
                     f"{why}; neither can {second.filename}, and this picture is lost; make room, or choose another "
-                    f"disk with out=."
+                    "disk with out=."
                 ) from error
             self._failures.append((path, f"{why}; the result is in {spare}"))
             print(printable(self._failures[-1][1]), flush=True)

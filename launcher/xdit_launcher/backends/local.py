@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xdit_core import machine
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import write_text
 from xdit_core.outputs import results
-from xdit_core.planning import machine
 from xdit_core.records import join_words
 from xdit_core.worker.rendezvous import not_started
 from xdit_launcher.cluster import placement

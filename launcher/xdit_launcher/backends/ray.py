@@ -133,7 +133,7 @@ def connected(settings: Settings) -> Any:
         first = str(error).split("\n")[0].rstrip(".")
         raise UsageError(
             f"no Ray cluster answers at ray.address={settings.address} ({first}); start one with ray start --head, or "
-            f"give HOST:PORT."
+            "give HOST:PORT."
         ) from error
     return ray
 

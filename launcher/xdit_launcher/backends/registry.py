@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from xdit_core.errors import PluginError, UsageError
-from xdit_core.planning.settings import build, check_class, check_keys, did_you_mean, fields_of
 from xdit_core.registry import discovery
 from xdit_core.registry.discovery import InstalledPlugin
 from xdit_core.registry.registry import STRATEGIES
+from xdit_core.settings import build, check_class, check_keys, did_you_mean, fields_of
 from xdit_launcher.backends.base import Backend
 
 LAUNCHERS = "xdit.launchers"

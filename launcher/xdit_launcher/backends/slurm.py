@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import atomically
-from xdit_core.planning.settings import build
 from xdit_core.printable import printable
+from xdit_core.settings import build
 from xdit_launcher.arguments import names_in
 from xdit_launcher.cluster import host_facts, hosts
 from xdit_launcher.cluster.connection import PipeConnection
@@ -142,7 +142,7 @@ def options_of(settings: Settings) -> list[str]:
     if printable(settings.options) != settings.options:
         raise UsageError(
             f"slurm.options={settings.options} holds control characters; write the options in one line, such as "
-            f"--partition=gpu."
+            "--partition=gpu."
         )
     try:
         return shlex.split(settings.options)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
-from xdit_core.planning import machine
+from xdit_core import machine
 from xdit_core.registry.discovery import installed
 from xdit_core.registry.registry import MODELS, STRATEGIES
 

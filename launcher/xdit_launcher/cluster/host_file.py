@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import read_text
-from xdit_core.planning.settings import did_you_mean
+from xdit_core.settings import did_you_mean
 from xdit_launcher.cluster.hosts import Host
 
 NAME = re.compile(r"([A-Za-z0-9_.-]+@)?[A-Za-z0-9_.:-]+")

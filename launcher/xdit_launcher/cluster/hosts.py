@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xdit_core.planning import machine
+from xdit_core import machine
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,8 @@ def clocks(fleet: Fleet, names: Mapping[int, str]) -> list[str]:
         off = answers[i] - (before + time.time()) / 2 if i in answers else 0.0
         if abs(off) > SKEW + (time.time() - before) / 2:
             notes.append(
-                f"the clock of {names[i]} is {abs(off):.1f} s {'ahead' if off > 0 else 'behind'}; let it follow a "
-                f"time server."
+                f"the clock of {names[i]} is {abs(off):.1f} s {'ahead' if off > 0 else 'behind'}; let it follow a time "
+                "server."
             )
     return notes
 

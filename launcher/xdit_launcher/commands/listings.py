@@ -71,7 +71,7 @@ def models_show(name: str, words: tuple[str, ...], as_json: bool) -> None:
 
     With model.path=DIR the parallel methods are tried on that checkpoint.
     """
-    from xdit_core.planning.settings import parse_words
+    from xdit_core.settings import parse_words
     from xdit_launcher.commands import pages
 
     values = parse_words(words)

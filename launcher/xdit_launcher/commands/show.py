@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdit_core import machine
 from xdit_core.errors import XditError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.outputs.metadata import FPS
-from xdit_core.planning import machine
 from xdit_core.planning.degrees import processes
-from xdit_core.planning.settings import fields_of
 from xdit_core.records import FIDELITIES
 from xdit_core.registry.discovery import installed
 from xdit_core.registry.registry import MODELS, STRATEGIES, Registry
+from xdit_core.settings import fields_of
 from xdit_launcher.inspection import inspect_strategy
 
 if TYPE_CHECKING:

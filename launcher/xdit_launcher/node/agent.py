@@ -220,8 +220,8 @@ def locate_model(text: str) -> Plan:
     """
     from xdit_core.checkpoints import hub
     from xdit_core.plan import Plan
-    from xdit_core.planning.settings import ModelSettings, build
     from xdit_core.registry.registry import Registry
+    from xdit_core.settings import ModelSettings, build
 
     plan = Plan.from_json(text)
     if Path(plan.folder).is_dir():

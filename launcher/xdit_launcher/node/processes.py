@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xdit_core import machine
 from xdit_core.errors import UsageError
-from xdit_core.planning import machine
 from xdit_core.records import join_words
 from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
 from xdit_launcher.node.root_cause import RankStatus, read_error

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xdit_core.planning.settings import STUCK
+from xdit_core.settings import STUCK
 from xdit_launcher.node.root_cause import RankStatuses, RootCause, cause_is_known, find_root_cause
 from xdit_launcher.printing import say
 

@@ -12,7 +12,7 @@ import pytest
 from xdit_core import ModelError, Registry
 from xdit_core.checkpoints import hub
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.settings import ModelSettings
+from xdit_core.settings import ModelSettings
 
 VALUES = {"model": "sd3", "model.path": "someone/tiny", "steps": 2, "device": "cpu"}
 

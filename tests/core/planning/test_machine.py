@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from xdit_core.planning import machine
+from xdit_core import machine
 
 
 def container(root, version, quotas):

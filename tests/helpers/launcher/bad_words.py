@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xdit_core.planning.settings import ModelSettings, RunSettings, fields_of
+from xdit_core.settings import ModelSettings, RunSettings, fields_of
 
 PLUGINS = ("usp", "pipefusion", "cfg", "dp", "tp", "distrifusion", "parallel_vae", "compile", "flash", "offload")
 OWN = (

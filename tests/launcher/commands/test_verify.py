@@ -93,8 +93,7 @@ def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
             ("--plugins", "skewed", "skewed.block=-1"),
             (
                 "the first difference is before block 0 at step 2, so its cause is the head, the guidance or the "
-                "scheduler after the blocks "
-                "of step 1",
+                "scheduler after the blocks of step 1",
             ),
         ),
         (

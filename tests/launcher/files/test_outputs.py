@@ -17,7 +17,7 @@ from xdit_core.outputs.contact_sheet import GAP, LINE, SIDE, WIDE, contact_sheet
 from xdit_core.outputs.names import sheet_path, targets
 from xdit_core.outputs.results import write_sheet
 from xdit_core.outputs.video import middle_frame, write_video
-from xdit_core.planning.settings import RunSettings
+from xdit_core.settings import RunSettings
 
 
 def plain(colour: str, size: tuple[int, int] = (48, 32)) -> Image.Image:

@@ -23,8 +23,8 @@ from xdit_core.outputs.metadata import embedded_settings
 from xdit_core.outputs.names import all_files, json_path, sheet_path, targets
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.settings import RunSettings, parse_words
 from xdit_core.points.request import Job, Output, jobs_for, joined
+from xdit_core.settings import RunSettings, parse_words
 from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path, read_heartbeat
 from xdit_core.worker.writer import Writer
 

@@ -21,8 +21,8 @@ from PIL import Image
 from xdit_core.observe.status import Phase, Status
 from xdit_core.outputs import results
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.settings import parse_words
 from xdit_core.points.request import Output
+from xdit_core.settings import parse_words
 from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path
 from xdit_launcher.run_folders import COMMAND, may_run, note_end, queued, read_command, remove_old, run_folder
 

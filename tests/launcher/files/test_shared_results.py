@@ -17,8 +17,8 @@ from xdit_core.outputs.metadata import embedded_settings, without_folders
 from xdit_core.outputs.names import targets
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.settings import parse_words
 from xdit_core.points.request import Output
+from xdit_core.settings import parse_words
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from xdit_core.outputs import results
 from xdit_core.outputs.contact_sheet import contact_sheet, shortened
 from xdit_core.outputs.fonts import NOWHERE, Fonts, installed_fonts
 from xdit_core.outputs.names import targets
-from xdit_core.planning.settings import RunSettings
+from xdit_core.settings import RunSettings
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def test_one_machine_by_two_names() -> None:
 def test_gpus_as_nvidia_smi_shows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("xdit_core.planning.machine.cuda_devices", lambda: 1)
+    monkeypatch.setattr("xdit_core.machine.cuda_devices", lambda: 1)
     for text, found in (
         ("GPU X, 100, 200", [{"name": "GPU X", "free": 100 << 20, "total": 200 << 20}]),
         ("GPU X, [N/A], [N/A]", [{}]),

@@ -10,7 +10,7 @@ from click.testing import Result
 
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.settings import parse_words
+from xdit_core.settings import parse_words
 from xdit_launcher.backends import registry
 from xdit_launcher.commands.show import plan_lines
 
@@ -25,7 +25,7 @@ def test_precision_device_threads_and_exactness(
     say: Say, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a plan that does not say in what it computes, and whether the picture will be another."""
-    monkeypatch.setattr("xdit_core.planning.machine.cores", lambda: 8)
+    monkeypatch.setattr("xdit_core.machine.cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     lines = lines_of(say("--dry-run", *tiny, "a fox", "--plugins", "usp", "usp.ulysses=2").stdout)
     assert "runs in float32 on cpu, 4 CPU threads each" in lines

@@ -167,7 +167,7 @@ def test_bad_config(say: Say, text: str, part: str) -> None:
 
 
 def test_not_enough_gpus(say: Say, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xdit_core.planning.machine.cuda_devices", lambda: 1)
+    monkeypatch.setattr("xdit_core.machine.cuda_devices", lambda: 1)
     words = [w for w in tiny if w != "device=cpu"]
     result = say("--plugins", "usp", *words, "usp.ulysses=2", "a fox")
     assert result.exit_code == 2 and "2 processes need 2 GPUs and " in result.stderr

@@ -18,7 +18,7 @@ from xdit_core.filesystem import atomically
 from xdit_core.observe.observer import Awaited, Observer
 from xdit_core.observe.status import STARTING, Phase, Status
 from xdit_core.outputs.names import slug, targets
-from xdit_core.planning.settings import RunSettings
+from xdit_core.settings import RunSettings
 from xdit_core.worker.failure import error_path, failure
 from xdit_core.worker.heartbeat import SIZE, HeartbeatWriter, heartbeat_path, read_heartbeat
 from xdit_core.worker.progress import Progress, Tee

@@ -24,9 +24,9 @@ from xdit_core.engine.loading import load_pipeline
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.settings import parse_words
 from xdit_core.points.request import Output, joined
 from xdit_core.printable import columns
+from xdit_core.settings import parse_words
 from xdit_core.worker.heartbeat import HeartbeatWriter
 from xdit_core.worker.progress import Progress, duration
 from xdit_core.worker.rendezvous import COLUMNS_VARIABLE, RankEnv

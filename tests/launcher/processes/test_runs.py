@@ -99,7 +99,7 @@ def test_worker_under_torchrun(tmp_path: Path, tiny: tuple[str, ...]) -> None:
 
 def test_worker_alone_refuses_a_plan_for_two(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     from xdit_core.planning.planner import make_plan
-    from xdit_core.planning.settings import parse_words
+    from xdit_core.settings import parse_words
 
     plan = make_plan(["usp"], parse_words([*tiny, "usp.ulysses=2", "prompt=a"]))
     (tmp_path / "plan.json").write_text(plan.to_json())

@@ -276,7 +276,7 @@ def check_class(settings: Any, plugin: str) -> None:
             if len(options) != 1 or options[0] not in SETTING_TYPES:
                 raise TypeError(
                     f"{name} is a {kind}; a setting is an int, float, bool, str, tuple[int, ...] or tuple[str, ...], "
-                    f"or None"
+                    "or None"
                 )
         settings()
     except Exception as error:
