@@ -23,8 +23,8 @@ class Message:
     """What a message is.
 
     Args:
-        call: ``ForwardContext.number`` of the call of the denoiser that it belongs to, which stands for request, step and
-            branch.
+        call: ``ForwardContext.number`` of the call of the denoiser that it belongs to, which stands for request, step
+            and branch.
         patch: of the picture, None for the whole.
         part: tells apart several messages of one patch: at most the number of blocks plus one.
     """
