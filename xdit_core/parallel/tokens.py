@@ -110,8 +110,19 @@ class TokenLayout:
         text = self.text if self.weight is None else self.weight
         return patch_bounds(self.rows, self.columns, text // self.frames, self.patches, self.unit)
 
+    @cached_property
+    def _spans(self) -> dict[tuple[str, int | None, int | None], tuple[Span, ...]]:
+        """Spans that were worked out before: every block asks for the same ones."""
+        return {}
+
     def picture(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:
         """Spans of picture tokens of a patch (None: of all patches) and a shard (None: of all shards)."""
+        key = ("picture", patch, shard)
+        if key not in self._spans:
+            self._spans[key] = self._picture(patch, shard)
+        return self._spans[key]
+
+    def _picture(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:
         if patch is None:
             if shard is None:
                 return ((0, self.tokens),)
@@ -132,6 +143,12 @@ class TokenLayout:
 
     def joint(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:
         """Spans in the row numbering of joint attention: picture and text one behind the other."""
+        key = ("joint", patch, shard)
+        if key not in self._spans:
+            self._spans[key] = self._joint(patch, shard)
+        return self._spans[key]
+
+    def _joint(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:
         shift_picture, shift_text = (self.text, 0) if self.text_first else (0, self.tokens)
         picture = [(a + shift_picture, b + shift_picture) for a, b in self.picture(patch, shard)]
         text = [(a + shift_text, b + shift_text) for a, b in self.words(patch, shard)]
