@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 
@@ -39,21 +37,19 @@ class AxisWorld(PatchWorld):
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if self.group is None:
             return whole
-        patience = timedelta(seconds=self.rank.plan.run.patience / 2)
         with self.rank.waiting(f"all ranks of {self.axis} to bring the latents together", self.axis, self.group):
-            try:
-                dist.broadcast(whole, self.root, group=self.group, async_op=True).wait(patience)
-            except RuntimeError as error:
-                if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
-                    raise  # a rank has gone
-                raise LazyError(
-                    "latents whose patches are still under way were read on this rank, and the others did not "
-                    f"join within {patience.total_seconds():g} s; a callback or print must read them on all ranks, or "
-                    "use xdit_core.Preview."
-                ) from error
+            self.rank.wait_for_all(dist.broadcast(whole, self.root, group=self.group, async_op=True), read_alone)
         return whole
 
     def report(self, op: str) -> None:
         """An operation of the pipeline or its scheduler needs all rows at once."""
         super().report(op)
         self.rank.slow[op] += 1
+
+
+def read_alone(patience: str) -> LazyError:
+    """The error for latents that one rank reads and the others do not."""
+    return LazyError(
+        "latents whose patches are still under way were read on this rank, and the others did not join within "
+        f"{patience}; a callback or print must read them on all ranks, or use xdit_core.Preview."
+    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from xdit_core.errors import LockstepError, PluginError
+from xdit_core.errors import LockstepError, PluginError, XditError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Awaited, Observer
 from xdit_core.parallel.mesh import Mesh
@@ -108,14 +108,28 @@ class Rank:
         """Size of an axis, 1 if there is no such axis."""
         return self.mesh.degrees.get(axis, 1)
 
+    def wait_for_all(self, work: Any, alone: Callable[[str], XditError]) -> None:
+        """Wait for a collective that other ranks may never enter, for half of the run's ``timeout`` at most.
+
+        Args:
+            work: handle of the collective.
+            alone: makes the error that is raised if they do not come, from the time waited in words (``150 s``).
+        """
+        patience = timedelta(seconds=self.plan.run.patience / 2)
+        try:
+            work.wait(patience)
+        except RuntimeError as error:
+            if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+                raise  # a rank has gone
+            raise alone(f"{patience.total_seconds():g} s") from error
+
     def agree(self, value: Decision, choose: Callable[[Sequence[Decision]], Decision] = first) -> Decision:
         """One decision for all ranks that share a picture, where each may have come to another.
 
         All of them must do the same at the same time, or they wait for each other in vain. So what a strategy decides
         from the numbers that it sees (a step cache that leaves out the blocks, say) it lets the ranks agree on. Call it
         on every rank equally often: in a wrap of ``forward``, before the blocks run. Inside the trunk a stage would
-            wait for the one behind it, which waits for its rows.
-        It costs one small exchange, for which the host waits.
+        wait for the one behind it, which waits for its rows. It costs one small exchange, for which the host waits.
 
         Args:
             value: of this rank: a bool or a number that a float64 holds exactly.
@@ -140,19 +154,15 @@ class Rank:
             return choose([value])
         mine = torch.tensor([value, self.context.step], dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        patience = timedelta(seconds=self.plan.run.patience / 2)
+
+        def alone(patience: str) -> LockstepError:
+            return LockstepError(
+                f"rank {self.mesh.rank} asked in step {self.context.step + 1} for an agreement that others did not "
+                f"ask for within {patience}; call rank.agree on every rank equally often, in a wrap of the forward."
+            )
+
         with self.waiting("all ranks of a picture to agree", "agree", group):
-            work = dist.all_gather(everyone, mine, group=group, async_op=True)
-            try:
-                work.wait(patience)
-            except RuntimeError as error:
-                if "time" not in str(error).lower():
-                    raise  # a rank has gone
-                raise LockstepError(
-                    f"rank {self.mesh.rank} asked in step {self.context.step + 1} for an agreement that others did not "
-                    f"ask for within {patience.total_seconds():g} s; call rank.agree on every rank equally often, in a "
-                    "wrap of the forward."
-                ) from error
+            self.wait_for_all(dist.all_gather(everyone, mine, group=group, async_op=True), alone)
         ranks = dist.get_process_group_ranks(group)
         steps = {r: int(x[1]) for r, x in zip(ranks, everyone, strict=True)}
         if len(set(steps.values())) > 1:
@@ -163,7 +173,7 @@ class Rank:
             )
         return choose([type(value)(x[0].item()) for x in everyone])
 
-    @property
+    @cached_property
     def blocks(self) -> range:
         """Indices of the blocks that this rank holds."""
         stage = self.index(self.plan.stages) if self.plan.stages else 0
