@@ -7,6 +7,7 @@ Each computes with its own patch and with what an exchange has of the other patc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ def share_between_patches(denoiser: nn.Module, exchange: PatchExchange) -> None:
                 linear.__dict__["forward"] = KeysOrValues(f"{name}.{part}", linear.forward, exchange)
 
 
-class SharingLayer:
+class SharingLayer(ABC):
     """A layer that looks beyond its patch.
 
     Args:
@@ -80,25 +81,33 @@ class SharingLayer:
             return self.original(x)
         return self.compute(x, context)
 
+    @abstractmethod
+    def cut(self, x: torch.Tensor, context: ForwardContext) -> Parts:
+        """What each patch of a whole picture shares."""
+
+    @abstractmethod
+    def compute(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The layer's result for a patch."""
+
+
+class ActivationLayer(SharingLayer):
+    """A layer on activations ``[B, C, h, w]``, of which a patch shares two things, stacked in the first dim."""
+
+    @abstractmethod
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """What a patch shares with the others."""
+
     def cut(self, x: torch.Tensor, context: ForwardContext) -> Parts:
         """What each patch of a whole picture shares."""
         parts = torch.split(x, rows_of_patches(context, x.shape[-2]), dim=-2)
         return {patch: self.share(part) for patch, part in enumerate(parts)}
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        """What a patch shares with the others, two things in the first dim."""
-        raise NotImplementedError
-
-    def compute(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """The layer's result for a patch."""
-        raise NotImplementedError
 
     def parts(self, x: torch.Tensor, context: ForwardContext) -> Parts:
         """What all patches share."""
         return self.exchange.parts(context, self.name, self.share(x), [2] * context.layout.patches, 0)
 
 
-class Convolution(SharingLayer):
+class Convolution(ActivationLayer):
     """A convolution with the rows above and below that belong to other patches; zeros beyond the picture.
 
     Sends per rank: the first and last rows of its patch, ``2 x B x C x padding x w`` elements to each of the others.
@@ -122,7 +131,7 @@ class Convolution(SharingLayer):
         return F.conv2d(wide, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
-class GroupNorm(SharingLayer):
+class GroupNorm(ActivationLayer):
     """A norm with the mean and variance of the whole picture.
 
     Sends per rank: ``2 x B x groups`` elements to each of the others.
