@@ -10,7 +10,8 @@ import torch
 
 from xdit_core import Engine, Plan, Registry
 from xdit_core.registry.registry import STRATEGIES
-from xdit_core.testing.runs import diffusers_latents, plan_for
+from xdit_core.testing import oracle_of
+from xdit_core.testing.runs import plan_for
 
 # What a strategy is given in a combination; two ranks for each axis, so a pair has up to 4 ranks and a triple up to 8.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "sd3": {"model": "sd3"},
     "pixart_sigma": {"model": "pixart_sigma", **{f"call.{k}": v for k, v in OWN.items()}},
 }
-DIFFUSERS: dict[str, dict[str, Any]] = {"sd3": {}, "pixart_sigma": {"guidance_scale": 4.5, **OWN}}
 COMMON = {"images": 2, "steps": 3, "height": 24, "width": 40}
 
 
@@ -56,17 +56,10 @@ def drawn(names: Sequence[str], folder: str, values: Mapping[str, Any]) -> tuple
 
 
 def oracle(plan: Plan, folder: str, model: str) -> torch.Tensor:
-    """Serial diffusers, or for a displaced plan its single-process reference."""
-    run = plan.run
-    if plan.displaced:
-        values = {**MODELS[model], **COMMON, "guidance": run.guidance, **plan.reference, "output_type": "latent"}
-        values |= {k: getattr(run, k) for k in ("images", "steps", "height", "width", "max_sequence_length")}
-        latents, _ = drawn(list(plan.displaced), folder, values)
-        assert latents is not None
-        return latents
-    changes = {**DIFFUSERS[model], "num_inference_steps": run.steps, "height": run.height, "width": run.width}
-    changes |= {"num_images_per_prompt": run.images, "guidance_scale": run.guidance}
-    return diffusers_latents(folder, max_sequence_length=run.max_sequence_length, **changes)
+    """The latents that a plan must give, also where it is for pictures."""
+    named = ("guidance", "images", "steps", "height", "width", "max_sequence_length")
+    asked = {name: getattr(plan.run, name) for name in named}
+    return oracle_of(plan, folder, {**MODELS[model], **COMMON, **asked, "output_type": "latent"})
 
 
 def decoded(folder: str, latents: torch.Tensor) -> list[Any]:
