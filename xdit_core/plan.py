@@ -136,7 +136,7 @@ class Plan(Record):
     def owns(self, rank: int) -> bool:
         """Whether the rank has results of its own, which it writes."""
         coordinates = self.coordinates(rank)
-        return all(coordinates[a.name] == 0 for a in self.axes if not a.own_outputs)
+        return all(coordinates[axis] == 0 for axis in self.picture_axes)
 
     @property
     def device(self) -> str:

@@ -57,7 +57,7 @@ class Status:
     def to_dict(self) -> dict[str, Any]:
         """The fields that say something, for JSON; ``from_dict`` reads it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: list(value) if name == "peers" else value for name, value in values.items() if value}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Status:

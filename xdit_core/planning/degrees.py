@@ -26,11 +26,6 @@ class CompleteMesh:
     notes: tuple[str, ...] = ()
 
 
-def product(values: Iterable[int]) -> int:
-    """The product of integers."""
-    return math.prod(values)
-
-
 MOST_RANKS = 65_536  # more than any cluster has; above it something only hangs or breaks
 
 
@@ -67,7 +62,7 @@ def complete(
     problems = too_few_heads(axes, heads, model)
     if problems:
         return CompleteMesh(problems=tuple(problems))
-    fixed = product(a.degree for a in axes if a.degree is not None)
+    fixed = math.prod(a.degree for a in axes if a.degree is not None)
     if fixed > MOST_RANKS:
         large = " and ".join(f"{a.setting or a.name}={a.degree}" for a in axes if a.degree is not None and a.degree > 1)
         return CompleteMesh(
@@ -129,7 +124,7 @@ def wrong_degrees(declared: Mapping[str, Sequence[Axis]]) -> list[Problem]:
 def too_few_heads(axes: Sequence[Axis], heads: int, model: str) -> list[Problem]:
     """Refuse degrees of axes that shard heads if their product does not divide the number of heads."""
     sharding = [a for a in axes if a.shards_heads and (a.degree or 1) > 1]
-    each = product(a.degree or 1 for a in sharding)
+    each = math.prod(a.degree or 1 for a in sharding)
     if heads % each == 0:
         return []
     named = " x ".join(f"{a.setting or a.name}={a.degree}" for a in sharding)
@@ -174,16 +169,16 @@ def fill(
     best: DegreeChoice | None = None
     options = [[d for d in divisors(open_product) if a.choices is None or d in a.choices] for a in open_axes]
     for combination in itertools.product(*options):
-        if product(combination) != open_product:
+        if math.prod(combination) != open_product:
             continue
         degree = {a.name: d for a, d in zip(open_axes, combination, strict=True)}
         everything = [a for group in declared.values() for a in group]
-        if heads % product(a.degree or degree.get(a.name, 1) for a in everything if a.shards_heads):
+        if heads % math.prod(a.degree or degree.get(a.name, 1) for a in everything if a.shards_heads):
             continue
         idle = sum(
             1 for group in declared.values() if group and all((a.degree or degree.get(a.name, 1)) == 1 for a in group)
         )
-        resort = product(d for a, d in zip(open_axes, combination, strict=True) if a.last_resort)
+        resort = math.prod(d for a, d in zip(open_axes, combination, strict=True) if a.last_resort)
         by_traffic = tuple(-degree[a.name] for a in sorted(open_axes, key=lambda a: (-a.traffic, a.name)))
         choice = DegreeChoice(idle, resort, sum(combination), by_traffic, combination)
         best = choice if best is None else min(best, choice)

@@ -33,6 +33,12 @@ LOADED = ("lora", "scheduler")
 STRUCTURE = ("split", "patches", "stages", "claims", "wraps", "transforms")
 
 
+def structure_of(plan: Plan) -> dict[str, Any]:
+    """What an engine is built for, by name; of an axis its degree, as the other choices change with the size."""
+    axes = [(axis.name, axis.degree) for axis in plan.axes]
+    return {"axes": axes, **{name: getattr(plan, name) for name in STRUCTURE}}
+
+
 def plan_of_request(
     plan: Plan,
     spec: ModelSpec,
@@ -77,11 +83,8 @@ def plan_of_request(
     values |= {f"call.{name}": value for name, value in call.items()}
     request_plan = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
     problems = check_lora_scale(plan.run, request_plan.call)
-    changed = [part for part in STRUCTURE if getattr(request_plan, part) != getattr(plan, part)]
-    if [(a.name, a.degree) for a in request_plan.axes] != [
-        (a.name, a.degree) for a in plan.axes
-    ]:  # what else is possible may change with the size
-        changed.insert(0, "axes")
+    structure = structure_of(plan)
+    changed = [name for name, part in structure_of(request_plan).items() if part != structure[name]]
     if changed:
         sentence = f"with these settings the plan would have other {join_words(changed)} than this engine's"
         problems.append(Problem(sentence, "make an Engine of such a plan"))

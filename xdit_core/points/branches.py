@@ -65,7 +65,7 @@ class Branches:
 
     Two calls belong to one branch if they agree in denoiser, skipped blocks, batch and the *values* of the condition,
     and are not made in the same evaluation: a second call with the same condition (guidance on an image that the
-        latents hold) is another branch.
+    latents hold) is another branch.
     """
 
     def __init__(self) -> None:

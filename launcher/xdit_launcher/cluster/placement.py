@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError
-from xdit_core.planning.degrees import product
 from xdit_core.records import Axis, Traffic
 from xdit_core.registry.registry import STRATEGIES, Registry
 from xdit_launcher.inspection import inspect_strategy
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def together(plan: Plan) -> int:
     """How many neighbouring ranks exchange data at every layer, and should share a machine."""
-    return product(a.degree or 1 for a in plan.axes if a.traffic >= Traffic.PER_LAYER)
+    return prod(a.degree or 1 for a in plan.axes if a.traffic >= Traffic.PER_LAYER)
 
 
 def spread(world: int, slots: Sequence[int], unit: int = 1) -> list[range]:
@@ -52,7 +52,7 @@ def spans(plan: Plan, axis: Axis, places: Sequence[Sequence[int]]) -> bool:
     Args:
         places: the ranks of each machine.
     """
-    inside = product(a.degree or 1 for a in plan.axes[plan.axes.index(axis) + 1 :])
+    inside = prod(a.degree or 1 for a in plan.axes[plan.axes.index(axis) + 1 :])
     degree = axis.degree or 1
     host = {rank: i for i, ranks in enumerate(places) for rank in ranks}
     lines = ([base + k * inside for k in range(degree)] for base in range(plan.world) if base // inside % degree == 0)
