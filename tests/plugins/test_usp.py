@@ -7,7 +7,7 @@ import pytest
 from xdit_core import PlanRefused
 from xdit_core.testing.runs import generate, plan_for
 
-WITHIN = 1.4e-6  # of the largest value, which is about 7
+WITHIN = 4e-6  # of the largest value, which is about 7; 1.5e-6 was seen on another processor
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (1, 3), (4, 2)])
