@@ -81,6 +81,16 @@ class UnsupportedCall(XditError):
     """The pipeline passed the denoiser an argument that the engine cannot honour."""
 
 
+class RequestCancelled(XditError):
+    """A request was ended early because somebody asked for it.
+
+    Attributes:
+        outputs: what was finished before.
+    """
+
+    outputs: Sequence[object] = ()
+
+
 class LockstepError(XditError):
     """Ranks that must do the same have come to different collectives, or to none."""
 

@@ -77,18 +77,28 @@ def scheduler_named(name: str, current: Any) -> Any:
 
 
 class StepLoop:
-    """What the pipeline's loop calls after each step, or goes through."""
+    """What the pipeline's loop calls after each step, or goes through.
+
+    Args:
+        steps: what it goes through, None if it calls `update` instead.
+        total: how many there are, if ``steps`` is None.
+        before: called before each step, with the number of steps that are done; leaves the pipeline by an exception.
+        progress: called with ``(step, steps)`` after each step.
+        observer: told the status.
+        done: called when the loop has come to its end.
+    """
 
     def __init__(
         self,
         steps: Any,
         total: int,
+        before: Callable[[int], None],
         progress: Callable[[int, int], None],
         observer: Observer,
         done: Callable[[], None],
     ) -> None:
         self._steps, self.total, self.n = steps, total if steps is None else len(steps), 0
-        self._progress, self._observer, self._done = progress, observer, done
+        self._before, self._progress, self._observer, self._done = before, progress, observer, done
         self._begin(1)
 
     def __enter__(self) -> StepLoop:
@@ -107,11 +117,13 @@ class StepLoop:
     def update(self, n: int = 1) -> None:
         """One step is done."""
         self.n += n
-        self._begin(min(self.n + 1, self.total))
         self._progress(self.n, self.total)
+        self._begin(self.n + 1)
 
     def _begin(self, step: int) -> None:
-        self._observer.status(Status(Phase.DENOISING, step=step, steps=self.total))
+        self._observer.status(Status(Phase.DENOISING, step=min(step, self.total), steps=self.total))
+        if step <= self.total:
+            self._before(step - 1)
 
     def set_postfix(self, *args: Any, **kwargs: Any) -> None:
         """Accepted for pipelines that show more."""

@@ -20,11 +20,13 @@ import torch.distributed as dist
 from xdit_core.checkpoints.model_facts import INDEX
 from xdit_core.checkpoints.weights import read_json
 from xdit_core.engine.calling import StepLoop, call_arguments, call_values, scheduler_named, without_texts
+from xdit_core.engine.cancellation import Cancellation, Cancelled, store_of_group
+from xdit_core.engine.clock import Clock, seconds_of
 from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.engine.loading import load_pipeline
 from xdit_core.engine.noise import PictureStreams
 from xdit_core.engine.pretrained import plan_from, steps_observer
-from xdit_core.errors import UsageError, XditError
+from xdit_core.errors import RequestCancelled, UsageError, XditError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.lockstep import Lockstep
 from xdit_core.observe.observer import Observer, combined
@@ -67,6 +69,13 @@ class _Latents(Exception):
     """Raised to leave the pipeline when its latents are complete."""
 
 
+class _NotFinite(Exception):
+    """Raised to leave the pipeline when its result holds no finite numbers."""
+
+
+CANCELLED = "the request was cancelled."
+
+
 Progress = Callable[[int, int], None]
 
 
@@ -83,6 +92,9 @@ class Engine:
         progress: called with ``(step, steps)`` after each step. True shows a progress bar, None shows one in a notebook
             only.
         observer: told of everything that happens on this rank.
+
+    Attributes:
+        broken: a request failed, and the ranks may no longer agree on what was sent.
     """
 
     def __init__(
@@ -136,8 +148,11 @@ class Engine:
         self._configs = configs_of(self.pipe, read_json(Path(plan.folder) / INDEX))
         self.load_seconds = time.perf_counter() - started
         observer.engine_built(self.load_seconds)
-        self._marks: dict[str, float] = {}
-        self._broken = False
+        self._clock = Clock(device)
+        self.broken = False
+        store = store_of_group() if plan.world > 1 else None
+        shows = self.owner and observer.overrides("step_latents")
+        self._cancellation = Cancellation(plan, mesh.rank, store, shows)
 
     @classmethod
     def from_pretrained(
@@ -273,6 +288,7 @@ class Engine:
         self,
         prompts: Sequence[str | None],
         skip: Collection[tuple[int, int]] = (),
+        cancelled: Callable[[], bool] | None = None,
         **changes: Any,
     ) -> list[Output]:
         """Draw ``images`` pictures of each prompt. Every rank of the plan must call it with the same arguments.
@@ -281,6 +297,8 @@ class Engine:
             prompts: what to draw; ``[None]`` if embeddings in ``call`` say so.
             skip: pictures that are not drawn, as (index of the prompt, number of the picture). The other pictures of a
                 prompt may come in several outputs.
+            cancelled: asked before each step, on ranks that own pictures, whether the request is to end; all ranks
+                leave at the same step, within two steps. All ranks give a function, or none does.
             changes: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
                 the pipeline's ``__call__``.
 
@@ -290,9 +308,11 @@ class Engine:
         Raises:
             UsageError: an argument is unknown, or the plan has decided it.
             PlanRefused: a value is not possible.
-            XditError: an earlier request failed, after which several ranks no longer agree on what was sent.
+            RequestCancelled: the request was ended early; ``outputs`` has what was finished.
+            XditError: the result is not a number; or an earlier request failed, after which several ranks no longer
+                agree on what was sent.
         """
-        if self._broken:
+        if self.broken:
             raise XditError(
                 "an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine."
             )
@@ -300,10 +320,16 @@ class Engine:
         run, more = asked.run, asked.call
         jobs = jobs_for([prompt or "" for prompt in prompts], run.images, skip)
         self.rank.slow.clear()
-        self._broken = self.plan.world > 1
+        self.broken = self.plan.world > 1
+        self._cancellation.begin(cancelled)
         with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
             outputs = self._run(Request(jobs, run, more))
-        self._broken = False
+        self.broken = False
+        for output in outputs:
+            if output.failure is not None:
+                if isinstance(output.failure, RequestCancelled):
+                    output.failure.outputs = [o for o in outputs if o.failure is None]
+                raise output.failure
         return outputs
 
     def _one_by_one(self, request: Request) -> list[Output]:
@@ -317,13 +343,15 @@ class Engine:
         for job in jobs:
             self.rank.observer.job_started(job)
             outputs.append(self._draw(job, request))
+            if outputs[-1].failure is not None:
+                break
             if self.owner:
                 self.rank.observer.output_done(outputs[-1])
         return joined(outputs, in_turn=True) if single else outputs
 
     def _draw(self, job: Job, request: Request) -> Output:
         """Run one call of the pipeline."""
-        self._marks = {"start": time.perf_counter()}
+        self._clock.start()
         run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
         asks = spec.request
         subject: Any = job.prompt
@@ -341,7 +369,7 @@ class Engine:
         with (
             self._request(len(job.numbers), grid),
             torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
-            watched(self.pipe.scheduler, self._state.branches.stepped, streams),
+            watched(self.pipe.scheduler, self._stepped, streams),
         ):
             torch.manual_seed(seeds[0])  # stochastic schedulers use the default generator
             try:
@@ -355,9 +383,19 @@ class Engine:
             except _Latents as leaving:
                 self.pipe.maybe_free_model_hooks()
                 (output.latents,) = leaving.args
-        phases = self._phases()
+            except _NotFinite as leaving:
+                self.pipe.maybe_free_model_hooks()
+                output.failure = XditError(*leaving.args)
+            except Cancelled:
+                materialized(self._cancellation.latents)  # as at the end: so all that was sent is received
+                self.pipe.maybe_free_model_hooks()
+                output.failure = RequestCancelled(CANCELLED)
+            if self._cancellation.ended():
+                output.failure = RequestCancelled(CANCELLED)
+        self._cancellation.forget()
+        phases = self._clock.phases()
         self.rank.observer.job_done(job, phases)
-        output.seconds, output.slow = self._seconds(phases), dict(self.rank.slow)
+        output.seconds, output.slow = seconds_of(phases, self.rank.seconds), dict(self.rank.slow)
         return output
 
     @contextmanager
@@ -385,9 +423,8 @@ class Engine:
         chooses."""
         self.rank.observer.status(Status(Phase.GATHERING, "the latents"))
         latents = self._finite(materialized(latents), "the latents")
-        if "decoding" not in self._marks:  # else the pipeline decodes in parts
-            self._mark("denoised")
-            self._marks["decoding"] = self._marks["denoised"]
+        if not self._clock.has("decoding"):  # else the pipeline decodes in parts
+            self._clock.mark("denoised", "decoding")
         if self._wants_latents:
             raise _Latents(latents)
         self.rank.observer.latents(latents)
@@ -406,13 +443,13 @@ class Engine:
         """Check that a tensor holds finite numbers, since the picture would otherwise be black.
 
         Raises:
-            XditError: some values are not finite.
+            _NotFinite: some values are not finite.
         """
         if not torch.isfinite(x).all():
             dtype = str(self.rank.dtype).removeprefix("torch.")
             other = "bfloat16 or float32" if self.rank.dtype == torch.float16 else "float32"
             mend = "" if self.rank.dtype == torch.float32 else f"use dtype={other}, or "
-            raise XditError(
+            raise _NotFinite(
                 f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take a "
                 "lower guidance, more steps or another scheduler."
             )
@@ -420,31 +457,25 @@ class Engine:
 
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> StepLoop:
         """Replace the pipeline's progress bar."""
-        self._mark("encoded")
-        return StepLoop(iterable, total or 0, self._step, self.rank.observer, partial(self._mark, "denoised"))
+        self._clock.mark("encoded")
+        done = partial(self._clock.mark, "denoised")
+        return StepLoop(iterable, total or 0, self._before_step, self._step, self.rank.observer, done)
+
+    def _stepped(self, result: Any) -> None:
+        """The scheduler made a step."""
+        self._state.branches.stepped()
+        self._cancellation.stepped(result)
+
+    def _before_step(self, done: int) -> None:
+        """Leave the pipeline if the request is cancelled; else show the latents of the step before the last."""
+        latents = self._cancellation.checkpoint()
+        if latents is not None and self.owner and done > 1:
+            self.rank.observer.step_latents(done - 1, latents)
 
     def _step(self, done: int, steps: int) -> None:
         """Count a finished step of the pipeline."""
         self._state.step = done
         self.rank.observer.step_done(done, steps)
-
-    def _mark(self, name: str) -> None:
-        if self.rank.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._marks[name] = time.perf_counter()
-
-    def _phases(self) -> dict[str, tuple[float, float]]:
-        """Return begin and end of each phase of the last call of the pipeline."""
-        end, start = time.perf_counter(), self._marks["start"]
-        encoded, denoised = self._marks.get("encoded", start), self._marks.get("denoised", end)
-        return {"encode": (start, encoded), "denoise": (encoded, denoised), "decode": (denoised, end)}
-
-    def _seconds(self, phases: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """Return the seconds of each phase, and of what strategies time themselves. The sum is the wall time."""
-        seconds = {name: end - start for name, (start, end) in phases.items()}
-        apart = dict(self.rank.seconds)
-        denoise = seconds["denoise"] - sum(apart.values())
-        return {"encode": seconds["encode"], **apart, "denoise": denoise, "decode": seconds["decode"]}
 
     def close(self) -> None:
         """Release process groups and buffers. The pipeline keeps its wraps and must not be used again."""

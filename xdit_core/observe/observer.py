@@ -114,6 +114,16 @@ class Observer:
             context: of the call of the denoiser; says which rows of the picture these are.
         """
 
+    def step_latents(self, step: int, latents: torch.Tensor) -> None:
+        """The latents behind a step are complete; they are shown one step later, so that no rank waits for them.
+
+        Only ranks that own pictures are told.
+
+        Args:
+            step: counted from 1.
+            latents: as the scheduler returned them; not to be written to.
+        """
+
     def latents(self, latents: torch.Tensor) -> None:
         """The VAE is about to decode these latents."""
 
@@ -200,6 +210,10 @@ class Observers(Observer):
     def rows(self, place: int, rows: torch.Tensor, context: ForwardContext) -> None:
         """Tell each observer."""
         self._tell("rows", place, rows, context)
+
+    def step_latents(self, step: int, latents: torch.Tensor) -> None:
+        """Tell each observer."""
+        self._tell("step_latents", step, latents)
 
     def latents(self, latents: torch.Tensor) -> None:
         """Tell each observer."""

@@ -119,9 +119,9 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @contextmanager
 def watched(
-    scheduler: Any, stepped: Callable[[], None], around: AbstractContextManager[Any] | None = None
+    scheduler: Any, stepped: Callable[[Any], None], around: AbstractContextManager[Any] | None = None
 ) -> Iterator[None]:
-    """Call ``stepped`` behind every ``scheduler.step`` inside the block.
+    """Call ``stepped`` with the result of every ``scheduler.step`` inside the block.
 
     Args:
         around: entered for each step, again and again.
@@ -138,7 +138,7 @@ def watched(
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         with around or nullcontext():
             result = original.step(self, *args, **kwargs)
-        stepped()
+        stepped(result)
         return result
 
     scheduler.__class__ = type(original.__name__, (original,), {"step": step, "__module__": original.__module__})

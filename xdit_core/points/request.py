@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from xdit_core.errors import XditError
 from xdit_core.settings import RunSettings
 
 
@@ -36,6 +37,7 @@ class Output:
         latents: ``[n, C, h, w]`` if latents were asked for, on every rank.
         seconds: wall time of encode, denoise and decode, and what strategies count apart.
         slow: operations that made every rank wait although a strategy could have gone on, with their number.
+        failure: why there is neither picture nor latents, if all ranks left this call of the pipeline together.
     """
 
     prompt: str
@@ -45,6 +47,7 @@ class Output:
     latents: torch.Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     slow: dict[str, int] = field(default_factory=dict)
+    failure: XditError | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def joined(outputs: Iterable[Output], in_turn: bool = False) -> list[Output]:
             continue
         whole = result[-1]
         whole.numbers = range(whole.numbers.start, part.numbers.stop)
+        whole.failure = whole.failure or part.failure
         if whole.images is not None and part.images is not None:
             whole.images = whole.images + part.images
         if whole.latents is not None and part.latents is not None:

@@ -79,6 +79,10 @@ class OwnedObserver(Observer):
         """Pass them on."""
         self._call("rows", place, rows, context)
 
+    def step_latents(self, step: int, latents: torch.Tensor) -> None:
+        """Pass them on."""
+        self._call("step_latents", step, latents)
+
     def latents(self, latents: torch.Tensor) -> None:
         """Pass them on."""
         self._call("latents", latents)
