@@ -20,7 +20,7 @@ import torch.distributed as dist
 from xdit_core.checkpoints.model_facts import INDEX
 from xdit_core.checkpoints.weights import read_json
 from xdit_core.engine.calling import StepLoop, call_arguments, call_values, scheduler_named, without_texts
-from xdit_core.engine.cancellation import Cancellation, Cancelled, store_of_group
+from xdit_core.engine.cancellation import Cancellation, Cancelled, evaluated, store_of_group
 from xdit_core.engine.clock import Clock, seconds_of
 from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.engine.loading import load_pipeline
@@ -47,7 +47,7 @@ from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.points.context import ForwardContext, RequestState
 from xdit_core.points.contracts import contract, given_contract
 from xdit_core.points.forward import ForwardPoint
-from xdit_core.points.request import Job, Output, Request, jobs_for, joined
+from xdit_core.points.request import Job, Output, Request, alone, jobs_for, joined
 from xdit_core.points.request import Run as RequestRun
 from xdit_core.points.trunk import Trunk, replace_blocks
 from xdit_core.records import PHASES, Built
@@ -150,9 +150,8 @@ class Engine:
         observer.engine_built(self.load_seconds)
         self._clock = Clock(device)
         self.broken = False
-        store = store_of_group() if plan.world > 1 else None
-        shows = self.owner and observer.overrides("step_latents")
-        self._cancellation = Cancellation(plan, mesh.rank, store, shows)
+        self._shows = self.owner and observer.overrides("step_latents")
+        self._cancellation = Cancellation(plan, mesh.rank, store_of_group() if plan.world > 1 else None, self._shows)
 
     @classmethod
     def from_pretrained(
@@ -320,11 +319,15 @@ class Engine:
         run, more = asked.run, asked.call
         jobs = jobs_for([prompt or "" for prompt in prompts], run.images, skip)
         self.rank.slow.clear()
-        self.broken = self.plan.world > 1
         self._cancellation.begin(cancelled)
-        with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
-            outputs = self._run(Request(jobs, run, more))
-        self.broken = False
+        calls = self._state.calls
+        try:
+            with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
+                outputs = self._run(Request(jobs, run, more))
+        except BaseException as error:
+            refused = isinstance(error, (XditError, ValueError, TypeError)) and self._state.calls == calls
+            self.broken = self.plan.world > 1 and not refused
+            raise
         for output in outputs:
             if output.failure is not None:
                 if isinstance(output.failure, RequestCancelled):
@@ -392,6 +395,9 @@ class Engine:
                 output.failure = RequestCancelled(CANCELLED)
             if self._cancellation.ended():
                 output.failure = RequestCancelled(CANCELLED)
+        last = evaluated(self._cancellation.latents) if self._shows and output.failure is None else None
+        if last is not None:
+            self.rank.observer.step_latents(self._state.step, last)
         self._cancellation.forget()
         phases = self._clock.phases()
         self.rank.observer.job_done(job, phases)
@@ -489,11 +495,6 @@ class Engine:
 def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
     """Return the denoisers of the pipeline by name."""
     return {name: part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None}
-
-
-def alone(job: Job) -> tuple[Job, ...]:
-    """Split a job into jobs of one picture each."""
-    return tuple(dataclasses.replace(job, numbers=job.numbers[i : i + 1]) for i in range(len(job.numbers)))
 
 
 __all__ = ["Engine", "Output"]

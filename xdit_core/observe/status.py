@@ -21,6 +21,7 @@ class Phase(StrEnum):
     GATHERING = "gathering"
     DECODING = "decoding"
     WRITING = "writing"
+    READY = "ready"
     DONE = "done"
 
 

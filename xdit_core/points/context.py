@@ -95,12 +95,13 @@ class RequestState:
         pictures: that this call of the pipeline makes.
         grid: rows and columns of tokens at the size asked for.
         step: steps that are done.
+        calls: of the denoisers, over all requests.
     """
 
     def __init__(self) -> None:
         self.branches = Branches()
         self.pictures, self.grid, self.step = 1, (1, 1), 0
-        self._calls = 0
+        self.calls = 0
 
     def begin(self, pictures: int, grid: tuple[int, int]) -> None:
         """A call of the pipeline begins."""
@@ -113,5 +114,5 @@ class RequestState:
 
     def next_call(self) -> int:
         """The number of another call of a denoiser; numbers are not used again, so that late messages find no taker."""
-        self._calls += 1
-        return self._calls
+        self.calls += 1
+        return self.calls

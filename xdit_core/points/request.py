@@ -86,6 +86,11 @@ def jobs_for(prompts: Sequence[str], images: int, skip: Collection[tuple[int, in
     return tuple(jobs)
 
 
+def alone(job: Job) -> tuple[Job, ...]:
+    """Split a job into jobs of one picture each."""
+    return tuple(replace(job, numbers=job.numbers[i : i + 1]) for i in range(len(job.numbers)))
+
+
 def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
     """The jobs that make pictures ``start`` to ``stop`` of all the pictures, counted through."""
     shared, counted = [], 0

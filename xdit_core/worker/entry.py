@@ -13,6 +13,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from xdit_core.outputs.names import targets
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import check_same_plan
 from xdit_core.printable import printable
+from xdit_core.worker.control import ControlLink
 from xdit_core.worker.failure import error_path, failure
 from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path
 from xdit_core.worker.progress import Progress, Tee
@@ -97,6 +99,9 @@ def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> Non
 
         fetch_weights(plan)
         check_same_plan(plan)
+        if place.control is not None:
+            answer_requests(plan, place, place.control, beat)
+            return
         files = FilesThere.here(plan) if plan.owns(place.rank) else FilesThere()
         if place.world > 1:
             store = connect(place, plan.digest(), plan.device, plan.run.patience, beat)
@@ -117,6 +122,32 @@ def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> Non
         if write is not None:
             write.check()  # not before the others are done
         beat.status(Status(Phase.DONE))
+
+
+def answer_requests(plan: Plan, place: RankEnv, control: int, beat: HeartbeatWriter) -> None:
+    """Load the model and answer requests until whoever started this rank ends it.
+
+    Args:
+        control: file descriptor of the control connection.
+    """
+    link = ControlLink(socket.socket(fileno=control))
+    if place.world > 1:
+        connect(place, plan.digest(), plan.device, plan.run.patience, beat)
+    beat.status(Status(Phase.IMPORTING, "diffusers"))
+    import diffusers  # noqa: F401
+    import torch.distributed as dist
+
+    from xdit_core.engine.engine import Engine
+    from xdit_core.registry.registry import Registry
+    from xdit_core.worker.service import Reporter, serve
+
+    reporter = Reporter(link, Registry().model(plan.model)[0].latents.frame_dim)
+    engine = Engine(plan, progress=False, observer=combined((beat, reporter)))
+    serve(engine, link, reporter, beat)
+    engine.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    beat.status(Status(Phase.DONE))
 
 
 def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folder: Path, files: FilesThere) -> Writer:
@@ -143,7 +174,7 @@ def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folde
 @contextlib.contextmanager
 def screens(place: RankEnv) -> Iterator[Progress]:
     """Make the progress line of rank 0, and show what it prints on the terminal as well as in its log."""
-    if place.rank:
+    if place.rank or place.control is not None:
         yield Progress(None)
         return
     if len(place.screen) != 2:

@@ -17,6 +17,7 @@ from xdit_core.errors import UsageError, XditError
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
 from xdit_core.records import join_words
+from xdit_core.worker.control import VARIABLE
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -39,6 +40,7 @@ class RankEnv:
         parent: process id of the launcher.
         columns: width of the terminal to which the launcher passes on the second of ``screen``; None if it is not a
             terminal.
+        control: file descriptor of the control connection of a rank that answers requests, None if it draws the plan.
     """
 
     rank: int = 0
@@ -51,6 +53,7 @@ class RankEnv:
     screen: tuple[int, ...] = ()
     parent: int | None = None
     columns: int | None = None
+    control: int | None = None
 
     @staticmethod
     def of(env: Mapping[str, str], world: int) -> RankEnv:
@@ -79,7 +82,7 @@ class RankEnv:
             raise UsageError(f"MASTER_ADDR and MASTER_PORT do not say where rank 0 is met; start it with {by_hand}.")
         screen = tuple(int(fd) for fd in env.get("XDIT_SCREEN", "").split(",") if fd)
         listen = env.get("XDIT_LISTEN")
-        parent, columns = env.get("XDIT_PARENT"), env.get(COLUMNS_VARIABLE)
+        parent, columns, control = env.get("XDIT_PARENT"), env.get(COLUMNS_VARIABLE), env.get(VARIABLE)
         return RankEnv(
             rank=rank,
             world=world,
@@ -91,6 +94,7 @@ class RankEnv:
             screen=screen,
             parent=int(parent) if parent else None,
             columns=int(columns) if columns else None,
+            control=int(control) if control else None,
         )
 
 

@@ -3,6 +3,9 @@
 A backend is a module or another object with
 
 - ``start(plan, folder, settings) -> int``: run a plan and return the exit code; ``folder`` exists and takes the logs;
+- ``ranks(plan, folder, settings, serving) -> context of StartedRanks`` (optional): start the ranks of a plan, and end
+  them when the context is left. With ``serving`` they answer requests instead of drawing what the plan says; a backend
+  without this function cannot keep ranks for requests;
 - ``Settings`` (optional): a dataclass as plugins have. Its fields are set with ``NAME.field=value``, or with an option
   ``--field`` where `xdit_launcher.backends.registry.OPTIONS` has one; every field has a default. Without this class
   ``settings`` is None;
@@ -17,16 +20,60 @@ A backend is a module or another object with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xdit_core.errors import UsageError
+from xdit_launcher.node.root_cause import RankStatuses, RootCause
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_launcher.cluster.fleet import Fleet
+
+
+class StartedRanks(Protocol):
+    """The ranks of a plan, from their start to their end.
+
+    Attributes:
+        cause_patience: seconds to wait for the cause when so far only ranks have failed that lost their peers.
+        elsewhere: other launchers run ranks that are not seen from here.
+    """
+
+    cause_patience: float
+    elsewhere: bool
+
+    def look(self) -> RankStatuses:
+        """What is known of each rank, after waiting some milliseconds."""
+
+    def statuses(self) -> RankStatuses:
+        """What is known of each rank, without waiting."""
+
+    def absent(self, statuses: RankStatuses) -> str:
+        """A sentence about machines that have not joined, "" if all have."""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to every rank; only ranks that answer requests take any."""
+
+    def messages(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
+        """Messages of ranks, each with the rank; wait so many seconds if there is none."""
+
+    def wake(self) -> None:
+        """Let `messages` return at once; may be called from any thread."""
+
+    def ask_for_stacks(self) -> None:
+        """Let every rank write the stacks of its threads into its log."""
+
+    def report(self, cause: RootCause) -> list[str]:
+        """Lines about the cause of a failure; called while the ranks can still be asked for their logs."""
+
+    def stop(self) -> str:
+        """End every process, and return what became of them in words."""
+
+    def finish(self) -> None:
+        """All ranks have ended well: take what they still have to say."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +109,21 @@ class Backend:
         """Run a plan and return the exit code."""
         code: int = self.module.start(plan, folder, self.settings)
         return code
+
+    def ranks(self, plan: Plan, folder: Path) -> AbstractContextManager[StartedRanks]:
+        """Start ranks that answer requests; they end with the context.
+
+        Raises:
+            UsageError: the backend cannot keep ranks.
+        """
+        function = getattr(self.module, "ranks", None)
+        if function is None:
+            raise UsageError(
+                f"the backend {self.name} runs a plan and cannot keep its ranks for requests; use another one with "
+                "--on, such as local or ssh."
+            )
+        context: AbstractContextManager[StartedRanks] = function(plan, folder, self.settings, serving=True)
+        return context
 
     def connect(self) -> Fleet:
         """Agents on the machines.

@@ -8,10 +8,10 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xdit_core import machine
 from xdit_core.errors import UsageError
@@ -19,15 +19,17 @@ from xdit_core.filesystem import write_text
 from xdit_core.outputs import results
 from xdit_core.records import join_words
 from xdit_core.worker.rendezvous import not_started
+from xdit_launcher.backends.base import StartedRanks
+from xdit_launcher.backends.supervise import supervise
 from xdit_launcher.cluster import placement
 from xdit_launcher.cluster.connection import PipeConnection
 from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.hosts import Host
 from xdit_launcher.node import processes, root_cause, sockets
-from xdit_launcher.node.processes import LocalRanks, NodeShare, Workers
-from xdit_launcher.node.root_cause import RankStatuses
-from xdit_launcher.node.signals import INTERRUPTED, Suspension, ignore_interrupts, signals_interrupt
-from xdit_launcher.node.watching import watch
+from xdit_launcher.node.processes import Controls, LocalRanks, NodeShare, Workers
+from xdit_launcher.node.root_cause import RankStatuses, RootCause
+from xdit_launcher.node.signals import Suspension
+from xdit_launcher.node.watching import CAUSE_PATIENCE
 from xdit_launcher.printing import say
 
 if TYPE_CHECKING:
@@ -82,46 +84,116 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     Raises:
         UsageError: the port is taken.
     """
+    return supervise(plan, ranks(plan, folder, settings))
+
+
+@contextlib.contextmanager
+def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -> Iterator[StartedHere]:
+    """Start the ranks of this machine, which end with the context.
+
+    Args:
+        plan, folder, settings: as of `start`.
+        serving: they answer requests instead of drawing what the plan says.
+
+    Raises:
+        UsageError: the port is taken; or the ranks are to answer requests and some are on other machines.
+    """
     node = Node.of(settings)
-    ranks = node.ranks(plan.world)
+    if serving and node.count > 1:
+        raise UsageError(
+            "ranks that answer requests are started from one machine, and --nnodes means that each machine starts its "
+            "own; name the machines instead: --hosts a,b."
+        )
     for line in placement.warnings(plan, [Node(k, node.count).ranks(plan.world) for k in range(node.count)]):
         say(line)
     write_text(folder / "plan.json", plan.to_json(), "runs")
-    workers: Workers = {}
-    local_ranks = LocalRanks(folder, workers, socket.gethostname())
-    suspension = Suspension(lambda: processes.pause(workers), lambda: processes.resume(workers))
-
-    def look() -> RankStatuses:
-        suspension.settle()
-        return local_ranks.look()
-
+    started = StartedHere(plan, folder, node, serving)
     try:
-        with signals_interrupt(), suspension.installed():
-            with node.server(2 * plan.world) as server:
-                port = server.getsockname()[1] if server else node.port
-                with duplicates(1, 2) as screen:
-                    share = NodeShare(folder, ranks, plan.world, node.address, port, plan.run.threads)
-                    processes.spawn(share, workers, server, screen)
-            cause = watch(
-                look,
-                plan.run.timeout,
-                ask_for_stacks=lambda: processes.ask_for_stacks(workers),
-                elsewhere=node.count > 1,
-                absent=(lambda statuses: node.absent(statuses, plan.world)) if node.count > 1 else None,
-            )
-    except KeyboardInterrupt:
-        ignore_interrupts()
-        processes.stop(workers)
-        say("\n".join(["interrupted; every process has ended.", *root_cause.results_lines(local_ranks.last(), plan)]))
-        return INTERRUPTED
-    except BaseException:
-        processes.stop(workers)
-        raise
-    if cause is None:
-        return 0
-    processes.stop(workers)
-    say("\n".join([*root_cause.report_lines(cause, plan.world), *root_cause.results_lines(local_ranks.last(), plan)]))
-    return cause.code
+        with started.suspension.installed():
+            started.start()
+            yield started
+    finally:
+        started.close()
+
+
+class StartedHere(StartedRanks):
+    """The ranks of this machine, each a child process.
+
+    Args:
+        plan, folder: what they run, and their run folder.
+        node: this machine among those of the run.
+        serving: they answer requests.
+    """
+
+    cause_patience = CAUSE_PATIENCE
+
+    def __init__(self, plan: Plan, folder: Path, node: Node, serving: bool = False) -> None:
+        self.plan, self.folder, self.node, self.elsewhere = plan, folder, node, node.count > 1
+        self._workers: Workers = {}
+        self._controls: Controls | None = {} if serving else None
+        self._local = LocalRanks(folder, self._workers, socket.gethostname(), self._controls)
+        self.suspension = Suspension(lambda: processes.pause(self._workers), lambda: processes.resume(self._workers))
+
+    def start(self) -> None:
+        """Start them.
+
+        Raises:
+            UsageError: the port is taken.
+        """
+        plan, node = self.plan, self.node
+        with node.server(2 * plan.world) as server, duplicates(1, 2) as screen:
+            port = server.getsockname()[1] if server else node.port
+            share = NodeShare(self.folder, node.ranks(plan.world), plan.world, node.address, port, plan.run.threads)
+            processes.spawn(share, self._workers, server, screen, self._controls)
+
+    def look(self) -> RankStatuses:
+        """What is known of each rank; a Ctrl-Z of the user takes effect here."""
+        self.suspension.settle()
+        return self._local.look()
+
+    def statuses(self) -> RankStatuses:
+        """What is known of each rank."""
+        ended = all(worker.poll() is not None for worker in self._workers.values())
+        return self._local.last() if ended else self._local.statuses()
+
+    def absent(self, statuses: RankStatuses) -> str:
+        """A sentence about nodes that have not joined."""
+        return self.node.absent(statuses, self.plan.world) if self.elsewhere else ""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to every rank."""
+        for control in (self._controls or {}).values():
+            control.send(message)
+
+    def messages(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
+        """Messages of the ranks."""
+        return self._local.messages(seconds)
+
+    def wake(self) -> None:
+        """Let `messages` return at once."""
+        self._local.wake()
+
+    def ask_for_stacks(self) -> None:
+        """Let every rank write the stacks of its threads into its log."""
+        processes.ask_for_stacks(self._workers)
+
+    def report(self, cause: RootCause) -> list[str]:
+        """Lines about the cause of a failure."""
+        return root_cause.report_lines(cause, self.plan.world)
+
+    def stop(self) -> str:
+        """End every process."""
+        processes.stop(self._workers)
+        return "every process has ended"
+
+    def finish(self) -> None:
+        """Nothing is left to do: the ranks print into the terminal themselves."""
+
+    def close(self) -> None:
+        """End whatever still runs, and close the control connections."""
+        if any(worker.poll() is None for worker in self._workers.values()):
+            self.stop()
+        self._local.close()
 
 
 def connect(settings: Settings) -> Fleet:

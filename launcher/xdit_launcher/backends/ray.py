@@ -8,18 +8,19 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
 from xdit_launcher.arguments import names_in
+from xdit_launcher.backends.supervise import supervise
 from xdit_launcher.cluster import host_facts
 from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.hosts import Host
 from xdit_launcher.cluster.protocol import Deliver
-from xdit_launcher.cluster.run import run
+from xdit_launcher.cluster.run import StartedOnHosts, started_on
 from xdit_launcher.node.agent import Agent
 from xdit_launcher.node.sockets import probe_port
 
@@ -194,7 +195,13 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
-    """Run a plan on the cluster; see `xdit_launcher.cluster.run.run`."""
+    """Run a plan on the cluster."""
+    return supervise(plan, ranks(plan, folder, settings))
+
+
+@contextlib.contextmanager
+def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -> Iterator[StartedOnHosts]:
+    """Start the ranks of a plan on the cluster; see `xdit_launcher.cluster.run.started_on`."""
     ray = connected(settings)
     group = None
     try:
@@ -202,8 +209,11 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
         actors, names = start_actors(ray, group, plan.world, settings.wait)
         count = Counter(names)
         hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
-        with Fleet(hosts, lambda i, deliver: ActorConnection(actors[i], i, deliver)) as fleet:
-            return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
+        with (
+            Fleet(hosts, lambda i, deliver: ActorConnection(actors[i], i, deliver)) as fleet,
+            started_on(fleet, plan, folder, names_in(settings.env), settings.rdzv or None, serving) as started,
+        ):
+            yield started
     finally:
         if group is not None:
             with contextlib.suppress(Exception):

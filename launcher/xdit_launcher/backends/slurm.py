@@ -6,13 +6,14 @@ A batch job runs ``python -m xdit_launcher.backends.slurm FOLDER`` with the plan
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +23,12 @@ from xdit_core.filesystem import atomically
 from xdit_core.printable import printable
 from xdit_core.settings import build
 from xdit_launcher.arguments import names_in
+from xdit_launcher.backends.supervise import supervise
 from xdit_launcher.cluster import host_facts, hosts
 from xdit_launcher.cluster.connection import PipeConnection
 from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.hosts import Host
-from xdit_launcher.cluster.run import run
+from xdit_launcher.cluster.run import StartedOnHosts, started_on
 from xdit_launcher.node.signals import INTERRUPTED, ignore_interrupts, signals_interrupt
 from xdit_launcher.printing import say
 from xdit_launcher.run_folders import QUEUED, note_end, queued
@@ -186,8 +188,17 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     if "SLURM_JOB_ID" not in os.environ:
         with queued(folder, ends=settings.wait):
             return submit(plan, folder, settings)
-    with connect(settings) as fleet:
-        return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
+    return supervise(plan, ranks(plan, folder, settings))
+
+
+@contextlib.contextmanager
+def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -> Iterator[StartedOnHosts]:
+    """Start the ranks of a plan on the nodes of this allocation; see `xdit_launcher.cluster.run.started_on`."""
+    with (
+        connect(settings) as fleet,
+        started_on(fleet, plan, folder, names_in(settings.env), settings.rdzv or None, serving) as started,
+    ):
+        yield started
 
 
 def connect(settings: Settings) -> Fleet:

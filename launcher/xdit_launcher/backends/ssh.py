@@ -6,9 +6,10 @@ stdin ends it.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import user_path
 from xdit_launcher.arguments import names_in
+from xdit_launcher.backends.supervise import supervise
 from xdit_launcher.cluster import hosts as machines
 from xdit_launcher.cluster.connection import PipeConnection
 from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.host_file import filtered, parse_hosts, read_hostfile
 from xdit_launcher.cluster.hosts import Host
-from xdit_launcher.cluster.run import run
+from xdit_launcher.cluster.run import StartedOnHosts, started_on
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -116,9 +118,18 @@ def connect(settings: Settings) -> Fleet:
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
-    """Run a plan on the hosts; see `xdit_launcher.cluster.run.run`."""
-    with connect(settings) as fleet:
-        return run(plan, folder, fleet, names_in(settings.env), settings.rdzv or None)
+    """Run a plan on the hosts."""
+    return supervise(plan, ranks(plan, folder, settings))
+
+
+@contextlib.contextmanager
+def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -> Iterator[StartedOnHosts]:
+    """Start the ranks of a plan on the hosts; see `xdit_launcher.cluster.run.started_on`."""
+    with (
+        connect(settings) as fleet,
+        started_on(fleet, plan, folder, names_in(settings.env), settings.rdzv or None, serving) as started,
+    ):
+        yield started
 
 
 def explain(code: int, last_lines: Sequence[str], host: str, heard: bool) -> str:

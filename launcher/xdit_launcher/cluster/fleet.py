@@ -30,6 +30,8 @@ from xdit_launcher.node.root_cause import RankStatus
 from xdit_launcher.node.signals import Suspension, without_interrupts
 from xdit_launcher.node.watching import ASLEEP
 
+NOBODY = -1  # in place of a host: an item of the inbox that only wakes whoever waits for it
+
 
 class Fleet:
     """Agents on several hosts.
@@ -54,6 +56,7 @@ class Fleet:
         self.gone: dict[int, str] = {}  # hosts whose connection has ended, with the reason
         self.heard = dict.fromkeys(range(len(hosts)), time.monotonic())  # when each host last said something
         self._clock_offset = dict.fromkeys(range(len(hosts)), 0.0)  # seconds that a host's clock is behind ours
+        self._rank_messages: list[tuple[int, dict[str, Any]]] = []
         self._inbox: queue.Queue[tuple[int, Mapping[str, Any]]] = queue.Queue()
         self._last_request = 0
         self._closed = threading.Event()
@@ -156,6 +159,9 @@ class Fleet:
             item = self._inbox.get(timeout=seconds)
             while True:
                 i, message = item
+                if i == NOBODY:
+                    item = self._inbox.get_nowait()
+                    continue
                 self.heard[i] = time.monotonic()
                 if "gone" in message:
                     self.gone.setdefault(i, str(message["gone"]))
@@ -172,13 +178,36 @@ class Fleet:
             self._clock_offset[i] = time.time() - message["wall"]
         if "screen" in message:
             print_from(message["screen"], base64.b64decode(message["data"]))
+        if "rank" in message:
+            self._rank_messages.append((int(message["rank"]), dict(message["message"])))
         for key, status in message.get("seen", {}).items():
             self.statuses[int(key)] = read_status(status, int(key), self.hosts[i].name, self._clock_offset[i])
 
+    def send_to_ranks(self, message: Mapping[str, Any]) -> None:
+        """Send a message to every rank; their agents pass it on."""
+        for i, ranks in enumerate(self.ranks_of):
+            if ranks:
+                self.connections[i].send({"do": "send", "id": UNASKED, "message": message})
+
+    def wake(self) -> None:
+        """Let `news` return at once; may be called from any thread."""
+        self._inbox.put((NOBODY, {}))
+
+    def rank_messages(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
+        """Messages of ranks, each with the rank; wait so many seconds if there is none."""
+        for _ in self.news(0.0 if self._rank_messages else seconds):
+            pass
+        messages, self._rank_messages = self._rank_messages, []
+        return messages
+
     def look(self) -> Mapping[int, RankStatus]:
-        """What is known of all ranks now; those of a host that says nothing for long count as lost."""
+        """What is known of all ranks, once messages have been waited for for a moment."""
         for _ in self.news(0.1):
             pass
+        return self.statuses_now()
+
+    def statuses_now(self) -> Mapping[int, RankStatus]:
+        """What is known of all ranks now; those of a host that says nothing for long count as lost."""
         for i, ranks in enumerate(self.ranks_of):
             silent = time.monotonic() - self.heard[i]
             why = self.gone.get(i, "")

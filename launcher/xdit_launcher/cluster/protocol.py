@@ -7,6 +7,8 @@ Every message is one JSON object. Over a pipe each stands in a line of its own b
 - ``{"do": "ping"}`` has no answer. It tells the agent that the launcher still runs.
 - An agent tells by itself ``{"seen": {RANK: STATUS}, "wall": TIME}``, with the ranks whose status has changed and the
   time of day on its machine, and passes on what rank 0 prints: ``{"screen": 1 or 2, "data": BASE64}``.
+- An agent passes on what its ranks say over their control connections: ``{"rank": RANK, "message": ...}``, see
+  `xdit_core.worker.control`.
 - A connection that has ended delivers ``{"gone": REASON}``.
 """
 

@@ -1,18 +1,20 @@
-"""One run over agents on several machines, however they were started: check, place, start, watch, report, end."""
+"""The ranks of a plan over agents on several machines, however these were started: check, place, start, end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdit_core.errors import UsageError, XditError
+from xdit_core.errors import UsageError
 from xdit_core.filesystem import write_text
 from xdit_core.records import join_words
 from xdit_core.worker.rendezvous import COLUMNS_VARIABLE
+from xdit_launcher.backends.base import StartedRanks
 from xdit_launcher.cluster import placement
 from xdit_launcher.cluster.checks import check_hosts, variables_to_pass
 from xdit_launcher.cluster.hosts import slots
@@ -20,9 +22,8 @@ from xdit_launcher.cluster.protocol import SILENCE
 from xdit_launcher.cluster.rendezvous import meet
 from xdit_launcher.node import root_cause
 from xdit_launcher.node.processes import log_path
-from xdit_launcher.node.root_cause import RankStatus
-from xdit_launcher.node.signals import INTERRUPTED, ignore_interrupts, signals_interrupt
-from xdit_launcher.node.watching import CAUSE_PATIENCE, watch
+from xdit_launcher.node.root_cause import RankStatus, RankStatuses, RootCause
+from xdit_launcher.node.watching import CAUSE_PATIENCE
 from xdit_launcher.printing import say
 
 if TYPE_CHECKING:
@@ -30,49 +31,94 @@ if TYPE_CHECKING:
     from xdit_launcher.cluster.fleet import Fleet
 
 
-def run(plan: Plan, folder: Path, fleet: Fleet, env: Sequence[str] = (), rdzv: str | None = None) -> int:
-    """Run a plan over a fleet.
+@contextlib.contextmanager
+def started_on(
+    fleet: Fleet, plan: Plan, folder: Path, env: Sequence[str] = (), rdzv: str | None = None, serving: bool = False
+) -> Iterator[StartedOnHosts]:
+    """Start the ranks of a plan on a fleet; they end with the context.
 
     Args:
         folder: the run folder here; the hosts make one of the same name.
         env: names of variables to pass on.
         rdzv: ``[HOST:]PORT`` at which the ranks meet.
-
-    Returns:
-        0, the exit code of the rank that is the cause of a failure, or 130 after Ctrl-C and SIGTERM.
+        serving: the ranks answer requests instead of drawing what the plan says.
 
     Raises:
         UsageError: something would not work; says what, before any rank starts.
     """
     variables = variables_to_pass(env)
     write_text(folder / "plan.json", plan.to_json(), "runs")
+    started = StartedOnHosts(fleet, plan, folder)
     try:
-        with signals_interrupt(), fleet.suspension.installed():
+        with fleet.suspension.installed():
             facts, problems = check_hosts(fleet, plan)
             if problems:
                 raise UsageError(*problems)
             place_ranks(fleet, plan, facts)
-            start_ranks(fleet, plan, folder, variables, rdzv, facts)
-            patience = CAUSE_PATIENCE + (SILENCE if len(fleet.hosts) > 1 else 0.0)  # for a silent host to be noticed
-            cause = watch(fleet.look, plan.run.timeout, patience, lambda: ask_for_stacks(fleet))
-    except KeyboardInterrupt:
-        ignore_interrupts()
-        say("\n".join([f"interrupted; {fleet.end()}.", *root_cause.results_lines(fleet.statuses, plan)]))
-        return INTERRUPTED
-    except XditError:
-        fleet.end()
-        raise
-    shared_disk = cause is None or log_path(folder, cause.rank).exists()
-    if cause is not None:
-        cause = replace(cause, log=copy_log(fleet, cause.rank, folder) or cause.log)
-    fleet.end()
-    for _ in fleet.news(0.0):  # the last words of rank 0
-        pass
-    if cause is None:
-        return 0
-    report = root_cause.report_lines(cause, plan.world, together=shared_disk)
-    say("\n".join([*report, *root_cause.results_lines(fleet.statuses, plan)]))
-    return cause.code
+            start_ranks(fleet, plan, folder, variables, rdzv, facts, serving)
+            yield started
+    finally:
+        started.stop()
+
+
+class StartedOnHosts(StartedRanks):
+    """The ranks of a plan on a fleet.
+
+    Args:
+        folder: the run folder here.
+    """
+
+    elsewhere = False
+
+    def __init__(self, fleet: Fleet, plan: Plan, folder: Path) -> None:
+        self.fleet, self.plan, self.folder, self._stopped = fleet, plan, folder, ""
+        # a silent host is noticed only after a while
+        self.cause_patience = CAUSE_PATIENCE + (SILENCE if len(fleet.hosts) > 1 else 0.0)
+
+    def look(self) -> RankStatuses:
+        """What is known of each rank, once the agents were heard for a moment."""
+        return self.fleet.look()
+
+    def statuses(self) -> RankStatuses:
+        """What the agents have told of each rank."""
+        return self.fleet.statuses_now()
+
+    def absent(self, statuses: RankStatuses) -> str:
+        """Nothing: every host has an agent."""
+        return ""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to every rank, through its agent."""
+        self.fleet.send_to_ranks(message)
+
+    def messages(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
+        """Messages of ranks that their agents have passed on."""
+        return self.fleet.rank_messages(seconds)
+
+    def wake(self) -> None:
+        """Let `messages` return at once."""
+        self.fleet.wake()
+
+    def ask_for_stacks(self) -> None:
+        """Let every rank write the stacks of its threads into its log."""
+        self.fleet.ask("stacks", patience=3.0)
+
+    def report(self, cause: RootCause) -> list[str]:
+        """Lines about the cause of a failure; its log is copied to this machine."""
+        shared_disk = log_path(self.folder, cause.rank).exists()
+        cause = replace(cause, log=copy_log(self.fleet, cause.rank, self.folder) or cause.log)
+        return root_cause.report_lines(cause, self.plan.world, together=shared_disk)
+
+    def stop(self) -> str:
+        """End every process on every host."""
+        self._stopped = self._stopped or self.fleet.end()
+        return self._stopped
+
+    def finish(self) -> None:
+        """Show the last words of rank 0."""
+        self.stop()
+        for _ in self.fleet.news(0.0):
+            pass
 
 
 def place_ranks(fleet: Fleet, plan: Plan, facts: Mapping[int, Any]) -> None:
@@ -94,7 +140,13 @@ def place_ranks(fleet: Fleet, plan: Plan, facts: Mapping[int, Any]) -> None:
 
 
 def start_ranks(
-    fleet: Fleet, plan: Plan, folder: Path, variables: Mapping[str, str], rdzv: str | None, facts: Mapping[int, Any]
+    fleet: Fleet,
+    plan: Plan,
+    folder: Path,
+    variables: Mapping[str, str],
+    rdzv: str | None,
+    facts: Mapping[int, Any],
+    serving: bool = False,
 ) -> None:
     """Find an address at which all hosts reach the first one, and start the ranks.
 
@@ -102,6 +154,7 @@ def start_ranks(
         variables: environment of the ranks of every host.
         rdzv: ``[HOST:]PORT`` at which to meet, None for any.
         facts: what the hosts said of themselves.
+        serving: the ranks answer requests.
 
     Raises:
         UsageError: the hosts do not reach each other, or one cannot start its ranks.
@@ -126,6 +179,7 @@ def start_ranks(
         address=address,
         port=port,
         env={**variables, **terminal_variables()},
+        serving=serving,
     )
 
 
@@ -135,11 +189,6 @@ def terminal_variables() -> dict[str, str]:
         return {COLUMNS_VARIABLE: str(os.get_terminal_size(sys.stderr.fileno()).columns or 80)}
     except (OSError, ValueError):  # ValueError: there is no such stream
         return {}
-
-
-def ask_for_stacks(fleet: Fleet) -> None:
-    """Let every rank write the stacks of its threads into its log."""
-    fleet.ask("stacks", patience=3.0)
 
 
 def copy_log(fleet: Fleet, rank: int, folder: Path) -> str:

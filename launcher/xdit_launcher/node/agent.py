@@ -24,7 +24,7 @@ from xdit_core.outputs.results import check_writable
 from xdit_launcher.cluster import bandwidth, host_facts
 from xdit_launcher.cluster.protocol import ALIVE, MARK, SILENCE, status_message
 from xdit_launcher.node import processes, sockets
-from xdit_launcher.node.processes import LocalRanks, NodeShare, Workers
+from xdit_launcher.node.processes import Controls, LocalRanks, NodeShare, Workers
 from xdit_launcher.node.signals import signals_interrupt
 from xdit_launcher.run_folders import remove_old
 
@@ -46,6 +46,7 @@ class Agent:
         self._server: socket.socket | None = None
         self._screens: dict[int, int] = {}  # file descriptor of a pipe from rank 0 to 1 or 2
         self._local_ranks: LocalRanks | None = None
+        self.controls: Controls = {}  # of ranks that answer requests
         self._sent: dict[int, Any] = {}  # the last message about each rank
         self._last_message = 0.0
 
@@ -96,6 +97,7 @@ class Agent:
         env: Mapping[str, str],
         devices: Sequence[int],
         sharing: int,
+        serving: bool = False,
     ) -> str:
         """Start the ranks of this machine, and answer with the run folder."""
         local_plan, run_folder = locate_model(plan), Path(folder)
@@ -126,14 +128,19 @@ class Agent:
                 self._screens[read] = number
                 screen.append(write)
         try:
-            processes.spawn(share, self.workers, self._server, screen)
+            processes.spawn(share, self.workers, self._server, screen, self.controls if serving else None)
         finally:
             for fd in screen:
                 os.close(fd)
             if self._server:
                 self._server.close()
-        self._local_ranks = LocalRanks(run_folder, self.workers, host)
+        self._local_ranks = LocalRanks(run_folder, self.workers, host, self.controls)
         return str(run_folder)
+
+    def do_send(self, message: Mapping[str, Any]) -> None:
+        """Pass a message on to every rank of this machine."""
+        for control in self.controls.values():
+            control.send(message)
 
     def do_stacks(self) -> None:
         """Let every rank write the stacks of its threads into its log."""
@@ -191,6 +198,8 @@ class Agent:
             return
         for fd in list(self._screens):
             self._show(fd)
+        for rank, message in self._local_ranks.messages(0.0) if self._local_ranks and self.controls else ():
+            self.send({"rank": rank, "message": message})
         news = {}
         for rank, status in self._local_ranks.look().items() if self._local_ranks else ():
             message = status_message(status)
@@ -260,7 +269,7 @@ def serve(agent: Agent) -> None:
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
         while not agent.ended and (agent.paused or time.monotonic() - heard < SILENCE):
-            if selector.select(0.1):
+            if 0 in waited_for(selector, agent.controls):
                 data = os.read(0, 65536)
                 if not data:
                     return
@@ -270,6 +279,24 @@ def serve(agent: Agent) -> None:
                     agent.handle(request)
                     heard = time.monotonic()  # this agent was busy meanwhile, and not left alone
             agent.send_news()
+
+
+def waited_for(selector: selectors.BaseSelector, controls: Controls) -> set[int]:
+    """Wait for a moment until something can be read.
+
+    Args:
+        controls: of ranks; they are added to the selector, and taken from it when a rank has gone.
+
+    Returns:
+        File descriptors that can be read.
+    """
+    registered = selector.get_map()
+    for control in controls.values():
+        if control.closed and control in registered:
+            selector.unregister(control)
+        elif not control.closed and control not in registered:
+            selector.register(control, selectors.EVENT_READ)
+    return {key.fd for key, _ in selector.select(0.1)}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -16,10 +17,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from xdit_core import machine
 from xdit_core.errors import UsageError
 from xdit_core.records import join_words
+from xdit_core.worker.control import VARIABLE, ControlLink, control_pair
 from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
 from xdit_launcher.node.root_cause import RankStatus, read_error
 from xdit_launcher.node.signals import without_interrupts
@@ -29,6 +32,7 @@ GRACE = 1.0  # seconds that a worker has to end by itself after SIGTERM
 LOOK_INTERVAL = 0.25  # seconds between two reads of the heartbeats
 
 Workers = dict[int, "subprocess.Popen[bytes]"]  # by rank
+Controls = dict[int, ControlLink]  # by rank
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,13 @@ class NodeShare:
         }
 
 
-def spawn(share: NodeShare, workers: Workers, server: socket.socket | None, screen: Sequence[int]) -> None:
+def spawn(
+    share: NodeShare,
+    workers: Workers,
+    server: socket.socket | None,
+    screen: Sequence[int],
+    controls: Controls | None = None,
+) -> None:
     """Start one process for each rank; each is added to ``workers`` at once, so that an interruption forgets none.
 
     Args:
@@ -116,6 +126,7 @@ def spawn(share: NodeShare, workers: Workers, server: socket.socket | None, scre
         server: the socket on which rank 0 is met, on the machine that has it. Rank 0 inherits it, so that no other
             program can take the port.
         screen: file descriptors for what rank 0 prints.
+        controls: takes the control connections of ranks that answer requests; None if they draw what the plan says.
     """
     for rank in share.ranks:
         env = share.environment(rank)
@@ -123,7 +134,13 @@ def spawn(share: NodeShare, workers: Workers, server: socket.socket | None, scre
         if rank == 0 and server is not None:
             inherited = (server.fileno(), *screen)
             env |= {"XDIT_LISTEN": str(server.fileno()), "XDIT_SCREEN": ",".join(map(str, screen))}
-        with log_path(share.folder, rank).open("wb") as log:
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(log_path(share.folder, rank).open("wb"))
+            if controls is not None:
+                controls[rank], end = control_pair()
+                stack.callback(end.close)
+                inherited = (*inherited, end.fileno())
+                env[VARIABLE] = str(end.fileno())
             workers[rank] = subprocess.Popen(
                 [sys.executable, "-m", "xdit_core.worker", str(share.folder / "plan.json")],
                 env=env,
@@ -145,15 +162,51 @@ class LocalRanks:
 
     Args:
         host: its name in reports.
+        controls: the control connections of ranks that answer requests.
     """
 
-    def __init__(self, folder: Path, workers: Workers, host: str) -> None:
+    def __init__(self, folder: Path, workers: Workers, host: str, controls: Controls | None = None) -> None:
         self.folder, self.workers, self.host = folder, workers, host
+        self.controls: Controls = {} if controls is None else controls
         self._last_look, self._statuses = 0.0, dict[int, RankStatus]()
+        self._wakes, self._wake = socket.socketpair()
+        self._wakes.setblocking(False)
+
+    def wake(self) -> None:
+        """Let `messages` return at once; may be called from any thread."""
+        with contextlib.suppress(OSError):
+            self._wake.send(b"!")
+
+    def close(self) -> None:
+        """Close the control connections."""
+        for control in self.controls.values():
+            control.close()
+        self._wakes.close()
+        self._wake.close()
+
+    def messages(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
+        """Messages of ranks, each with the rank; wait so many seconds if there is none."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wakes, selectors.EVENT_READ)
+            for rank, control in self.controls.items():
+                if not control.closed:
+                    selector.register(control, selectors.EVENT_READ, rank)
+            selector.select(seconds)
+        with contextlib.suppress(BlockingIOError):
+            self._wakes.recv(4096)
+        messages = []
+        for rank, control in self.controls.items():
+            while (message := control.waiting()) is not None:
+                messages.append((rank, message))
+        return messages
 
     def look(self) -> Mapping[int, RankStatus]:
         """What is known of each rank now; takes some milliseconds."""
         time.sleep(0.03)
+        return self.statuses()
+
+    def statuses(self) -> Mapping[int, RankStatus]:
+        """What is known of each rank now; files are read now and then only."""
         codes = {rank: w.poll() for rank, w in self.workers.items()}
         changed = codes != {rank: status.code for rank, status in self._statuses.items()}
         if changed or any(codes.values()) or time.monotonic() - self._last_look > LOOK_INTERVAL:

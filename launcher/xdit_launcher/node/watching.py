@@ -48,54 +48,88 @@ class StallLimit:
         return min(STUCK, max(SHORTEST_LIMIT, 10 * self.longest_pause)) if self.settled else STUCK
 
 
-def watch(
-    look: Look,
-    timeout: float | None,
-    cause_patience: float = CAUSE_PATIENCE,
-    ask_for_stacks: Callable[[], None] | None = None,
-    elsewhere: bool = False,
-    absent: Callable[[RankStatuses], str] | None = None,
-) -> RootCause | None:
+class Watch:
+    """Looks at the ranks again and again, and finds out when one has failed or none moves any more.
+
+    Args:
+        timeout: seconds without a heartbeat of any rank after which the run counts as stuck; None: see `StallLimit`.
+        cause_patience: seconds to wait for the cause when so far only ranks have failed that lost their peers.
+        ask_for_stacks: makes the ranks write the stacks of their threads into their logs.
+        elsewhere: other machines run ranks that are not looked at.
+        absent: makes a sentence about machines that have not joined, "" if all have.
+    """
+
+    def __init__(
+        self,
+        timeout: float | None,
+        cause_patience: float = CAUSE_PATIENCE,
+        ask_for_stacks: Callable[[], None] | None = None,
+        elsewhere: bool = False,
+        absent: Callable[[RankStatuses], str] | None = None,
+    ) -> None:
+        self._patience, self._ask_for_stacks = cause_patience, ask_for_stacks
+        self._elsewhere, self._absent = elsewhere, absent
+        self._counts: list[int] = []
+        self._last_progress, self._limit = time.monotonic(), StallLimit(timeout)
+        self._notice_at = self._last_progress + ABSENCE_NOTICE
+
+    def look(self, look: Look, idle: bool = False) -> RootCause | None:
+        """Look at the ranks.
+
+        Args:
+            look: returns what is known of each rank.
+            idle: the ranks wait for a request, so that none has to move.
+
+        Returns:
+            The cause if the run has failed.
+        """
+        before = time.monotonic()
+        statuses = look()
+        duration = time.monotonic() - before
+        self._last_progress += duration if duration > ASLEEP else 0.0
+        if self._absent and time.monotonic() > self._notice_at:
+            self._notice_at = math.inf
+            if sentence := self._absent(statuses):
+                say(f"waiting: {sentence}")
+        if any(s.failed for s in statuses.values()):
+            end = time.monotonic() + self._patience
+            while time.monotonic() < end and not cause_is_known(statuses):
+                statuses = look()
+            return find_root_cause(statuses, elsewhere=self._elsewhere)
+        if all(s.code == 0 for s in statuses.values()):
+            return None
+        counts = [s.heartbeat.count if s.heartbeat else 0 for s in statuses.values()]
+        if counts != self._counts or idle:
+            self._limit.note_progress(time.monotonic() - self._last_progress, statuses)
+            self._counts, self._last_progress = counts, time.monotonic()
+        elif time.monotonic() - self._last_progress > self._limit.seconds:
+            if self._ask_for_stacks:
+                self._ask_for_stacks()
+            if self._absent and (sentence := self._absent(statuses)):
+                rank, s = next(iter(statuses.items()))
+                return RootCause(rank, s.host, s.status, sentence, 1, s.log)
+            return find_root_cause(statuses, stuck_for=self._limit.seconds, elsewhere=self._elsewhere)
+        return None
+
+
+def watch(look: Look, watcher: Watch) -> RootCause | None:
     """Wait until all ranks are done, one has failed, or none moves any more.
 
     Args:
         look: returns what is known of each rank, after some milliseconds.
-        timeout: seconds without a heartbeat of any rank after which the run counts as stuck; None: see `StallLimit`.
-        cause_patience: seconds to wait for the cause when so far only ranks have failed that lost their peers.
-        ask_for_stacks: makes the ranks write the stacks of their threads into their logs.
-        elsewhere: other machines run ranks that ``look`` does not know.
-        absent: makes a sentence about machines that have not joined, "" if all have.
 
     Returns:
         The cause of the failure, None if all ranks ended well.
     """
-    counts: list[int] = []
-    last_progress, limit = time.monotonic(), StallLimit(timeout)
-    notice_at = last_progress + ABSENCE_NOTICE
-    while True:
-        before = time.monotonic()
+    statuses: RankStatuses = {}
+
+    def noted() -> RankStatuses:
+        nonlocal statuses
         statuses = look()
-        duration = time.monotonic() - before
-        last_progress += duration if duration > ASLEEP else 0.0
-        if absent and time.monotonic() > notice_at:
-            notice_at = math.inf
-            if sentence := absent(statuses):
-                say(f"waiting: {sentence}")
-        if any(s.failed for s in statuses.values()):
-            end = time.monotonic() + cause_patience
-            while time.monotonic() < end and not cause_is_known(statuses):
-                statuses = look()
-            return find_root_cause(statuses, elsewhere=elsewhere)
+        return statuses
+
+    while True:
+        if cause := watcher.look(noted):
+            return cause
         if all(s.code == 0 for s in statuses.values()):
             return None
-        new_counts = [s.heartbeat.count if s.heartbeat else 0 for s in statuses.values()]
-        if new_counts != counts:
-            limit.note_progress(time.monotonic() - last_progress, statuses)
-            counts, last_progress = new_counts, time.monotonic()
-        elif time.monotonic() - last_progress > limit.seconds:
-            if ask_for_stacks:
-                ask_for_stacks()
-            if absent and (sentence := absent(statuses)):
-                rank, s = next(iter(statuses.items()))
-                return RootCause(rank, s.host, s.status, sentence, 1, s.log)
-            return find_root_cause(statuses, stuck_for=limit.seconds, elsewhere=elsewhere)

@@ -28,7 +28,7 @@ from xdit_launcher.cluster.fleet import Fleet
 from xdit_launcher.cluster.hosts import Host
 from xdit_launcher.cluster.protocol import MARK, read_message
 from xdit_launcher.node.root_cause import RankStatus
-from xdit_launcher.node.watching import watch
+from xdit_launcher.node.watching import Watch, watch
 
 Launch = Callable[..., Any]
 STEP = Status(Phase.DENOISING, step=1, steps=2)
@@ -135,7 +135,7 @@ def test_a_watch_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.Monke
         time.sleep(0.3)
         return {0: RankStatus("a", next(codes), Heartbeat(1, 0.0, STEP))}
 
-    assert watch(look, timeout=0.25) is None
+    assert watch(look, Watch(timeout=0.25)) is None
 
 
 def seen(*statuses: Status, start: int = 0) -> dict[int, RankStatus]:

@@ -1,0 +1,392 @@
+"""The ranks of a plan, started once and kept for requests. Without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, overload
+
+from xdit_core.errors import RequestCancelled, UsageError, XditError
+from xdit_core.planning.planner import make_plan
+from xdit_core.planning.requests import PER_REQUEST
+from xdit_core.settings import RunSettings, convert, fields_of, without_random
+from xdit_launcher.backends import registry
+from xdit_launcher.gang.job import Event, GangEnded, GangRequest, Job, RequestFailed, Result
+from xdit_launcher.node.root_cause import RootCause
+from xdit_launcher.node.watching import Watch
+from xdit_launcher.run_folders import run_folder
+
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+    from xdit_launcher.backends.base import Backend, StartedRanks
+
+TICK = 0.1  # seconds between two looks at the ranks
+FAREWELL = 10.0  # seconds for ranks to leave by themselves
+ALIKE = 10.0  # seconds without a sign of a rank, once another has failed, after which they have not failed alike
+
+
+class Gang:
+    """The ranks of a plan, which answer one request after the other.
+
+    Example::
+
+        with Gang(["usp"], {"model": "emoji", "usp.ulysses": 2}) as gang:
+            gang.generate("red heart").images[0].save("heart.png")
+
+    Args:
+        plugins: names of strategies, as a list or as ``"usp,pipefusion"``.
+        settings: flat settings as on the command line, those of a backend too: ``{"ssh.hosts": "a:4,b:4"}``. They are
+            the defaults of every request.
+        on: name of the backend that starts the ranks; by default this machine.
+        plan: instead of the three, a plan that exists, with its ``backend``.
+
+    Raises:
+        XditError: the plan is refused, or the ranks could not be started; all that is known is in the sentence.
+    """
+
+    def __init__(
+        self,
+        plugins: str | Iterable[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        *,
+        on: str | None = None,
+        plan: Plan | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        if plan is None:
+            backend, values = registry.choose(on, {}, dict(settings or {}))
+            names = [n.strip() for n in plugins.split(",") if n.strip()] if isinstance(plugins, str) else list(plugins)
+            plan = make_plan(names, values, devices=backend.devices())
+        if backend is None:
+            raise UsageError("a gang of a plan needs the backend that starts its ranks.")
+        backend.check(plan)
+        self.plan, self.load_seconds = plan, 0.0
+        self._backend = backend
+        self._ids = itertools.count(1)
+        self._wake = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._current: Job | None = None
+        self._error: XditError | None = None
+        self._ranks: StartedRanks | None = None
+        self._state = "starting"  # then "ready", at last "ended"
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="xdit-gang", daemon=True)
+        self._thread.start()
+        try:
+            with self._wake:
+                self._wake.wait_for(lambda: self._state != "starting")
+        except BaseException:
+            self.close()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Gang:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        methods = "+".join(self.plan.plugins) or "serial"
+        return f"Gang({self.plan.model}, {methods}, {self.plan.world} ranks, {self._state})"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the ranks are ready for requests."""
+        return self._state == "ready"
+
+    @property
+    def error(self) -> XditError | None:
+        """Why the ranks have ended, None while they live and if `close` ended them."""
+        return self._error
+
+    @overload
+    def generate(self, prompt: str, *, progress: Any = None, **settings: Any) -> Result: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], *, progress: Any = None, **settings: Any) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        progress: Callable[[int, int], None] | bool | None = None,
+        **settings: Any,
+    ) -> Result | list[Result]:
+        """Draw ``images`` pictures of a prompt, or of each prompt in a list, and wait for them.
+
+        Args:
+            progress: called with ``(step, steps)``; True shows a bar, None shows one in a notebook only.
+            settings: as of `submit`.
+
+        Returns:
+            One result for a prompt, a list of results for a list.
+
+        Raises:
+            RequestFailed, RequestCancelled, GangEnded: as of ``Job.result``.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        job = self.submit(prompts, **settings)
+        try:
+            show_progress(job, progress)
+            results = job.result()
+        except KeyboardInterrupt:
+            job.cancel()
+            raise
+        return results[0] if isinstance(prompt, str) else results
+
+    def submit(self, prompts: str | Sequence[str], *, previews: int = 0, **settings: Any) -> Job:
+        """Put a request in the queue.
+
+        Args:
+            prompts: what to draw, a prompt or several.
+            previews: how many previews of each picture are wanted.
+            settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
+                the pipeline.
+
+        Raises:
+            UsageError: a setting is unknown, or decided by the plan.
+            GangEnded: the ranks have ended.
+        """
+        chosen = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        request = GangRequest(chosen, checked(self.plan, chosen, settings), previews)
+        run = self.plan.run
+        seeds = convert("seed", request.settings.get("seed", run.seed), tuple[int, ...])
+        images = int(request.settings.get("images", run.images))
+        job = Job(
+            str(next(self._ids)),
+            request,
+            tuple(seeds) if len(seeds) > 1 else tuple(seeds[0] + i for i in range(images)),
+        )
+        with self._wake:
+            if self._state == "ended" or self._stop:
+                raise GangEnded(str(self._error or "the gang is closed; make a new one."))
+            self._queue.append(job)
+        self._look()
+        return job
+
+    def close(self) -> None:
+        """End the ranks. What is drawn at this moment is cancelled, and so is what waits."""
+        with self._wake:
+            self._stop = True
+        self._look()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _look(self) -> None:
+        """Let the thread of the gang look at once at what is wanted."""
+        ranks = self._ranks
+        if ranks is not None:
+            ranks.wake()
+
+    # What follows runs in the thread of the gang. It starts the ranks as well: Linux ends them with the thread that
+    # has started them, and a caller's thread may be short-lived.
+
+    def _run(self) -> None:
+        cause: str | None = None
+        try:
+            with (
+                run_folder(self.plan, ["xdit_launcher.Gang"]) as folder,
+                self._backend.ranks(self.plan, folder) as ranks,
+            ):
+                self._ranks = ranks
+                watch = Watch(self.plan.run.timeout, ranks.cause_patience, ranks.ask_for_stacks, ranks.elsewhere)
+                cause = self._serve(ranks, watch)
+        except XditError as error:
+            self._end(error)
+        except BaseException as error:
+            self._end(XditError(f"{type(error).__name__}: {error}"))
+            raise
+        else:
+            self._end(GangEnded(cause) if cause else None)
+
+    def _end(self, error: XditError | None) -> None:
+        with self._wake:
+            self._error, self._state, self._ranks = error, "ended", None
+            jobs = [*([self._current] if self._current else []), *self._queue]
+            self._queue.clear()
+            self._current = None
+            self._wake.notify_all()
+        for job in jobs:
+            if error is None or job.cancel_wanted:
+                job.add("cancelled", error=RequestCancelled("the gang was closed."))
+            else:
+                job.add("failed", error=GangEnded(str(error)))
+
+    def _serve(self, ranks: StartedRanks, watch: Watch) -> str | None:
+        """Pass requests on until the gang is closed.
+
+        Returns:
+            The report of what ended the ranks, None if nothing did.
+        """
+        ready: set[int] = set()
+        answer: Answer | None = None
+        while True:
+            for rank, message in ranks.messages(TICK):
+                if "ready" in message:
+                    ready.add(rank)
+                    self.load_seconds = max(self.load_seconds, message["ready"])
+                elif answer is not None and message.get("id") == answer.job.id:
+                    answer.take(rank, message)
+            if self._state == "starting" and len(ready) == self.plan.world:
+                with self._wake:
+                    self._state = "ready"
+                    self._wake.notify_all()
+            statuses = ranks.statuses()
+            if cause := watch.look(ranks.statuses, idle=self._state == "ready" and answer is None):
+                return "\n".join(ranks.report(cause))
+            if answer is not None:
+                if answer.job.cancel_wanted or self._stop:
+                    answer.cancel(ranks)
+                if answer.ended:
+                    answer.finish()
+                    answer = None
+                elif answer.torn():
+                    return "\n".join(ranks.report(answer.cause(statuses)))
+            if self._stop and answer is None:
+                farewell(ranks)
+                return None
+            if answer is None and self._state == "ready":
+                answer = self._next(ranks)
+
+    def _next(self, ranks: StartedRanks) -> Answer | None:
+        """Begin the next request of the queue; one that was cancelled meanwhile never begins."""
+        while True:
+            with self._wake:
+                self._current = job = self._queue.popleft() if self._queue else None
+            if job is None:
+                return None
+            if not job.cancel_wanted:
+                job.add("started")
+                request = {"request": job.id, "prompts": job.request.prompts, "settings": job.request.settings}
+                ranks.send({**request, "previews": job.request.previews})
+                return Answer(job, self.plan.world)
+            job.add("cancelled", error=RequestCancelled("the request was cancelled."))
+
+
+class Answer:
+    """What the ranks have said of the request that they answer.
+
+    Args:
+        job: the request.
+        world: number of ranks.
+    """
+
+    def __init__(self, job: Job, world: int) -> None:
+        self.job, self.world = job, world
+        self.ends: dict[int, Mapping[str, Any]] = {}
+        self._cancelled = False
+        self._heard = time.monotonic()
+
+    def take(self, rank: int, message: Mapping[str, Any]) -> None:
+        """A rank has said something."""
+        self._heard = time.monotonic()
+        if message["event"] == "end":
+            self.ends[rank] = message
+        else:
+            self.job.take(message)
+
+    def cancel(self, ranks: StartedRanks) -> None:
+        """Tell the ranks once that the request is cancelled."""
+        if not self._cancelled:
+            self._cancelled = True
+            ranks.send({"cancel": self.job.id})
+
+    @property
+    def ended(self) -> bool:
+        """Whether every rank has come to the end."""
+        return len(self.ends) == self.world
+
+    def failures(self) -> dict[int, Mapping[str, Any]]:
+        """The ranks that have failed, each with what it said."""
+        return {rank: end for rank, end in sorted(self.ends.items()) if end["outcome"] == "failed"}
+
+    def torn(self) -> bool:
+        """Whether some ranks have failed and others, for long, have not: they wait for those that failed."""
+        return bool(self.failures()) and not self.ended and time.monotonic() - self._heard > ALIKE
+
+    def cause(self, statuses: Mapping[int, Any]) -> RootCause:
+        """The rank that failed, where others did not."""
+        rank, end = next(iter(self.failures().items()))
+        known = statuses[rank]
+        return RootCause(rank, known.host, known.status, f"{end['error']} (on this rank only)", 1, known.log)
+
+    def finish(self) -> None:
+        """Every rank has come to the end: say how."""
+        failed = self.failures()
+        if failed:
+            end = next(iter(failed.values()))
+            self.job.add("failed", error=RequestFailed(str(end["error"]), bool(end["refused"])))
+        elif self._cancelled or any(end["outcome"] == "cancelled" for end in self.ends.values()):
+            self.job.add("cancelled", error=RequestCancelled("the request was cancelled."))
+        else:
+            self.job.add("done")
+
+
+def farewell(ranks: StartedRanks) -> None:
+    """Let the ranks leave by themselves; whoever does not is ended afterwards."""
+    ranks.send({"stop": True})
+    end = time.monotonic() + FAREWELL
+    while time.monotonic() < end and any(s.code is None for s in ranks.statuses().values()):
+        time.sleep(TICK)
+    ranks.finish()
+
+
+def checked(plan: Plan, prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a request, as the ranks take them: what is wrong with them alone is refused here.
+
+    Raises:
+        UsageError: there is no prompt, or a setting is unknown or of a wrong type.
+    """
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise UsageError('there is no prompt; write what to draw, such as "red heart".')
+    if unknown := sorted(set(settings) - PER_REQUEST - {"call"}):
+        raise UsageError(
+            f"a request does not take {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other "
+            "arguments of the pipeline in call={...}; the rest is decided by the plan."
+        )
+    kinds = fields_of(RunSettings)
+    values = without_random({k: v for k, v in settings.items() if v is not None})
+    converted = {k: convert(k, v, kinds[k]) if k in kinds else v for k, v in values.items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in converted.items()}
+
+
+def seeds_of(plan: Plan, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The seeds of the pictures of each prompt of a request."""
+    images = int(settings.get("images", plan.run.images))
+    run = replace(plan.run, seed=tuple(settings.get("seed", plan.run.seed)))
+    return tuple(run.seed_of(i) for i in range(min(images, len(run.seed)) if len(run.seed) > 1 else images))
+
+
+def show_progress(job: Job, progress: Callable[[int, int], None] | bool | None) -> None:
+    """Follow a request to its end, and show its steps.
+
+    Args:
+        progress: as of `Gang.generate`.
+    """
+    wanted = "ipykernel" in sys.modules if progress is None else bool(progress)
+    bar: Any = None
+    with contextlib.ExitStack() as stack:
+        for event in job.events():
+            if event.kind != "step" or not wanted:
+                continue
+            if callable(progress):
+                progress(event.step, event.steps)
+                continue
+            if bar is None:
+                from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+                bar = stack.enter_context(tqdm(total=event.steps))
+            if event.step <= bar.n:
+                bar.reset(total=event.steps)
+            bar.update(event.step - bar.n)
+
+
+__all__ = ["Event", "Gang", "GangEnded", "GangRequest", "Job", "RequestFailed", "Result"]
