@@ -263,15 +263,15 @@ class Built(Record):
         wraps: the callable ``f(inner, x) -> y`` of each declared wrap, under ``point/level``.
         transforms: the callable of each declared transform, under its phase: ``f(denoiser) -> None`` or
             ``f(pipe) -> None``, see ``PHASES``.
-        request: returns a context manager that is entered before every call of the pipeline and left after it. It
-            releases what it acquired. After a call that succeeded it may wait for other ranks. If the call fails, the
-            exception comes out of the ``yield``, and it must not wait: another rank may be gone.
+        job: returns a context manager that is entered before every job, which is one call of the pipeline, and left
+            after it. It releases what it acquired. After a job that succeeded it may wait for other ranks. If the job
+            fails, the exception comes out of the ``yield``, and it must not wait: another rank may be gone.
         close: called when the engine is closed.
     """
 
     wraps: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     transforms: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
-    request: Callable[[], AbstractContextManager[None]] | None = None
+    job: Callable[[], AbstractContextManager[None]] | None = None
     close: Callable[[], None] | None = None
 
 

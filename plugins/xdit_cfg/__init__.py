@@ -43,4 +43,4 @@ def xdit_build(settings: None, rank: Rank) -> Built:
     from xdit_cfg.strategy import Guidance
 
     guidance = Guidance(rank)
-    return Built(wraps={"forward/split": guidance}, request=guidance.request)
+    return Built(wraps={"forward/split": guidance}, job=guidance.job)

@@ -43,9 +43,9 @@ class Guidance:
         self.here = Channel(rank, groups[1 - self.index], "cfg")
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def job(self) -> Iterator[None]:
         """Around a call of the pipeline."""
-        with self.here.request(), self.there.request():
+        with self.here.job(), self.there.job():
             yield
 
     def __call__(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:

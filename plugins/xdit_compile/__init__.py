@@ -81,4 +81,4 @@ def xdit_build(settings: Settings, rank: Rank) -> Built:
     from xdit_compile.strategy import Compile
 
     compiler = Compile(settings, rank)
-    return Built(transforms={"compile": compiler}, request=compiler.request)
+    return Built(transforms={"compile": compiler}, job=compiler.job)

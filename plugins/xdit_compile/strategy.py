@@ -56,7 +56,7 @@ class Compile:
                 block.compile(**options)
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def job(self) -> Iterator[None]:
         """Around a call of the pipeline: listen to the compiler, and let it make more variants than it would; both hold
         process-wide."""
         with ExitStack() as stack:

@@ -37,7 +37,7 @@ class Exchange:
         self._arriving: set[Shared] = set()
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def job(self) -> Iterator[None]:
         """Around a call of the pipeline: afterwards nothing is on its way."""
         try:
             yield

@@ -109,7 +109,7 @@ def build(warmup: int, rank: Rank) -> Built:
             "forward/patches": Patches(exchange, False),
             "attention/cache": KeysAndValues(exchange),
         }
-        return Built(wraps=wraps, request=exchange.request)
+        return Built(wraps=wraps, job=exchange.job)
     wraps = {"forward/patches": Patches(exchange, True)}
     transforms = {"adapt": lambda denoiser: share_between_patches(denoiser, exchange)}
-    return Built(wraps=wraps, transforms=transforms, request=exchange.request)
+    return Built(wraps=wraps, transforms=transforms, job=exchange.job)

@@ -137,12 +137,12 @@ def xdit_build(settings: Settings, rank: Rank) -> Built:
     loop = PatchLoop(settings.warmup, stage)
 
     @contextmanager
-    def request() -> Iterator[None]:
-        with stage.request():
+    def job() -> Iterator[None]:
+        with stage.job():
             try:
                 yield
             finally:
                 loop.forget()
 
     cache = DisplacedAttention(settings.warmup)
-    return Built(wraps={"forward/patches": loop, "trunk/stage": stage, "attention/cache": cache}, request=request)
+    return Built(wraps={"forward/patches": loop, "trunk/stage": stage, "attention/cache": cache}, job=job)

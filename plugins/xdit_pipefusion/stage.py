@@ -35,11 +35,11 @@ class Stage:
         self._next: Receive | None = None
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def job(self) -> Iterator[None]:
         """Around a call of the pipeline: afterwards every message has arrived."""
         with ExitStack() as stack:
             for channel in reversed(self.channels):
-                stack.enter_context(channel.request())
+                stack.enter_context(channel.job())
             self._next = None
             yield
 

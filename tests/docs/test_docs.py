@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from xdit_core import Engine, Registry, hookspecs
 from xdit_core.settings import ModelSettings, RunSettings, fields_of
@@ -103,6 +104,41 @@ def test_the_examples_of_plugins_run(tiny_sd3_folder, monkeypatch, capsys, numbe
     with Engine(plan, Registry({name: plugin})) as engine:
         engine.generate("a red fox")
     assert len(re.findall(says, capsys.readouterr().out, re.M)) == plan.run.steps == 4
+
+
+def cached_latents(settings, folder, page, plugins=(), limit=0.2):
+    """Latents of a run with the step cache of the page, and for each run of the blocks whether it was left out."""
+    torch.set_num_threads(1)
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    plugin = types.ModuleType("step_cache")
+    exec(compile(code.replace("limit=0.2", f"limit={limit}"), "deciding-at-run-time.md", "exec"), plugin.__dict__)
+    left_out, original = [], plugin.StepCache.blocks
+
+    def blocks(cache, inner, rows):
+        left_out.append(True)
+
+        def counted(rows):
+            left_out[-1] = False
+            return inner(rows)
+
+        return original(cache, counted, rows)
+
+    plugin.StepCache.blocks = blocks
+    plan = plan_for(["step_cache", *plugins], folder, settings, extra={"step_cache": plugin})
+    with Engine(plan, Registry({"step_cache": plugin})) as engine:
+        return engine.generate("a red fox", steps=8).latents.clone(), left_out
+
+
+def test_the_step_cache_of_the_page_runs_alone_and_on_two_ranks(gloo, tiny_sd3_folder):
+    page = (DOCS / "inside" / "deciding-at-run-time.md").read_text(encoding="utf-8")
+    folder = str(tiny_sd3_folder)
+    computed, never = cached_latents({}, folder, page, limit=0.0)
+    cached, sometimes = cached_latents({}, folder, page, limit=1.0)
+    assert not any(never) and any(sometimes) and not any(sometimes[:4]) and not torch.equal(computed, cached)
+    settings = {"usp.ulysses": 2, "lockstep": True}
+    for latents, left_out in gloo.run(cached_latents, settings, folder, page, ["usp"], 1.0, world=2):
+        assert left_out == sometimes
+        torch.testing.assert_close(latents, cached, atol=1e-5, rtol=1e-5)
 
 
 def test_constraints_pin_what_the_project_needs():

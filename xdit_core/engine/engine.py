@@ -44,7 +44,7 @@ from xdit_core.planning.signatures import argument_names
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.branches import watched
 from xdit_core.points.compose import OwnedWrap, compose
-from xdit_core.points.context import ForwardContext, RequestState
+from xdit_core.points.context import ForwardContext, JobState
 from xdit_core.points.contracts import contract, given_contract
 from xdit_core.points.forward import ForwardPoint
 from xdit_core.points.request import Job, Output, Request, alone, jobs_for, joined
@@ -247,7 +247,7 @@ class Engine:
         for point in used:  # the model's own code; what computes attention lies behind the choice of the mask
             innermost = chains.setdefault("kernel" if point == "attention" else point, [])
             innermost += watching(self.rank.observer, point)
-        running, self._state = self.rank.running, RequestState()
+        running, self._state = self.rank.running, JobState()
         self.trunks, self.forwards = [], []
         for name, denoiser in denoisers_of(self.pipe, spec).items():
             if woven:
@@ -370,7 +370,7 @@ class Engine:
         seeds = [run.seed_of(i) % 2**63 for i in job.numbers]
         streams = PictureStreams(seeds, self.rank.device) if len(seeds) > 1 else None
         with (
-            self._request(len(job.numbers), grid),
+            self._around_job(len(job.numbers), grid),
             torch.random.fork_rng(devices=[self.rank.device] if self.rank.device.type == "cuda" else []),
             watched(self.pipe.scheduler, self._stepped, streams),
         ):
@@ -405,20 +405,20 @@ class Engine:
         return output
 
     @contextmanager
-    def _request(self, pictures: int, grid: tuple[int, int]) -> Iterator[None]:
-        """Surround a call of the pipeline: afterwards strategies release what they acquired, and its tensors are
-        dropped."""
+    def _around_job(self, pictures: int, grid: tuple[int, int]) -> Iterator[None]:
+        """Surround one call of the pipeline. Afterwards strategies release what they acquired for it, and its tensors
+        are dropped."""
         with ExitStack() as stack:
-            stack.callback(self._forget_request)
-            self._forget_request()
+            stack.callback(self._forget_job)
+            self._forget_job()
             self._state.begin(pictures, grid)
             for name, built in self._built.items():
-                if built.request:
-                    stack.enter_context(OwnedContext(built.request, self._owner_of(name), "a request"))
+                if built.job:
+                    stack.enter_context(OwnedContext(built.job, self._owner_of(name), "a job"))
             yield
 
-    def _forget_request(self) -> None:
-        """Drop the tensors of a request."""
+    def _forget_job(self) -> None:
+        """Drop the tensors of a job."""
         self._state.clear()
         self.rank.running.context = ForwardContext()
         for point in self.forwards:

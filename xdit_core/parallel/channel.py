@@ -23,8 +23,8 @@ class Message:
     """What a message is.
 
     Args:
-        call: ``ForwardContext.number`` of the call of the denoiser that it belongs to, which stands for request, step
-            and branch.
+        call: ``ForwardContext.number`` of the call of the denoiser that it belongs to, which stands for job, step and
+            branch.
         patch: of the picture, None for the whole.
         part: tells apart several messages of one patch: at most the number of blocks plus one.
     """
@@ -93,11 +93,11 @@ class Channel:
         self._older, self._sends = self._sends, []
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def job(self) -> Iterator[None]:
         """Around a call of the pipeline: behind one that went through wait for every handle.
 
         Behind one that failed nothing is waited for, as the other rank may be gone; the handles are kept until the next
-        request, because a send whose handle is dropped before the other rank receives is never delivered.
+        job, because a send whose handle is dropped before the other rank receives is never delivered.
         """
         self.forget()
         yield

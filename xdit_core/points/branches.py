@@ -1,4 +1,4 @@
-"""Branches: the conditions that the denoiser is called with, told apart over the evaluations and steps of a request.
+"""Branches: the conditions that the denoiser is called with, told apart over the evaluations and steps of a job.
 
 An *evaluation* is what a pipeline does between two calls of ``scheduler.step``; a step of a second-order scheduler has
 two. Within an evaluation the denoiser may be called several times with different conditions (the prompt, the negative
@@ -18,20 +18,20 @@ from torch.utils._pytree import tree_leaves
 
 from xdit_core.errors import UnsupportedCall
 
-MOST = 16  # branches of a request; no pipeline has more conditions
+MOST = 16  # branches of a job; no pipeline has more conditions
 
 Kept = TypeVar("Kept")
 
 
 @dataclass(eq=False)
 class BranchState:
-    """One condition over the steps of a request, and what strategies keep for it from step to step.
+    """One condition over the steps of a job, and what strategies keep for it from step to step.
 
-    The core drops it when the request ends. It is compared and hashed by identity.
+    The core drops it when the job, which is one call of the pipeline, ends. It is compared and hashed by identity.
 
     Args:
         number: counted from 0 in the order of first use, over all denoisers of the pipeline.
-        steps_done: in how many earlier steps of the request the denoiser was called with this condition.
+        steps_done: in how many earlier steps of the job the denoiser was called with this condition.
     """
 
     number: int = 0
@@ -39,10 +39,11 @@ class BranchState:
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def keep(self, key: Any, make: Callable[[], Kept]) -> Kept:
-        """What is kept under a key in this request; made on first use.
+        """What is kept under a key in this job; made on first use.
 
         Args:
-            key: hashable; begins with the object that owns it, so that strategies do not meet: ``(self, block)``.
+            key: hashable; begins with the object that owns it, as ``(self, block)``, or with the name of the plugin, so
+                that two strategies never use the same key.
             make: called without arguments if there is nothing yet.
         """
         if key not in self._kept:
@@ -73,7 +74,7 @@ class Branches:
         self._evaluation = 0
 
     def clear(self) -> None:
-        """Forget those of the last request."""
+        """Forget those of the last job."""
         self._entries.clear()
         self._evaluation = 0
 
@@ -87,7 +88,7 @@ class Branches:
         Args:
             key: what else tells calls apart, compared by value: denoiser, skipped blocks, batch.
             condition: a tensor, or nested sequences of tensors.
-            step: how many steps of the request are done.
+            step: how many steps of the job are done.
 
         Raises:
             UnsupportedCall: there is a new condition at every step, or the pipeline never calls ``scheduler.step``.
@@ -101,9 +102,9 @@ class Branches:
                 return entry.branch
         if len(self._entries) >= MOST:
             raise UnsupportedCall(
-                f"the pipeline called its {key[0]} with more than {MOST} conditions in one request, so what was kept "
-                "of earlier steps cannot be told apart; pass the same condition at every step, and call scheduler.step "
-                "once for each step."
+                f"the pipeline called its {key[0]} with more than {MOST} conditions, so what was kept of earlier "
+                "steps cannot be told apart; pass the same condition at every step, and call scheduler.step once for "
+                "each step."
             )
         self._entries.append(_Entry(BranchState(len(self._entries)), key, tensors, step, self._evaluation))
         return self._entries[-1].branch

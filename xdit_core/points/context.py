@@ -24,7 +24,7 @@ class ForwardContext:
     Args:
         number: counts the calls by the pipeline; the patches of a call share it. It is the same on all ranks that work
             on one picture, so it names the messages that they send each other.
-        step: steps of the pipeline that are done in this request.
+        step: steps of the pipeline that are done in this job.
         branch: the condition of this call, and what is kept for it from step to step.
         layout: the picture's and the text's tokens.
         row_dim: dim of the latents along which patches are cut.
@@ -88,7 +88,7 @@ class Running:
     block: int = -1
 
 
-class RequestState:
+class JobState:
     """What is counted over one call of the pipeline: branches, steps, calls of the denoisers.
 
     Attributes:
@@ -109,7 +109,7 @@ class RequestState:
         self.pictures, self.grid, self.step = pictures, grid, 0
 
     def clear(self) -> None:
-        """Drop what was kept for the branches of the last request."""
+        """Drop what was kept for the branches of the last job."""
         self.branches.clear()
 
     def next_call(self) -> int:

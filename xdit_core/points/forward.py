@@ -15,7 +15,7 @@ from xdit_core.errors import UnsupportedCall, UsageError
 from xdit_core.parallel.rank import Rank
 from xdit_core.parallel.tokens import TokenLayout, length
 from xdit_core.points.compose import compose
-from xdit_core.points.context import ForwardContext, HeadCheck, RequestState, Running
+from xdit_core.points.context import ForwardContext, HeadCheck, JobState, Running
 from xdit_core.points.trunk import NothingHere
 
 
@@ -63,7 +63,7 @@ class ForwardPoint:
         name: of the denoiser in the pipeline.
         denoiser: the transformer.
         chain: wraps ``f(inner, call) -> prediction``, outermost first.
-        request: what is counted over the request, shared by all denoisers.
+        job: what is counted over one call of the pipeline, shared by all denoisers.
         trunk: the blocks are a trunk; without one the denoiser does everything as shipped.
     """
 
@@ -73,11 +73,11 @@ class ForwardPoint:
         name: str,
         denoiser: nn.Module,
         chain: Sequence[Callable[[Run, ForwardCall], torch.Tensor]],
-        request: RequestState,
+        job: JobState,
         trunk: bool = True,
     ) -> None:
         self.rank, self.spec, self.name, self.denoiser = rank, rank.spec, name, denoiser
-        self._original, self._trunk, self._request = denoiser.forward, trunk, request
+        self._original, self._trunk, self._job = denoiser.forward, trunk, job
         self._running = rank.running
         parameters = inspect.signature(self._original).parameters
         self._names = tuple(parameters)
@@ -98,7 +98,7 @@ class ForwardPoint:
         denoiser.forward = self.forward
 
     def clear(self) -> None:
-        """Forget what belongs to a request."""
+        """Forget what belongs to a job."""
         self._shapes.clear()
         for embedding in self._embeddings:
             embedding.clear()
@@ -241,7 +241,7 @@ class ForwardPoint:
         if latents.dim() == (4 if self.spec.latents.frame_dim is None else 5):
             size = self._patch
             return -(-frames // self._patch_frames), latents.shape[-2] // size, latents.shape[-1] // size, size
-        rows, columns = self._request.grid
+        rows, columns = self._job.grid
         if latents.dim() != 3 or latents.shape[1] != rows * columns:
             raise UnsupportedCall(
                 f"latents of shape {tuple(latents.shape)} where [B, C, h, w] or [B, {rows} x {columns}, C] is "
@@ -261,7 +261,7 @@ class ForwardPoint:
             UsageError: the picture is too small for the patches and shards of the plan.
             UnsupportedCall: the latents are not what the adapter says, or the branches cannot be told apart.
         """
-        plan, spec, request = self.rank.plan, self.spec, self._request
+        plan, spec, job = self.rank.plan, self.spec, self._job
         latent_frames, rows, columns, unit = self.grid(latents)
         frames = 1 if spec.trunk.stream.frames else latent_frames
         condition = given.get(spec.text.input)
@@ -286,12 +286,12 @@ class ForwardPoint:
             self.check(layout)
             self._layout, self._cuts = layout, tuple(bound * unit for bound in layout.bounds)
         return ForwardContext(
-            number=request.next_call(),
-            step=request.step,
-            branch=request.branches.find((self.name, skipped, latents.shape[0]), condition, request.step),
+            number=job.next_call(),
+            step=job.step,
+            branch=job.branches.find((self.name, skipped, latents.shape[0]), condition, job.step),
             layout=self._layout,
             cuts=self._cuts,
-            pictures=request.pictures,
+            pictures=job.pictures,
             frames=latent_frames,
             shard=self.rank.shard,
             skipped_blocks=skipped,

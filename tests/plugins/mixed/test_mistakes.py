@@ -245,8 +245,8 @@ def test_a_block_that_an_adapter_makes(tiny_sd3_folder):
     ("what", "says"),
     [
         ("transform", "its transform in the phase adapt"),
-        ("request", "the begin of a request"),
-        ("end", "the end of a request"),
+        ("job", "the begin of a job"),
+        ("end", "the end of a job"),
         ("close", "its close"),
     ],
 )
@@ -268,7 +268,7 @@ def test_what_is_no_wrap_is_named_too(tiny_sd3_folder, what, says):
 
         @hookimpl
         def xdit_build(self, settings, rank):
-            parts = {"request": broken} if what == "request" else {"request": Ends} if what == "end" else {}
+            parts = {"job": broken} if what == "job" else {"job": Ends} if what == "end" else {}
             return Built(
                 transforms={"adapt": broken if what == "transform" else lambda denoiser: None},
                 close=broken if what == "close" else None,
@@ -330,7 +330,7 @@ def test_a_trace_names_plugins_too(tiny_sd3_folder):
         generate(tiny_sd3_folder, "trunk/reuse", broken, settings={"trace": True})
 
 
-def test_a_strategy_cannot_swallow_the_error_of_a_request(tiny_sd3_folder):
+def test_a_strategy_cannot_swallow_the_error_of_a_job(tiny_sd3_folder):
     """The request would end without pictures and without a word."""
 
     class Swallows:
@@ -340,7 +340,7 @@ def test_a_strategy_cannot_swallow_the_error_of_a_request(tiny_sd3_folder):
 
         @hookimpl
         def xdit_build(self, settings, rank):
-            return Built(request=lambda: suppress(Exception))
+            return Built(job=lambda: suppress(Exception))
 
     def stop(pipe, i, t, values):
         raise KeyError("stop")

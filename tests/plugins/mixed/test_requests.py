@@ -1,4 +1,4 @@
-"""What a strategy acquires for a request it releases, whether the request went through or failed."""
+"""What a strategy acquires for a job it releases, whether the job went through or failed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def failing(engine, **changes):
 
 
 class Recorder:
-    """A strategy that writes down how its requests begin and end."""
+    """A strategy that writes down how its jobs begin and end."""
 
     def __init__(self, name, events, broken=False):
         self.name, self.events, self.broken = name, events, broken
@@ -42,7 +42,7 @@ class Recorder:
     @hookimpl
     def xdit_build(self, settings, rank):
         @contextmanager
-        def request():
+        def job():
             if self.broken:
                 raise ValueError("cannot begin")
             self.events.append(f"{self.name} begins")
@@ -55,7 +55,7 @@ class Recorder:
             finally:
                 self.events.append(f"{self.name} releases")
 
-        return Built(request=request)
+        return Built(job=job)
 
 
 def test_a_strategy_hears_of_success_and_of_failure(tiny_sd3_folder):
@@ -80,7 +80,7 @@ def test_what_began_before_another_failed_to_begin_is_released(tiny_sd3_folder):
     events = []
     extra = {"one": Recorder("one", events), "two": Recorder("two", events, broken=True)}
     engine = Engine(plan_for(["one", "two"], str(tiny_sd3_folder), extra=extra), Registry(extra))
-    with pytest.raises(PluginFailed, match="plugin two failed in the begin of a request: ValueError: cannot begin"):
+    with pytest.raises(PluginFailed, match="plugin two failed in the begin of a job: ValueError: cannot begin"):
         engine.generate("a red fox", steps=2)
     assert events == ["one begins", "one sees PluginFailed", "one releases"]
 
