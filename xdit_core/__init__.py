@@ -39,7 +39,7 @@ from xdit_core.model_spec import (
 )
 from xdit_core.observe.observer import Around, Awaited, Observer, Sending
 from xdit_core.observe.status import Status
-from xdit_core.parallel.tokens import TokenLayout, length
+from xdit_core.parallel.tokens import TokenLayout, even_bounds, length
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
 from xdit_core.records import (
@@ -64,25 +64,21 @@ from xdit_core.settings import did_you_mean
 if TYPE_CHECKING:
     from xdit_core.engine.engine import Engine
     from xdit_core.outputs.preview import Preview
-    from xdit_core.parallel.axis_world import AxisWorld
+    from xdit_core.parallel.axis_placement import AxisPlacement
     from xdit_core.parallel.channel import Channel, Message, Receive
     from xdit_core.parallel.collectives import CollectiveWatch, gather_parts
     from xdit_core.parallel.mesh import Mesh
     from xdit_core.parallel.patch_tensor import PatchTensor, materialized, patchwise
-    from xdit_core.parallel.patch_worlds import LocalWorld, PatchWorld
+    from xdit_core.parallel.placements import LocalPlacement, PatchPlacement
     from xdit_core.parallel.rank import Rank
     from xdit_core.parallel.row_set import RowSet
-    from xdit_core.points.attention import AttentionCall, refuse_mask
-    from xdit_core.points.attention import Kernel as AttentionRun
+    from xdit_core.points.attention import AttentionCall, RunAttention, refuse_mask
     from xdit_core.points.branches import BranchState
     from xdit_core.points.context import ForwardContext
-    from xdit_core.points.forward import ForwardCall
-    from xdit_core.points.forward import Run as ForwardRun
+    from xdit_core.points.forward import ForwardCall, RunForward
     from xdit_core.points.kv_cache import KVCache
-    from xdit_core.points.request import Job, Output, Request, joined, share
-    from xdit_core.points.request import Run as RequestRun
-    from xdit_core.points.trunk import Absent, Rows, Selector
-    from xdit_core.points.trunk import Run as TrunkRun
+    from xdit_core.points.request import Job, Output, Request, RunRequest, joined, share
+    from xdit_core.points.trunk import Absent, Rows, RunTrunk, Selector
     from xdit_core.points.unet import share_between_patches
 
 __version__ = "0.1.0"
@@ -90,8 +86,8 @@ __version__ = "0.1.0"
 _WITH_TORCH = {
     "Absent": ("points.trunk", "Absent"),
     "AttentionCall": ("points.attention", "AttentionCall"),
-    "AttentionRun": ("points.attention", "Kernel"),
-    "AxisWorld": ("parallel.axis_world", "AxisWorld"),
+    "RunAttention": ("points.attention", "RunAttention"),
+    "AxisPlacement": ("parallel.axis_placement", "AxisPlacement"),
     "BranchState": ("points.branches", "BranchState"),
     "ForwardContext": ("points.context", "ForwardContext"),
     "KVCache": ("points.kv_cache", "KVCache"),
@@ -100,26 +96,26 @@ _WITH_TORCH = {
     "Channel": ("parallel.channel", "Channel"),
     "CollectiveWatch": ("parallel.collectives", "CollectiveWatch"),
     "Engine": ("engine.engine", "Engine"),
-    "ForwardRun": ("points.forward", "Run"),
-    "LocalWorld": ("parallel.patch_worlds", "LocalWorld"),
+    "RunForward": ("points.forward", "RunForward"),
+    "LocalPlacement": ("parallel.placements", "LocalPlacement"),
     "Mesh": ("parallel.mesh", "Mesh"),
     "Message": ("parallel.channel", "Message"),
     "Job": ("points.request", "Job"),
     "Output": ("points.request", "Output"),
     "Request": ("points.request", "Request"),
     "Receive": ("parallel.channel", "Receive"),
-    "RequestRun": ("points.request", "Run"),
+    "RunRequest": ("points.request", "RunRequest"),
     "gather_parts": ("parallel.collectives", "gather_parts"),
     "joined": ("points.request", "joined"),
     "share_between_patches": ("points.unet", "share_between_patches"),
     "share": ("points.request", "share"),
     "PatchTensor": ("parallel.patch_tensor", "PatchTensor"),
-    "PatchWorld": ("parallel.patch_worlds", "PatchWorld"),
+    "PatchPlacement": ("parallel.placements", "PatchPlacement"),
     "Preview": ("outputs.preview", "Preview"),
     "Rank": ("parallel.rank", "Rank"),
     "Rows": ("points.trunk", "Rows"),
     "Selector": ("points.trunk", "Selector"),
-    "TrunkRun": ("points.trunk", "Run"),
+    "RunTrunk": ("points.trunk", "RunTrunk"),
     "materialized": ("parallel.patch_tensor", "materialized"),
     "patchwise": ("parallel.patch_tensor", "patchwise"),
     "refuse_mask": ("points.attention", "refuse_mask"),
@@ -140,10 +136,9 @@ __all__ = [
     "Aligned",
     "Around",
     "AttentionCall",
-    "AttentionRun",
     "Awaited",
     "Axis",
-    "AxisWorld",
+    "AxisPlacement",
     "Blocks",
     "BranchState",
     "Built",
@@ -157,13 +152,12 @@ __all__ = [
     "Fidelity",
     "ForwardCall",
     "ForwardContext",
-    "ForwardRun",
     "GuardError",
     "Job",
     "KVCache",
     "Latents",
     "LazyError",
-    "LocalWorld",
+    "LocalPlacement",
     "LockstepError",
     "Mesh",
     "Message",
@@ -172,8 +166,8 @@ __all__ = [
     "ModelSpec",
     "Observer",
     "Output",
+    "PatchPlacement",
     "PatchTensor",
-    "PatchWorld",
     "Plan",
     "PlanRefused",
     "PluginError",
@@ -185,10 +179,13 @@ __all__ = [
     "Registry",
     "Request",
     "RequestCancelled",
-    "RequestRun",
     "RequestSpec",
     "RowSet",
     "Rows",
+    "RunAttention",
+    "RunForward",
+    "RunRequest",
+    "RunTrunk",
     "Selector",
     "Sending",
     "Stages",
@@ -198,7 +195,6 @@ __all__ = [
     "TokenLayout",
     "Traffic",
     "Transform",
-    "TrunkRun",
     "TrunkSpec",
     "UnsupportedCall",
     "UsageError",
@@ -208,6 +204,7 @@ __all__ = [
     "default_size",
     "did_you_mean",
     "divisors",
+    "even_bounds",
     "gather_parts",
     "hookimpl",
     "join_words",

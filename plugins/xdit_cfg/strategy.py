@@ -18,12 +18,12 @@ from xdit_core import (
     Channel,
     ForwardCall,
     ForwardContext,
-    ForwardRun,
-    LocalWorld,
+    LocalPlacement,
     Message,
     PatchTensor,
     Rank,
     Receive,
+    RunForward,
     UnsupportedCall,
 )
 
@@ -48,7 +48,7 @@ class Guidance:
         with self.here.job(), self.there.job():
             yield
 
-    def __call__(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:
+    def __call__(self, inner: RunForward, call: ForwardCall) -> torch.Tensor:
         """One call of the denoiser.
 
         Args:
@@ -73,7 +73,7 @@ class Guidance:
             )
         if context.branch.number % 2 == self.index:
             return self.each_patch(self.send, context, inner(call), 1)
-        blank = inner(call.but(elsewhere=True))
+        blank = inner(call.but(on_other_ranks=True))
         if isinstance(blank, PatchTensor):
             return self.each_patch(self.receive, context, blank, 1)
         return PatchTensor.make(
@@ -83,7 +83,7 @@ class Guidance:
             bounds=(0, blank.shape[context.row_dim]),
             dtype=blank.dtype,
             device=blank.device,
-            world=LocalWorld(),
+            placement=LocalPlacement(),
         )
 
     def each_patch(
@@ -115,7 +115,7 @@ class Guidance:
             bounds=out.bounds,
             dtype=out.dtype,
             device=out.device,
-            world=out.world,
+            placement=out.placement,
         )
         return made
 

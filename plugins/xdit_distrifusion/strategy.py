@@ -13,11 +13,11 @@ import torch
 
 from xdit_core import (
     AttentionCall,
-    AttentionRun,
     Built,
     ForwardCall,
-    ForwardRun,
     Rank,
+    RunAttention,
+    RunForward,
     materialized,
     refuse_mask,
     share_between_patches,
@@ -39,7 +39,7 @@ class Patches:
     def __init__(self, exchange: Exchange, cuts_input: bool) -> None:
         self.exchange, self.cuts_input = exchange, cuts_input
 
-    def __call__(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:
+    def __call__(self, inner: RunForward, call: ForwardCall) -> torch.Tensor:
         """One call of the denoiser.
 
         Args:
@@ -50,7 +50,7 @@ class Patches:
         """
         context, exchange = call.context, self.exchange
         dim, patches = context.row_dim, context.layout.patches
-        if call.elsewhere or patches == 1:
+        if call.on_other_ranks or patches == 1:
             return inner(call)
         call = call.but(latents=materialized(call.latents))
         if exchange.degree == 1 and context.branch.steps_done < exchange.warmup:
@@ -77,7 +77,7 @@ class KeysAndValues:
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
 
-    def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
+    def __call__(self, inner: RunAttention, call: AttentionCall) -> Any:
         """One attention call.
 
         Args:

@@ -6,8 +6,7 @@ import dataclasses
 
 import torch.distributed as dist
 
-from xdit_core import Output, Rank, Request, RequestRun, joined, share
-from xdit_core.parallel.tokens import even_bounds
+from xdit_core import Output, Rank, Request, RunRequest, even_bounds, joined, share
 
 
 class Divide:
@@ -17,7 +16,7 @@ class Divide:
         self.rank, self.group = rank, rank.group("dp")
         self.degree, self.index = rank.degree("dp"), rank.index("dp")
 
-    def __call__(self, inner: RequestRun, request: Request) -> list[Output]:
+    def __call__(self, inner: RunRequest, request: Request) -> list[Output]:
         """This rank's share in, everybody's outputs out, in the order of the prompts and pictures."""
         if self.group is None:
             return inner(request)

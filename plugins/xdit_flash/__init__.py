@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelNeeds:
     """What a kernel needs: compute capability (None: it runs on a CPU too), half precision, a package."""
 
     capability: tuple[int, int] | None
@@ -26,15 +26,15 @@ class Kernel:
     package: str = ""
 
 
-KERNELS: Mapping[str, Kernel] = MappingProxyType(
+KERNELS: Mapping[str, KernelNeeds] = MappingProxyType(
     {
-        "auto": Kernel(None),
-        "flash": Kernel(None),  # on a CPU torch has one of its own, in any precision
-        "math": Kernel(None),
-        "efficient": Kernel((5, 0)),
-        "cudnn": Kernel((8, 0), half=True),
-        "flash_attn": Kernel((8, 0), half=True, package="flash_attn"),
-        "flash_attn_3": Kernel((9, 0), half=True, package="flash_attn_interface"),
+        "auto": KernelNeeds(None),
+        "flash": KernelNeeds(None),  # on a CPU torch has one of its own, in any precision
+        "math": KernelNeeds(None),
+        "efficient": KernelNeeds((5, 0)),
+        "cudnn": KernelNeeds((8, 0), half=True),
+        "flash_attn": KernelNeeds((8, 0), half=True, package="flash_attn"),
+        "flash_attn_3": KernelNeeds((9, 0), half=True, package="flash_attn_interface"),
     }
 )
 

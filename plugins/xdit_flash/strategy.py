@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xdit_core import AttentionCall, AttentionRun, UnsupportedCall
+from xdit_core import AttentionCall, RunAttention, UnsupportedCall
 
-Wrap = Callable[[AttentionRun, AttentionCall], Any]
+Wrap = Callable[[RunAttention, AttentionCall], Any]
 aten = torch.ops.aten
 
 
@@ -35,7 +35,7 @@ def kernel_named(name: str) -> Wrap:
 
 
 def torch_kernel(
-    backend: SDPBackend, with_lse: Callable[[AttentionCall], Any], inner: AttentionRun, call: AttentionCall
+    backend: SDPBackend, with_lse: Callable[[AttentionCall], Any], inner: RunAttention, call: AttentionCall
 ) -> Any:
     """One of torch's backends, and no other.
 
@@ -94,7 +94,7 @@ def math_lse(call: AttentionCall) -> Any:
     return ((scores - lse[..., None]).exp() @ call.v.float()).to(call.q.dtype), lse
 
 
-def package_kernel(package: str, inner: AttentionRun, call: AttentionCall) -> Any:
+def package_kernel(package: str, inner: RunAttention, call: AttentionCall) -> Any:
     """``flash_attn_func`` of version 2 or 3; rows before heads.
 
     Raises:

@@ -27,8 +27,19 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from xdit_core import Axis, Built, Declaration, Fidelity, ModelFacts, Problem, Stages, Traffic, Wrap, hookimpl
-from xdit_core.parallel.tokens import even_bounds
+from xdit_core import (
+    Axis,
+    Built,
+    Declaration,
+    Fidelity,
+    ModelFacts,
+    Problem,
+    Stages,
+    Traffic,
+    Wrap,
+    even_bounds,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from xdit_core import Plan, Rank

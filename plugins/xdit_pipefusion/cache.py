@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xdit_core import AttentionCall, AttentionRun, KVCache, refuse_mask
+from xdit_core import AttentionCall, KVCache, RunAttention, refuse_mask
 
 
 class DisplacedAttention:
@@ -20,7 +20,7 @@ class DisplacedAttention:
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
 
-    def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
+    def __call__(self, inner: RunAttention, call: AttentionCall) -> Any:
         """One attention call.
 
         Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xdit_core import AxisWorld, ForwardCall, ForwardRun, PatchTensor
+from xdit_core import AxisPlacement, ForwardCall, PatchTensor, RunForward
 from xdit_pipefusion.stage import Stage
 
 
@@ -26,14 +26,14 @@ class PatchLoop:
     """
 
     def __init__(self, warmup: int, stage: Stage) -> None:
-        self.warmup, self.stage, self.world = warmup, stage, AxisWorld(stage.rank, "stages")
+        self.warmup, self.stage, self.placement = warmup, stage, AxisPlacement(stage.rank, "stages")
         self._blank: torch.Tensor | None = None
 
     def forget(self) -> None:
         """Free the buffer."""
         self._blank = None
 
-    def __call__(self, inner: ForwardRun, call: ForwardCall) -> torch.Tensor:
+    def __call__(self, inner: RunForward, call: ForwardCall) -> torch.Tensor:
         """One call of the denoiser by the pipeline.
 
         Args:
@@ -52,7 +52,7 @@ class PatchLoop:
         return self.run(inner, call, [None], (0, height))
 
     def run(
-        self, inner: ForwardRun, call: ForwardCall, patches: Sequence[int | None], bounds: Sequence[int]
+        self, inner: RunForward, call: ForwardCall, patches: Sequence[int | None], bounds: Sequence[int]
     ) -> torch.Tensor:
         """Some patches through the blocks of this stage.
 
@@ -62,7 +62,7 @@ class PatchLoop:
         """
         dim, values = call.context.row_dim, []
         for patch, top, bottom in zip(patches, bounds[:-1], bounds[1:], strict=True):
-            if call.elsewhere:
+            if call.on_other_ranks:
                 if self.stage.first and isinstance(call.latents, PatchTensor):
                     call.latents.rows(top, bottom)  # ranks that exchange these rows must reach them at the same time
                 prediction = inner(call.of_patch(patch, call.latents))
@@ -77,7 +77,7 @@ class PatchLoop:
             bounds=bounds,
             dtype=prediction.dtype,
             device=prediction.device,
-            world=self.world,
+            placement=self.placement,
         )
 
     def plain(self, latents: torch.Tensor, height: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from xdit_core import Channel, ForwardContext, Message, Rank, Receive, Rows, TrunkRun, length
+from xdit_core import Channel, ForwardContext, Message, Rank, Receive, Rows, RunTrunk, length
 
 Link = tuple[int, Channel, int]  # of a long skip: block that gives the tokens, channel, rank at the other end
 TOKENS, TEXT = 0, 1  # parts of the messages between neighbours; in those of long skips the part is the block
@@ -53,10 +53,10 @@ class Stage:
         patch = context.patch
         return Message(context.number, patch if patch is None else patch + ahead, part)
 
-    def __call__(self, inner: TrunkRun, rows: Rows) -> Rows | None:
+    def __call__(self, inner: RunTrunk, rows: Rows) -> Rows | None:
         """One patch through the blocks of this stage; None if its rows went on to another stage."""
-        mine, segment, context = self.rank.blocks, rows.segment, rows.context
-        if not self.first and mine.start >= segment.start:
+        mine, block_range, context = self.rank.blocks, rows.block_range, rows.context
+        if not self.first and mine.start >= block_range.start:
             rows = self.receive(rows)
         if self.taken:
             like, count = rows.tokens, rows.tokens.shape[1]
@@ -66,13 +66,13 @@ class Stage:
             ]
             rows = rows.but(skips={block: receive.wait() for block, receive in posted})
         out = inner(rows)
-        if self.last or out is None or mine.stop > segment.stop:
+        if self.last or out is None or mine.stop > block_range.stop:
             return out
         for block, link, rank in self.given:
             link.send(out.skips[block], rank, self.message(context, block))
         behind = self.ranks[self.index + 1]
         self.target.send(out.tokens, behind, self.message(context))
-        if out.text is not None and out.text.shape[1] and mine.stop < segment.stop:
+        if out.text is not None and out.text.shape[1] and mine.stop < block_range.stop:
             self.target.send(out.text, behind, self.message(context, TEXT), ".text")
         return None
 
@@ -82,7 +82,7 @@ class Stage:
         pending = self._next or self.source.receive(rows.tokens, rows.tokens.shape[1], 1, before, self.message(context))
         self._next, tokens = None, pending.wait()
         # where a list of blocks begins, every stage has the text
-        if text is not None and text.shape[1] and self.rank.blocks.start > rows.segment.start:
+        if text is not None and text.shape[1] and self.rank.blocks.start > rows.block_range.start:
             text = self.source.receive(text, text.shape[1], 1, before, self.message(context, TEXT)).wait()
         if context.patch is not None and context.patch + 1 < context.layout.patches:
             count = length(context.layout.picture(context.patch + 1, context.shard))

@@ -15,13 +15,13 @@ from yunchang.ring.utils import RingComm, update_out_and_lse
 
 from xdit_core import (
     AttentionCall,
-    AttentionRun,
     Built,
     ForwardContext,
     Rank,
     Rows,
+    RunAttention,
+    RunTrunk,
     Selector,
-    TrunkRun,
     gather_parts,
     length,
     refuse_mask,
@@ -46,7 +46,7 @@ class Ulysses:
         first = rank.shard - self.index
         self.shards = tuple(range(first, first + self.degree))
 
-    def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
+    def __call__(self, inner: RunAttention, call: AttentionCall) -> Any:
         """Exchange, attend, exchange back.
 
         Args:
@@ -120,7 +120,7 @@ class Ring:
         self.degree, self.index, width = rank.degree("ring"), rank.index("ring"), rank.degree("ulysses")
         self.shards = [tuple(range(r * width, (r + 1) * width)) for r in range(self.degree)]  # of each rank of the ring
 
-    def __call__(self, inner: AttentionRun, call: AttentionCall) -> Any:
+    def __call__(self, inner: RunAttention, call: AttentionCall) -> Any:
         """Attend to the keys and values of all ranks of the ring.
 
         Args:
@@ -163,7 +163,7 @@ class Gather:
         self.rank, self.group = rank, rank.mesh.joint_group(("ring", "ulysses"))
         self.shards, self.select = rank.plan.shards, Selector()
 
-    def __call__(self, inner: TrunkRun, rows: Rows) -> Rows | None:
+    def __call__(self, inner: RunTrunk, rows: Rows) -> Rows | None:
         """This rank's rows in, the rows of the whole patch out; None where the blocks gave none."""
         out = inner(rows)
         if out is None or self.group is None:

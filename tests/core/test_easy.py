@@ -31,6 +31,15 @@ def test_a_name_and_arguments_of_the_pipeline():
     assert (plan.model, plan.run.steps, plan.world, plan.values["call.clip_skip"]) == ("emoji", 3, 1, 1)
 
 
+def test_processes_of_torchrun_without_a_process_group(monkeypatch):
+    """Each would draw the whole picture by itself, and nobody would notice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"^WORLD_SIZE=2 says .*; call torch\.distributed\.init_process_group\(\)"):
+        Engine.from_pretrained("emoji", plugins="usp")
+    with Engine.from_pretrained("emoji", nproc=1, device="cpu") as engine:
+        assert engine.plan.world == 1
+
+
 @pytest.mark.parametrize("plugins", ["pipefuson", ["pipefuson"], "usp, pipefuson"])
 def test_a_typo_in_a_plugin(plugins):
     with pytest.raises(UsageError, match=r"unknown plugin 'pipefuson'.*did you mean pipefusion\?"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xdit_core.parallel.patch_tensor import PatchTensor
-from xdit_core.parallel.patch_worlds import PatchWorld
+from xdit_core.parallel.placements import PatchPlacement
 
 aten = torch.ops.aten
 B, C, H, W = 2, 4, 10, 5
@@ -22,7 +22,11 @@ def base(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 
 def lazy(
-    x: torch.Tensor, world: PatchWorld, dim: int = -2, bounds: tuple[int, ...] = CUTS, log: list[int] | None = None
+    x: torch.Tensor,
+    placement: PatchPlacement,
+    dim: int = -2,
+    bounds: tuple[int, ...] = CUTS,
+    log: list[int] | None = None,
 ) -> PatchTensor:
     """A patch tensor with the values of x; ``log`` gets the patches in the order of their evaluation."""
     values = x.clone()
@@ -36,7 +40,9 @@ def lazy(
         return run
 
     cells = [cell(m, a, b) for m, (a, b) in enumerate(pairwise(bounds))]
-    return PatchTensor.make(cells, shape=x.shape, dim=dim, bounds=bounds, dtype=x.dtype, device=x.device, world=world)
+    return PatchTensor.make(
+        cells, shape=x.shape, dim=dim, bounds=bounds, dtype=x.dtype, device=x.device, placement=placement
+    )
 
 
 def same(a: Any, b: Any) -> None:
@@ -49,7 +55,7 @@ def same(a: Any, b: Any) -> None:
         assert a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
         if isinstance(a, PatchTensor):
             assert a.stride() == b.stride()
-            pieces = [a.patch(m) for m in range(a.patches)] if a.world.evaluates else []
+            pieces = [a.patch(m) for m in range(a.patches)] if a.placement.evaluates else []
             a = a.materialize()
             if pieces:
                 assert torch.equal(torch.cat(pieces, -1 if b.ndim == 0 else _dim_of(pieces, b)), b)

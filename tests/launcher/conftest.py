@@ -16,7 +16,7 @@ from xdit_launcher.cli import cli
 
 
 @dataclass
-class Run:
+class LaunchedCommand:
     """A launcher process and where it works."""
 
     process: subprocess.Popen[str]
@@ -58,13 +58,13 @@ class Run:
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., Run]:
+def launch(tmp_path: Path) -> Callable[..., LaunchedCommand]:
     """Start the launcher as a user does, in a folder of its own; the faulty plugin is installed."""
     folder = tmp_path / "work"
     folder.mkdir()
-    started: list[Run] = []
+    started: list[LaunchedCommand] = []
 
-    def start(*words: str, **env: str) -> Run:
+    def start(*words: str, **env: str) -> LaunchedCommand:
         path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         process = subprocess.Popen(
             [sys.executable, "-m", "xdit_launcher.cli", *words],
@@ -74,7 +74,7 @@ def launch(tmp_path: Path) -> Callable[..., Run]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        started.append(Run(process, folder))
+        started.append(LaunchedCommand(process, folder))
         return started[-1]
 
     yield start

@@ -47,8 +47,7 @@ from xdit_core.points.compose import OwnedWrap, compose
 from xdit_core.points.context import ForwardContext, JobState
 from xdit_core.points.contracts import contract, given_contract
 from xdit_core.points.forward import ForwardPoint
-from xdit_core.points.request import Job, Output, Request, alone, jobs_for, joined
-from xdit_core.points.request import Run as RequestRun
+from xdit_core.points.request import Job, Output, Request, RunRequest, alone, jobs_for, joined
 from xdit_core.points.trunk import Trunk, replace_blocks
 from xdit_core.records import PHASES, Built
 from xdit_core.registry.owned_observer import OwnedObserver
@@ -261,7 +260,7 @@ class Engine:
             self.decode = compose(chains.get("decode", []), self.pipe.vae.decode)
             self.pipe.vae.decode = self._decode
         self.pipe.progress_bar = self._progress_bar
-        self._run: RequestRun = compose(chains.get("request", []), self._one_by_one)
+        self._run: RunRequest = compose(chains.get("request", []), self._one_by_one)
 
     @overload
     def generate(self, prompt: str | None = None, **changes: Any) -> Output: ...

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from xdit_core.checkpoints.hub import AUTO
+from xdit_core.errors import UsageError
 from xdit_core.observe.observer import Observer
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
@@ -33,7 +34,8 @@ def plan_from(
             the pipeline as ``call={...}``.
 
     Raises:
-        UsageError, ModelError, PlanRefused: as of ``make_plan``.
+        UsageError: several processes were started and do not know of each other; and as of ``make_plan``.
+        ModelError, PlanRefused: as of ``make_plan``.
     """
     registry = registry or Registry()
     text = os.fspath(model)
@@ -45,8 +47,32 @@ def plan_from(
             {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, Mapping) else {key: value}
         )
         values |= {name: inner for name, inner in nested.items() if inner is not None}
-    values.setdefault("nproc", world)
+    if "nproc" not in values:
+        refuse_apart(world)
+        values["nproc"] = world
     return make_plan(names_of(plugins), values, registry)
+
+
+def refuse_apart(world: int) -> None:
+    """Refuse processes that were started together, as by torchrun, and have not joined a process group.
+
+    Each of them would silently draw the whole picture by itself.
+
+    Args:
+        world: ranks of the process group, 1 if there is none.
+
+    Raises:
+        UsageError: the environment says that there are several processes.
+    """
+    import torch.distributed as dist
+
+    started = os.environ.get("WORLD_SIZE", "1")
+    if world == 1 and started not in ("", "0", "1") and not (dist.is_available() and dist.is_initialized()):
+        raise UsageError(
+            f"WORLD_SIZE={started} says that this is one of {started} processes, but they have joined no process "
+            "group, so that each would draw everything by itself; call torch.distributed.init_process_group() first, "
+            "or give nproc=1 if that is what you want."
+        )
 
 
 def names_of(plugins: str | Iterable[str]) -> list[str]:

@@ -32,7 +32,7 @@ class Preview:
         """Show the latents; the pipeline calls this after each step."""
         last: Any = self._last
         if isinstance(last, PatchTensor):
-            last = last.rows(0, last.bounds[-1]) if last.world.evaluates else None
+            last = last.rows(0, last.bounds[-1]) if last.placement.evaluates else None
         if last is not None and step > 0:
             self.show(step - 1, last)
         self._last = values["latents"]

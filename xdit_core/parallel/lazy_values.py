@@ -41,8 +41,8 @@ class LazyValue:
         return cast(torch.Tensor, self._value)
 
 
-class World(Protocol):
-    """Where the values of patches live, as a patch tensor needs to know it; see ``PatchWorld``."""
+class Placement(Protocol):
+    """Where the values of patches live, as a patch tensor needs to know it; see ``PatchPlacement``."""
 
     @property
     def evaluates(self) -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from xdit_core.errors import LazyError
-from xdit_core.parallel.lazy_values import LazyValue, World
+from xdit_core.parallel.lazy_values import LazyValue, Placement
 
 __all__ = ["LazyError", "LazyValue", "PatchTensor", "materialized", "patchwise"]
 
@@ -40,14 +40,14 @@ class PatchTensor(torch.Tensor):
     Attributes:
         patched_dim: the dim that is cut, counted from the right, hence negative.
         bounds: where it is cut, ``patches + 1`` ascending numbers from 0 to its extent.
-        world: where the values live.
+        placement: where the values live.
     """
 
     patched_dim: int
     bounds: tuple[int, ...]
-    world: World
+    placement: Placement
     _meta: torch.Tensor  # the same shape, strides and dtype without data; operations run on it to learn theirs
-    _cells: tuple[LazyValue, ...]  # none where the world does not evaluate, or once there is `_whole`
+    _cells: tuple[LazyValue, ...]  # none where the placement does not evaluate, or once there is `_whole`
     _whole: torch.Tensor | None
     _root: PatchTensor | None  # what this is a view of
     _viewed: bool
@@ -60,14 +60,14 @@ class PatchTensor(torch.Tensor):
         cells: Sequence[LazyValue],
         dim: int,
         bounds: Sequence[int],
-        world: World,
+        placement: Placement,
     ) -> PatchTensor:
         """For this module; use `make`."""
         size, stride, offset = meta.shape, meta.stride(), meta.storage_offset()
         self: PatchTensor = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, storage_offset=offset, dtype=meta.dtype, device=device
         )
-        self.patched_dim, self.bounds, self.world = dim, tuple(bounds), world
+        self.patched_dim, self.bounds, self.placement = dim, tuple(bounds), placement
         self._meta, self._cells, self._whole, self._root, self._viewed = meta, tuple(cells), None, None, False
         return self
 
@@ -80,13 +80,13 @@ class PatchTensor(torch.Tensor):
         bounds: Sequence[int],
         dtype: torch.dtype,
         device: torch.device | str,
-        world: World,
+        placement: Placement,
     ) -> PatchTensor:
         """A patch tensor of futures.
 
         Args:
             cells: for each patch its value, not to be written to any more, or what returns it: ``shape``, but
-                ``bounds[m + 1] - bounds[m]`` rows along ``dim``. Ignored where the world does not evaluate.
+                ``bounds[m + 1] - bounds[m]`` rows along ``dim``. Ignored where the placement does not evaluate.
             bounds: where ``dim`` is cut, from 0 to its extent.
 
         Raises:
@@ -98,16 +98,16 @@ class PatchTensor(torch.Tensor):
         dim = dim - ndim if dim >= 0 else dim
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != shape[dim] or any(a >= b for a, b in pairwise(bounds)):
             raise LazyError(f"bounds must ascend from 0 to {shape[dim]}, the extent of dim {dim}: {tuple(bounds)}")
-        if world.evaluates and (len(cells) != len(bounds) - 1 or any(cell is None for cell in cells)):
+        if placement.evaluates and (len(cells) != len(bounds) - 1 or any(cell is None for cell in cells)):
             raise LazyError(f"{len(bounds) - 1} patches need as many cells with values")
         made: list[LazyValue] = []
-        for source, (a, b) in zip(cells if world.evaluates else (), pairwise(bounds), strict=False):
+        for source, (a, b) in zip(cells if placement.evaluates else (), pairwise(bounds), strict=False):
             future = LazyValue(source) if callable(source) and not isinstance(source, torch.Tensor) else source
             made.append(LazyValue(_checked, torch.Size(_replaced(shape, dim, b - a)), dtype, future))
             if isinstance(source, torch.Tensor):
                 made[-1].value()
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        return PatchTensor(meta, device, made, dim, bounds, world)
+        return PatchTensor(meta, device, made, dim, bounds, placement)
 
     @property
     def patches(self) -> int:
@@ -130,15 +130,15 @@ class PatchTensor(torch.Tensor):
             raise LazyError(f"there are no rows {start} to {stop}; the tensor has {self.bounds[-1]}")
         if (whole := self._plain()) is not None:
             return whole.narrow(self.patched_dim, start, stop - start)
-        if not self.world.evaluates:
+        if not self.placement.evaluates:
             raise LazyError("this rank has no values of patches; materialize the tensor on all ranks instead")
         return self._cell(start, stop).value()
 
     def materialize(self) -> torch.Tensor:
-        """The plain tensor that this one stands for from now on; collective where the world is."""
+        """The plain tensor that this one stands for from now on; collective where the placement is."""
         root = self if self._root is None else self._root
         if root._whole is None:
-            value = root.world.materialize(root)
+            value = root.placement.materialize(root)
             if value.stride() != root.stride():  # views of it are taken by strides
                 strided = torch.empty_strided(root.shape, root.stride(), dtype=root.dtype, device=root.device)
                 value = strided.copy_(value)
@@ -171,7 +171,7 @@ class PatchTensor(torch.Tensor):
     def _forced(self, op: str) -> torch.Tensor:
         """The plain tensor, for an operation that cannot do without."""
         if self._plain() is None:
-            self.world.report(op)
+            self.placement.report(op)
         return self.materialize()
 
     # What torch does below Python's reach would look for memory that is not there.
@@ -264,22 +264,22 @@ def _record(
         cut: give each patch its rows of plain tensors that have the patched dim.
     """
     lazy = [a for a in operands if isinstance(a, PatchTensor)]
-    lead, dim, extent, world = lazy[0], lazy[0].patched_dim, lazy[0].bounds[-1], lazy[0].world
+    lead, dim, extent, placement = lazy[0], lazy[0].patched_dim, lazy[0].bounds[-1], lazy[0].placement
     out_dim = dim if out_dim is None else out_dim
     meta = _infer(call, operands, lead) if meta is None else meta
     if meta is None or meta.ndim < -out_dim or meta.shape[out_dim] != extent:
         return None
-    if any((a.patched_dim, a.bounds[-1], a.world) != (dim, extent, world) for a in lazy):
+    if any((a.patched_dim, a.bounds[-1], a.placement) != (dim, extent, placement) for a in lazy):
         return None
     # At the union no row waits for more than it needs, and pieces do not multiply: cuts are few and recur.
     bounds = lead.bounds if len(lazy) == 1 else sorted({b for a in lazy for b in a.bounds})
     cells: list[LazyValue] = []
-    if world.evaluates:
+    if placement.evaluates:
         owned = [a.clone() if isinstance(a, torch.Tensor) and not isinstance(a, PatchTensor) else a for a in operands]
         for start, stop in pairwise(bounds):
             inputs = [_rows(a, lead, start, stop) if cut or isinstance(a, PatchTensor) else a for a in owned]
             cells.append(LazyValue(call, *inputs))
-    return PatchTensor(meta, device or lead.device, cells, out_dim, bounds, world)
+    return PatchTensor(meta, device or lead.device, cells, out_dim, bounds, placement)
 
 
 def _infer(call: Callable[..., Any], operands: Sequence[Any], lead: PatchTensor) -> torch.Tensor | None:
@@ -402,8 +402,8 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if strides[left] in (0, 1):  # rows of x and nothing else
                 start = trace.storage_offset()
                 bounds = [0, *(b - start for b in x.bounds if start < b < start + rows), rows]
-                cells = [x._cell(start + a, start + b) for a, b in pairwise(bounds)] if x.world.evaluates else []
-                out = PatchTensor(meta, x.device, cells, dim, bounds, x.world)
+                cells = [x._cell(start + a, start + b) for a, b in pairwise(bounds)] if x.placement.evaluates else []
+                out = PatchTensor(meta, x.device, cells, dim, bounds, x.placement)
         elif sorted(strides)[-1:] == [1] and strides.count(0) == len(strides) - 1:
             place, resize = strides.index(1), _RESIZES.get(func)
             again = partial(_again, func, rest, kwargs, i if many else None)

@@ -23,7 +23,7 @@ from xdit_core.parallel.row_set import RowSet
 from xdit_core.points.compose import compose
 from xdit_core.points.context import ForwardContext, Running
 
-Kernel = Callable[["AttentionCall"], Any]
+RunAttention = Callable[["AttentionCall"], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,14 @@ class AttentionPoint:
     def __init__(
         self,
         running: Running,
-        chain: Sequence[Callable[[Kernel, AttentionCall], Any]],
-        kernels: Sequence[Callable[[Kernel, AttentionCall], Any]] = (),
+        chain: Sequence[Callable[[RunAttention, AttentionCall], Any]],
+        kernels: Sequence[Callable[[RunAttention, AttentionCall], Any]] = (),
     ) -> None:
         self._running, self._context = running, running.context
         self._rows: dict[str, RowSet] = {}
         wraps = [*chain, self.select_mask, *kernels]
-        self.run: Kernel = compose(wraps, sdpa, checked=False)
-        self._run_checked: Kernel = compose(wraps, sdpa)
+        self.run: RunAttention = compose(wraps, sdpa, checked=False)
+        self._run_checked: RunAttention = compose(wraps, sdpa)
         self._sizes: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
         self._checked: set[tuple[int, int]] = set()
         self.active = bool(chain or kernels)
@@ -167,7 +167,7 @@ class AttentionPoint:
             self._checked.add(use)
         return out
 
-    def select_mask(self, inner: Kernel, call: AttentionCall) -> Any:
+    def select_mask(self, inner: RunAttention, call: AttentionCall) -> Any:
         """Give the kernel the mask of the keys that are there."""
         if call.mask is None:
             return inner(call)

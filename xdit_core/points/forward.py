@@ -27,13 +27,13 @@ class ForwardCall:
         latents: ``[B, C, h, w]``; may be a patch tensor.
         rest: every other argument given, by name.
         context: what is known of the call.
-        elsewhere: other ranks compute the result; only its shape is wanted here.
+        on_other_ranks: other ranks compute the result; only its shape is wanted here.
     """
 
     latents: torch.Tensor
     rest: Mapping[str, Any]
     context: ForwardContext
-    elsewhere: bool = False
+    on_other_ranks: bool = False
 
     def but(self, **changes: Any) -> ForwardCall:
         """A copy with other values."""
@@ -52,7 +52,7 @@ class ForwardCall:
         return replace(self, latents=latents, context=self.context.but(patch=patch, latents=rows))
 
 
-Run = Callable[[ForwardCall], torch.Tensor]
+RunForward = Callable[[ForwardCall], torch.Tensor]
 
 
 class ForwardPoint:
@@ -72,7 +72,7 @@ class ForwardPoint:
         rank: Rank,
         name: str,
         denoiser: nn.Module,
-        chain: Sequence[Callable[[Run, ForwardCall], torch.Tensor]],
+        chain: Sequence[Callable[[RunForward, ForwardCall], torch.Tensor]],
         job: JobState,
         trunk: bool = True,
     ) -> None:
@@ -89,7 +89,7 @@ class ForwardPoint:
         self._cuts: tuple[int, ...] = (0, 1)
         # layouts and patches for which the embedding, or the head, was seen to work on each row alone
         self._row_local: set[tuple[str, TokenLayout, int]] = set()
-        self._run: Run = compose(chain, self.base)
+        self._run: RunForward = compose(chain, self.base)
         patterns = self.spec.caching.conditioning if rank.plan.patches > 1 else ()
         shared = (m for name, m in denoiser.named_modules() if any(fnmatch(name, p) for p in patterns))
         self._memoized = [Memoized(module) for module in shared]
@@ -107,7 +107,7 @@ class ForwardPoint:
         """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no
         values."""
         key, context = (call.latents.shape, call.latents.dtype), call.context
-        if call.elsewhere:
+        if call.on_other_ranks:
             if key not in self._shapes:
                 self._shapes[key] = self.shape_of(call)
             shape, dtype = self._shapes[key]

@@ -69,7 +69,7 @@ class Request:
         return replace(self, **changes)
 
 
-Run = Callable[[Request], list[Output]]
+RunRequest = Callable[[Request], list[Output]]
 
 
 def jobs_for(prompts: Sequence[str], images: int, skip: Collection[tuple[int, int]] = ()) -> tuple[Job, ...]:

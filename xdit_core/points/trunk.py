@@ -37,7 +37,7 @@ class Rows:
         text: text rows ``[B, t, D]`` (t may be 0), None if the model has no text in its trunk or is done with it.
         rest: the other arguments of a block.
         context: of the call of the denoiser.
-        segment: indices of all blocks of the list, or lists, that run.
+        block_range: indices of all blocks of the list, or lists, that run.
         skips: the tokens behind earlier blocks that later ones take again, by the index of the block that gave them.
     """
 
@@ -45,7 +45,7 @@ class Rows:
     text: torch.Tensor | None
     rest: Mapping[str, Any]
     context: ForwardContext
-    segment: range
+    block_range: range
     skips: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> Rows:
@@ -53,7 +53,7 @@ class Rows:
         return replace(self, **changes)
 
 
-Run = Callable[[Rows], Rows | None]
+RunTrunk = Callable[[Rows], Rows | None]
 
 
 class NothingHere(Exception):
@@ -108,7 +108,7 @@ class Trunk(nn.Module):
 
     Args:
         blocks: the blocks that this rank holds, by global index.
-        segment: indices of all blocks that stood there.
+        block_range: indices of all blocks that stood there.
         spec: how they are called.
         stream: how these are called.
         running: holds the context of the call of the denoiser.
@@ -123,12 +123,12 @@ class Trunk(nn.Module):
     def __init__(
         self,
         blocks: Mapping[int, nn.Module],
-        segment: range,
+        block_range: range,
         spec: ModelSpec,
         stream: Stream,
         running: Running,
         point: AttentionPoint,
-        chain: Sequence[Callable[[Run, Rows], Rows | None]],
+        chain: Sequence[Callable[[RunTrunk, Rows], Rows | None]],
         skips: Mapping[int, int],
         names: tuple[str, ...],
         later: bool = False,
@@ -138,12 +138,17 @@ class Trunk(nn.Module):
         self._order: tuple[tuple[int, Callable[..., Any], tuple[str, ...]], ...]
         self._order = tuple((i, block, attention_kinds(spec, block)) for i, block in blocks.items())
         self._spec, self._unproven = spec, set(blocks)  # blocks whose result has not been looked at yet
-        self.stream, self._segment, self._skips, self._wanted = stream, segment, skips, frozenset(skips.values())
+        self.stream, self._block_range, self._skips, self._wanted = (
+            stream,
+            block_range,
+            skips,
+            frozenset(skips.values()),
+        )
         self._running, self._point = running, point
         self.select = Selector()
         self._redirect = Redirect(point)
         self._names, self._later = names, later
-        self._run: Run = compose(chain, self.run_blocks)
+        self._run: RunTrunk = compose(chain, self.run_blocks)
 
     def watch(self, observer: Observer) -> None:
         """Let an observer see the blocks that it wants to see."""
@@ -184,7 +189,7 @@ class Trunk(nn.Module):
             None if text is None else self.select.take(text, words, 1),
             given,
             context,
-            self._segment,
+            self._block_range,
         )
         if context.check_embedding and mine.tokens.isnan().any():
             raise UnsupportedCall(
@@ -275,7 +280,7 @@ def replace_blocks(
     spec: ModelSpec,
     running: Running,
     point: AttentionPoint,
-    chain: Sequence[Callable[[Run, Rows], Rows | None]],
+    chain: Sequence[Callable[[RunTrunk, Rows], Rows | None]],
 ) -> list[Trunk]:
     """Put a trunk where the denoiser has its block lists, one for each stream; placeholders of absent blocks are left
     out."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from xdit_core.errors import PlanRefused, XditError
-from xdit_core.planning.planner import make_plan
+from xdit_core.errors import PlanRefused, PluginError, UsageError, XditError
+from xdit_core.planning.planner import make_plan, only_observes
 from xdit_core.registry.registry import STRATEGIES, Registry
 
 DEVICES = 8
@@ -24,6 +24,22 @@ def verdict(plugins: Sequence[str], values: Mapping[str, Any]) -> tuple[str, str
     return plan.exactness, ""
 
 
+def strategies() -> list[str]:
+    """Names of the installed strategies, without plugins that only observe, which go with everything.
+
+    A plugin that cannot be loaded stays in the list, so that the matrix says why.
+    """
+    registry, names = Registry(), []
+    for name in registry.names(STRATEGIES):
+        try:
+            registry.select([name])
+        except (PluginError, UsageError):
+            names.append(name)
+        else:
+            names += [] if only_observes(registry, name) else [name]
+    return names
+
+
 def lines(values: Mapping[str, Any], names: Sequence[str] | None = None) -> Iterator[str]:
     """A Markdown table of all pairs, and the reasons of those that are refused.
 
@@ -32,7 +48,7 @@ def lines(values: Mapping[str, Any], names: Sequence[str] | None = None) -> Iter
         names: the strategies, by default the installed ones.
     """
     make_plan((), values, devices=DEVICES)  # refuses here what is wrong without any strategy
-    names = Registry().names(STRATEGIES) if names is None else names
+    names = strategies() if names is None else names
     verdicts = {(a, b): verdict(sorted({a, b}), values) for a in names for b in names if a <= b}
     reasons: dict[str, int] = {}
     for _, why in verdicts.values():

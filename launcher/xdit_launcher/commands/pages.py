@@ -153,7 +153,7 @@ def model_page(name: str, values: Mapping[str, Any]) -> Iterator[str]:
 
 def pairs(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The matrix: for each pair of strategies its fidelity, or why it is refused."""
-    names = Registry().names(STRATEGIES)
+    names = matrix.strategies()
     results = []
     for a in names:
         for b in (name for name in names if name >= a):

@@ -11,7 +11,7 @@ import torch
 
 from helpers.lazies import CUTS, MODES, B, C, H, W, base, chan, col, half, lazy, mask, row, same, sigma, y
 from xdit_core.parallel.patch_tensor import LazyError, PatchTensor
-from xdit_core.parallel.patch_worlds import LocalWorld, PatchWorld
+from xdit_core.parallel.placements import LocalPlacement, PatchPlacement
 
 aten = torch.ops.aten
 
@@ -80,25 +80,25 @@ MATERIALIZE: dict[str, Callable[[Any, Any], Any]] = {
 def test_operation(name: str, mode: str) -> None:
     fn = STAY_LAZY.get(name) or MATERIALIZE[name]
     with MODES[mode]():
-        world, log = LocalWorld(), []
+        placement, log = LocalPlacement(), []
         x, z = base(), base(seed=9)
-        got = fn(lazy(x, world, log=log), lazy(z, world, log=log))
+        got = fn(lazy(x, placement, log=log), lazy(z, placement, log=log))
         if name in STAY_LAZY:
-            assert not world.materialized and not log
+            assert not placement.materialized and not log
         else:
-            assert world.materialized
+            assert placement.materialized
         same(got, fn(x, z))
 
 
 @pytest.mark.parametrize("name", STAY_LAZY)
 def test_operation_without_values(name: str) -> None:
     """On a rank that never evaluates: the same shapes, nothing held, nothing computed."""
-    world = PatchWorld()
-    world.evaluates = False
+    placement = PatchPlacement()
+    placement.evaluates = False
     x, z = base(), base(seed=9)
     nothing = [None] * 4
     args = [
-        PatchTensor.make(nothing, shape=t.shape, dim=2, bounds=CUTS, dtype=t.dtype, device="cpu", world=world)
+        PatchTensor.make(nothing, shape=t.shape, dim=2, bounds=CUTS, dtype=t.dtype, device="cpu", placement=placement)
         for t in (x, z)
     ]
 
@@ -112,30 +112,30 @@ def test_operation_without_values(name: str) -> None:
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
     check(STAY_LAZY[name](*args), STAY_LAZY[name](x, z))
-    assert not world.materialized
+    assert not placement.materialized
 
 
 def test_patched_dim_is_counted_from_the_right() -> None:
-    x = lazy(base(), LocalWorld(), dim=2)
+    x = lazy(base(), LocalPlacement(), dim=2)
     assert (x.patched_dim, x.patches, x.bounds, x.dim()) == (-2, 4, CUTS, 4)
     assert (x[0] * y).patched_dim == -2 and x.permute(2, 0, 1, 3).patched_dim == -4
     assert torch.stack([x, x], -1).patched_dim == -3 and torch.stack([x, x], 0).patched_dim == -2
 
 
 def test_other_patched_dim() -> None:
-    world = LocalWorld()
+    placement = LocalPlacement()
     x = base()
-    p = lazy(x, world, dim=1, bounds=(0, 1, 4))
+    p = lazy(x, placement, dim=1, bounds=(0, 1, 4))
     same((p * chan + y)[:, :, 2], (x * chan + y)[:, :, 2])
-    assert not world.materialized
-    same(p + lazy(x, world), x + x)
-    assert world.materialized
+    assert not placement.materialized
+    same(p + lazy(x, placement), x + x)
+    assert placement.materialized
 
 
 def test_only_what_is_asked_for_is_evaluated() -> None:
     log: list[int] = []
     x = base()
-    p = lazy(x, LocalWorld(), log=log)
+    p = lazy(x, LocalPlacement(), log=log)
     q = torch.cat([p * 2, y]).chunk(2)[0] + p
     assert torch.equal(q.patch(1), (x * 2 + x)[..., 3:4, :])
     assert log == [1]
@@ -146,23 +146,23 @@ def test_only_what_is_asked_for_is_evaluated() -> None:
 
 
 def test_different_patchings_meet() -> None:
-    world, x, z = LocalWorld(), base(), base(seed=1)
+    placement, x, z = LocalPlacement(), base(), base(seed=1)
     for bounds in [(0, 10), (0, 5, 10), (0, 1, 3, 4, 9, 10)]:
-        p, q = lazy(x, world), lazy(z, world, bounds=bounds)
+        p, q = lazy(x, placement), lazy(z, placement, bounds=bounds)
         out = p * q
         assert out.bounds == tuple(sorted({*CUTS, *bounds}))
         same(out, x * z)
         same(torch.cat([q, p]), torch.cat([z, x]))
         q += p
         same(q, z + x)
-    assert not world.materialized
+    assert not placement.materialized
 
 
 def test_a_row_waits_for_no_more_than_it_needs() -> None:
     """A tensor of one patch, say of warm-up, meets one of four: the rows of the first patch need the first alone."""
     log: list[int] = []
-    world = LocalWorld()
-    whole, p = lazy(base(), world, bounds=(0, H)), lazy(base(), world, log=log)
+    placement = LocalPlacement()
+    whole, p = lazy(base(), placement, bounds=(0, H)), lazy(base(), placement, log=log)
     assert torch.equal((whole + p).rows(0, 3), (base() * 2)[..., :3, :])
     assert log == [0]
 
@@ -207,13 +207,13 @@ IN_PLACE_SLOWLY: dict[str, Callable[[Any, Any], Any]] = {
 def test_in_place(name: str, mode: str) -> None:
     fn = IN_PLACE.get(name) or IN_PLACE_SLOWLY[name]
     with MODES[mode]():
-        world, x, z = LocalWorld(), base(), base(seed=9)
-        p, q = lazy(x, world), lazy(z, world)
+        placement, x, z = LocalPlacement(), base(), base(seed=9)
+        p, q = lazy(x, placement), lazy(z, placement)
         before, before_view = p * 2, p + 1  # recorded earlier: keep the old values
         x0 = x.clone()
         p = p.clone() if mode == "inference" else p
         got = fn(p, q)
-        assert bool(world.materialized) == (name in IN_PLACE_SLOWLY)
+        assert bool(placement.materialized) == (name in IN_PLACE_SLOWLY)
         same(got, fn(x, z))
         same(p, x)
         same(q, z)
@@ -222,14 +222,14 @@ def test_in_place(name: str, mode: str) -> None:
 
 
 def test_augmented_assignment_keeps_dtype_and_object() -> None:
-    world = LocalWorld()
-    p = original = lazy(base(dtype=torch.float16), world)
+    placement = LocalPlacement()
+    p = original = lazy(base(dtype=torch.float16), placement)
     p += y
     p *= 2
-    assert p is original and p.dtype == torch.float16 and not world.materialized
+    assert p is original and p.dtype == torch.float16 and not placement.materialized
     same(p, (base(dtype=torch.float16).add_(y)).mul_(2))
     with pytest.raises(RuntimeError):
-        lazy(base(), world).to(torch.int32).mul_(0.5)
+        lazy(base(), placement).to(torch.int32).mul_(0.5)
     with pytest.raises(RuntimeError):
         p.add_(torch.zeros(7, 3))
     with pytest.raises(LazyError):
@@ -237,24 +237,24 @@ def test_augmented_assignment_keeps_dtype_and_object() -> None:
 
 
 def test_plain_takes_patches_in_place_and_as_out() -> None:
-    world, x = LocalWorld(), base()
+    placement, x = LocalPlacement(), base()
     target = y.clone()
-    target += lazy(x, world)
+    target += lazy(x, placement)
     assert torch.equal(target, y + x)
-    target[:, :, 2:5] = lazy(x, world)[:, :, 2:5]
+    target[:, :, 2:5] = lazy(x, placement)[:, :, 2:5]
     assert torch.equal(target[:, :, 2:5], x[:, :, 2:5])
     out = torch.empty_like(x)
-    torch.add(lazy(x, world), y, out=out)
+    torch.add(lazy(x, placement), y, out=out)
     assert torch.equal(out, x + y)
-    into = lazy(y, world)
+    into = lazy(y, placement)
     torch.mul(x, 2, out=into)
     same(into * 1, x * 2)
-    assert set(world.materialized) == {"aten.add_.Tensor", "aten.copy_.default", "aten.add.out", "aten.mul.out"}
+    assert set(placement.materialized) == {"aten.add_.Tensor", "aten.copy_.default", "aten.add.out", "aten.mul.out"}
 
 
 def test_plain_operands_may_change_before_evaluation() -> None:
-    world, x, operand, scale = LocalWorld(), base(), y.clone(), torch.tensor(2.0)
-    out = torch.cat([lazy(x, world) * scale + operand, operand])
+    placement, x, operand, scale = LocalPlacement(), base(), y.clone(), torch.tensor(2.0)
+    out = torch.cat([lazy(x, placement) * scale + operand, operand])
     operand.zero_()
     scale.zero_()
     same(out, torch.cat([x * 2 + y, y]))
@@ -262,7 +262,7 @@ def test_plain_operands_may_change_before_evaluation() -> None:
 
 def test_constants_are_plain() -> None:
     log: list[int] = []
-    p = lazy(base(), LocalWorld(), log=log)
+    p = lazy(base(), LocalPlacement(), log=log)
     for made in (torch.zeros_like(p), torch.ones_like(p), torch.full_like(p, 3), torch.zeros_like(p, dtype=torch.bool)):
         assert type(made) is torch.Tensor and made.shape == p.shape
     assert torch.zeros_like(p, dtype=torch.bool).dtype == torch.bool and p.new_full((2,), 1.5).tolist() == [1.5, 1.5]
@@ -270,11 +270,11 @@ def test_constants_are_plain() -> None:
 
 
 def test_materialized_tensor_is_its_plain_tensor() -> None:
-    world, x = LocalWorld(), base()
-    p = lazy(x, world)
+    placement, x = LocalPlacement(), base()
+    p = lazy(x, placement)
     derived = p + 1
     plain = p.materialize()
-    assert p.materialize() is plain and type(p * 2) is torch.Tensor and not world.materialized
+    assert p.materialize() is plain and type(p * 2) is torch.Tensor and not placement.materialized
     plain.mul_(3)
     same(p, x * 3)
     same(p * 2, x * 3 * 2)

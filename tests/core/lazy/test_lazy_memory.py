@@ -15,7 +15,7 @@ import torch
 
 from helpers.lazies import CUTS, MODES, B, C, H, W, base, lazy, same, y
 from xdit_core.parallel.patch_tensor import LazyError, LazyValue, PatchTensor, materialized, patchwise
-from xdit_core.parallel.patch_worlds import LocalWorld, PatchWorld
+from xdit_core.parallel.placements import LocalPlacement, PatchPlacement
 
 aten = torch.ops.aten
 
@@ -39,12 +39,12 @@ def test_noise_is_drawn_at_once(mode: str) -> None:
     ]
     with MODES[mode]():
         for draw in draws:
-            world, log = LocalWorld(), []
+            placement, log = LocalPlacement(), []
             torch.manual_seed(7)
             wanted, after = draw(base()), torch.rand(3)
             torch.manual_seed(7)
-            got, after_lazy = draw(lazy(base(), world, log=log)), torch.rand(3)
-            assert not world.materialized and not log
+            got, after_lazy = draw(lazy(base(), placement, log=log)), torch.rand(3)
+            assert not placement.materialized and not log
             same(got, wanted)
             assert torch.equal(after, after_lazy)
         for slow in (
@@ -57,7 +57,7 @@ def test_noise_is_drawn_at_once(mode: str) -> None:
             torch.manual_seed(7)
             wanted = slow(base())
             torch.manual_seed(7)
-            same(slow(lazy(base(), LocalWorld())), wanted)
+            same(slow(lazy(base(), LocalPlacement())), wanted)
 
 
 # helpers and the rest
@@ -65,7 +65,7 @@ def test_noise_is_drawn_at_once(mode: str) -> None:
 
 def test_repr_does_not_evaluate() -> None:
     log: list[int] = []
-    p = lazy(base(), LocalWorld(), log=log)
+    p = lazy(base(), LocalPlacement(), log=log)
     text = f"{p!r} {p} {[p]}"
     assert not log and "(2, 4, 10, 5)" in text and "bounds=(0, 3, 4, 8, 10)" in text
     p.materialize()
@@ -73,10 +73,10 @@ def test_repr_does_not_evaluate() -> None:
 
 
 def test_save_and_copies() -> None:
-    world, x = LocalWorld(), base()
-    p, file = lazy(x, world), io.BytesIO()
+    placement, x = LocalPlacement(), base()
+    p, file = lazy(x, placement), io.BytesIO()
     twin = copy.deepcopy({"a": [p]})["a"][0]
-    assert not world.materialized
+    assert not placement.materialized
     p.add_(1)
     same(twin, x)
     torch.save({"latents": p}, file)
@@ -86,32 +86,32 @@ def test_save_and_copies() -> None:
 
 
 def test_materialized_helper() -> None:
-    world, x = LocalWorld(), base()
-    nested = {"a": [lazy(x, world), 1], "b": (x, {"c": lazy(x, world) * 2})}
+    placement, x = LocalPlacement(), base()
+    nested = {"a": [lazy(x, placement), 1], "b": (x, {"c": lazy(x, placement) * 2})}
     plain = materialized(nested)
     assert type(plain["a"][0]) is torch.Tensor and torch.equal(plain["b"][1]["c"], x * 2)
-    assert materialized(x) is x and materialized("text") == "text" and not world.materialized
+    assert materialized(x) is x and materialized("text") == "text" and not placement.materialized
 
 
 def test_patchwise() -> None:
-    world, log, x, z = LocalWorld(), [], base(), base(seed=1)
+    placement, log, x, z = LocalPlacement(), [], base(), base(seed=1)
 
     def norm(a: torch.Tensor, b: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
         return torch.cat([a, b]) / a.square().sum((0, 1, 3), keepdim=True) * scale
 
-    got = patchwise(norm, lazy(x, world, log=log), lazy(z, world), 3.0)
+    got = patchwise(norm, lazy(x, placement, log=log), lazy(z, placement), 3.0)
     assert got.shape == (2 * B, C, H, W) and not log
     assert torch.allclose(got.materialize(), norm(x, z, 3.0))
     same(patchwise(norm, x, z), norm(x, z))
-    same(patchwise(norm, x, lazy(z, world)), norm(x, z))
+    same(patchwise(norm, x, lazy(z, placement)), norm(x, z))
     with pytest.raises(LazyError):
-        patchwise(lambda a: a.sum(-2), lazy(x, world))
+        patchwise(lambda a: a.sum(-2), lazy(x, placement))
 
 
 def test_bad_arguments() -> None:
-    world, x = LocalWorld(), base()
+    placement, x = LocalPlacement(), base()
     good: dict[str, Any] = {"shape": x.shape, "dim": 2, "bounds": CUTS, "dtype": x.dtype, "device": "cpu"}
-    good["world"] = world
+    good["placement"] = placement
     pieces = [x[..., a:b, :] for a, b in pairwise(CUTS)]
     for bad in ({"dim": 4}, {"bounds": (0, 4, 4, 8, 10)}, {"bounds": (0, 3, 4, 8, 9)}, {"bounds": (0, 10)}):
         with pytest.raises(LazyError):
@@ -130,26 +130,28 @@ def test_bad_arguments() -> None:
 
 
 def test_a_world_that_does_not_evaluate() -> None:
-    class Remote(PatchWorld):
+    class Remote(PatchPlacement):
         evaluates = False
 
         def materialize(self, tensor: PatchTensor) -> torch.Tensor:
             return torch.full(tensor.shape, 3.0, dtype=tensor.dtype)
 
-    world = Remote()
-    p = PatchTensor.make([None] * 4, shape=(B, C, H, W), dim=2, bounds=CUTS, dtype=y.dtype, device="cpu", world=world)
+    placement = Remote()
+    p = PatchTensor.make(
+        [None] * 4, shape=(B, C, H, W), dim=2, bounds=CUTS, dtype=y.dtype, device="cpu", placement=placement
+    )
     q = torch.cat([p * 2 + y] * 2).chunk(2)[0] * 1
     q += 1
-    assert not q._cells and not world.materialized
+    assert not q._cells and not placement.materialized
     with pytest.raises(LazyError, match="no values"):
         q.patch(0)
-    assert q.mean() == 3 and dict(world.materialized) == {"aten.mean.default": 1}
+    assert q.mean() == 3 and dict(placement.materialized) == {"aten.mean.default": 1}
     assert torch.equal(q.patch(0), torch.full((B, C, 3, W), 3.0))
 
 
 def test_autocast_acts_when_recorded_not_when_evaluated() -> None:
     x = base(dtype=torch.bfloat16)
-    p = patchwise(lambda a: a @ a.mT, lazy(x, LocalWorld(), dim=1, bounds=(0, 1, 4)))
+    p = patchwise(lambda a: a @ a.mT, lazy(x, LocalPlacement(), dim=1, bounds=(0, 1, 4)))
     with torch.autocast("cpu", dtype=torch.float16):
         assert p.patch(0).dtype == p.dtype == torch.bfloat16
 
@@ -159,14 +161,16 @@ def test_autocast_acts_when_recorded_not_when_evaluated() -> None:
 
 def test_evaluated_chains_keep_nothing() -> None:
     """200 steps of Euler: only the last latents live, without help of the garbage collector."""
-    world, seen = LocalWorld(), []
-    x = lazy(base(), world)
+    placement, seen = LocalPlacement(), []
+    x = lazy(base(), placement)
     gc.disable()
     try:
         for _ in range(200):
             v = torch.cat([x] * 2)
             pieces = [v.rows(a, b) * 0.1 for a, b in pairwise(CUTS)]
-            out = PatchTensor.make(pieces, shape=v.shape, dim=2, bounds=CUTS, dtype=v.dtype, device="cpu", world=world)
+            out = PatchTensor.make(
+                pieces, shape=v.shape, dim=2, bounds=CUTS, dtype=v.dtype, device="cpu", placement=placement
+            )
             u, t = out.chunk(2)
             x = (x.float() + (u + 2 * (t - u)) * -0.01).to(x.dtype)
             seen += [weakref.ref(x), weakref.ref(out), *map(weakref.ref, pieces)]
@@ -197,12 +201,12 @@ def test_cells_drop_their_inputs() -> None:
 
 def test_long_chains_do_not_recurse() -> None:
     x = torch.zeros(1, 4, 2)
-    p = lazy(x, LocalWorld(), dim=1, bounds=(0, 1, 4))
+    p = lazy(x, LocalPlacement(), dim=1, bounds=(0, 1, 4))
     with torch.no_grad():
         for _ in range(3000):
             p = p + 1
     assert p.patch(1).eq(3000).all()
-    q = lazy(x, LocalWorld(), dim=1, bounds=(0, 4))
+    q = lazy(x, LocalPlacement(), dim=1, bounds=(0, 4))
     for _ in range(3000):
         q += 1
     del q  # nor does dropping one
@@ -211,7 +215,7 @@ def test_long_chains_do_not_recurse() -> None:
 
 def test_computed_at_most_once() -> None:
     log: list[int] = []
-    p = lazy(base(), LocalWorld(), log=log)
+    p = lazy(base(), LocalPlacement(), log=log)
     q, r = p + 1, p * 2
     for t in (q, r, p, q, torch.cat([q, r])):
         for m in range(4):

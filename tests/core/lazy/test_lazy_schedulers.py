@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from xdit_core.parallel.patch_tensor import PatchTensor
-from xdit_core.parallel.patch_worlds import LocalWorld
+from xdit_core.parallel.placements import LocalPlacement
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
@@ -118,8 +118,8 @@ def cases() -> list[Any]:
     return result
 
 
-def denoise(x: torch.Tensor, t: torch.Tensor, channels: int, world: LocalWorld | None) -> torch.Tensor:
-    """Stands in for a transformer: exact arithmetic on each row, another one for each; patch by patch in a world."""
+def denoise(x: torch.Tensor, t: torch.Tensor, channels: int, placement: LocalPlacement | None) -> torch.Tensor:
+    """Stands in for a transformer: exact arithmetic on each row, another one for each; by patches if placed."""
     weights = torch.linspace(-1, 1, SHAPE[1] * SHAPE[2] * SHAPE[3]).view(SHAPE[1:])
     level = torch.as_tensor(t, dtype=torch.float32).reshape(-1)[0] / 1000
 
@@ -128,16 +128,24 @@ def denoise(x: torch.Tensor, t: torch.Tensor, channels: int, world: LocalWorld |
         out = part / (1 + part.abs()) * weights[:, start:stop] + level * 0.1
         return out if channels == 1 else torch.cat([out, out * 0.5], 1)
 
-    if world is None:
+    if placement is None:
         return rows(0, SHAPE[2])
     pieces = [rows(a, b) for a, b in pairwise(CUTS)]
     shape = (x.shape[0], x.shape[1] * channels, *x.shape[2:])
     return PatchTensor.make(
-        [lambda p=p: p for p in pieces], shape=shape, dim=-2, bounds=CUTS, dtype=x.dtype, device=x.device, world=world
+        [lambda p=p: p for p in pieces],
+        shape=shape,
+        dim=-2,
+        bounds=CUTS,
+        dtype=x.dtype,
+        device=x.device,
+        placement=placement,
     )
 
 
-def run(cls: type[Any], config: dict[str, Any], step: dict[str, Any], world: LocalWorld | None) -> list[torch.Tensor]:
+def run(
+    cls: type[Any], config: dict[str, Any], step: dict[str, Any], placement: LocalPlacement | None
+) -> list[torch.Tensor]:
     """The denoising loop of a pipeline with guidance; the latents after each step."""
     torch.manual_seed(5)  # some schedulers draw from the global generator
     generator = torch.Generator().manual_seed(1)
@@ -159,7 +167,7 @@ def run(cls: type[Any], config: dict[str, Any], step: dict[str, Any], world: Loc
         inputs = torch.cat([latents] * 2)
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(inputs, t)
-        uncond, cond = denoise(inputs, t, channels, world).chunk(2)
+        uncond, cond = denoise(inputs, t, channels, placement).chunk(2)
         pred = uncond + 2.5 * (cond - uncond)
         if cls.__name__ == "CogVideoXDPMScheduler":
             back = timesteps[i - 1] if i else None
@@ -171,20 +179,20 @@ def run(cls: type[Any], config: dict[str, Any], step: dict[str, Any], world: Loc
     return history
 
 
-Both = Callable[..., tuple[list[Any], list[Any], LocalWorld]]
+Both = Callable[..., tuple[list[Any], list[Any], LocalPlacement]]
 
 
 @pytest.fixture(scope="module")
 def both() -> Both:
     """What a case gives, plain and lazy; each is run once."""
-    known: dict[str, tuple[list[Any], list[Any], LocalWorld]] = {}
+    known: dict[str, tuple[list[Any], list[Any], LocalPlacement]] = {}
 
-    def find(*case: Any) -> tuple[list[Any], list[Any], LocalWorld]:
+    def find(*case: Any) -> tuple[list[Any], list[Any], LocalPlacement]:
         if str(case) not in known:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                world = LocalWorld()
-                known[str(case)] = run(*case, None), run(*case, world), world
+                placement = LocalPlacement()
+                known[str(case)] = run(*case, None), run(*case, placement), placement
         return known[str(case)]
 
     return find
@@ -192,9 +200,9 @@ def both() -> Both:
 
 @pytest.mark.parametrize(("cls", "config", "step"), [c for c in cases() if c.values[0].__name__ not in UNFIT])
 def test_scheduler(cls: type[Any], config: dict[str, Any], step: dict[str, Any], both: Both) -> None:
-    plain, lazy, world = both(cls, config, step)
+    plain, lazy, placement = both(cls, config, step)
     assert all(x.isfinite().all() for x in plain[:-1])  # UniPC of type bh1 ends in nan, serially too
-    assert set(world.materialized) <= MATERIALIZING.get(cls.__name__, set())
+    assert set(placement.materialized) <= MATERIALIZING.get(cls.__name__, set())
     for wanted, got in zip(plain, lazy, strict=True):
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
         got = got.materialize() if isinstance(got, PatchTensor) else got
@@ -222,10 +230,10 @@ def test_which_schedulers_materialize(both: Both) -> None:
         name = case.values[0].__name__
         if name in UNFIT:
             continue
-        _, _, world = both(*case.values)
+        _, _, placement = both(*case.values)
         ran.add(name)
-        if world.materialized:
-            seen.setdefault(name, Counter()).update(world.materialized)
+        if placement.materialized:
+            seen.setdefault(name, Counter()).update(placement.materialized)
     print(f"{len(ran)} schedulers ran; materialized by: {seen}")
     assert {name: set(ops) for name, ops in seen.items()} == MATERIALIZING
     assert len(ran) >= 30

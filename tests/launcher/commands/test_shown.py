@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
+from helpers import counting
 from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.printable import columns, cut, printable
 from xdit_core.records import Problem
+from xdit_core.registry.registry import STRATEGIES, Registry
 from xdit_core.worker.progress import Progress
+from xdit_launcher.commands import matrix, pages
 from xdit_launcher.node import root_cause
 from xdit_launcher.node.root_cause import RootCause
 from xdit_launcher.printing import say as shout
@@ -148,6 +151,21 @@ def test_a_hostfile_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_a_matrix_of_no_model(say: Say) -> None:
     result = say("plugins", "--matrix", "--model", "nope")
     assert result.exit_code == 2 and result.stderr.startswith("unknown model 'nope'") and result.stdout == ""
+
+
+def test_a_matrix_leaves_out_plugins_that_only_observe(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Installed(Registry):
+        def __init__(self, extra: Mapping[str, object] | None = None) -> None:
+            super().__init__({**(extra or {}), "counting": counting})
+
+        def names(self, group: str) -> list[str]:
+            return ["cfg", "counting"] if group == STRATEGIES else super().names(group)
+
+    monkeypatch.setattr(matrix, "Registry", Installed)
+    monkeypatch.setattr(pages, "Registry", Installed)
+    values = {"model": "emoji", "device": "cpu"}
+    assert next(matrix.lines(values)).split() == ["|", "|", "cfg", "|"]
+    assert [pair["plugins"] for pair in pages.pairs(values)] == [["cfg"]]
 
 
 def test_interrupted_while_it_starts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Worlds, which say where the values of patches live."""
+"""Placements, which say where the values of patches live."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from xdit_core.parallel.patch_tensor import PatchTensor
 
 
-class PatchWorld:
+class PatchPlacement:
     """Where the values of patches live. This one is local: every cell can be computed here.
 
     Attributes:
@@ -31,5 +31,5 @@ class PatchWorld:
         self.materialized[op] += 1
 
 
-class LocalWorld(PatchWorld):
+class LocalPlacement(PatchPlacement):
     """One process, no collectives."""

@@ -7,11 +7,11 @@ import torch.distributed as dist
 
 from xdit_core.errors import LazyError
 from xdit_core.parallel.patch_tensor import PatchTensor
-from xdit_core.parallel.patch_worlds import PatchWorld
+from xdit_core.parallel.placements import PatchPlacement
 from xdit_core.parallel.rank import Rank
 
 
-class AxisWorld(PatchWorld):
+class AxisPlacement(PatchPlacement):
     """The values of patch tensors are on the first rank of an axis; reading them whole brings them to all its ranks.
 
     Args:
