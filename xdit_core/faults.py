@@ -1,4 +1,7 @@
-"""Whose fault an error is that came out of somebody's code: another rank's, the memory's, the disk's. Without torch."""
+"""Tells whether an error was caused by another rank, by missing memory or by a full disk. Without torch.
+
+Such an error comes out of the code that happened to run, which is not at fault. Reports must not blame a plugin for it.
+"""
 
 from __future__ import annotations
 

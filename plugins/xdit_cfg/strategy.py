@@ -1,4 +1,4 @@
-"""The two halves of guidance on two ranks.
+"""Computes the conditional and the unconditional prediction of guidance on two ranks, which then exchange them.
 
 Shapes: latents and prediction ``[B, C, h, w]``; with batched guidance ``B`` is twice the number of pictures, the
 unconditional half first.
@@ -29,7 +29,7 @@ from xdit_core import (
 
 
 class Guidance:
-    """Splits batched guidance by the batch, separate calls by turns.
+    """The wrap of ``cfg``. It halves a batch that holds both predictions; of separate calls a rank makes every second.
 
     Sends per rank and step: its prediction, ``B/2 x C x h x w`` elements, once.
     """

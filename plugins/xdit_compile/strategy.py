@@ -1,4 +1,7 @@
-"""Compiled blocks, and how long compiling took."""
+"""Compiles the blocks or the whole denoiser with ``torch.compile``, and measures how long the compiler works.
+
+The compiler works when a block first runs, not when it is loaded. So it is listened to around each job.
+"""
 
 from __future__ import annotations
 

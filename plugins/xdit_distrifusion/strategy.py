@@ -1,4 +1,6 @@
-"""DistriFusion on one rank: one patch of the picture, and what it needs of the others from the step before.
+"""The wraps of DistriFusion: each rank computes one patch, and attends to all patches.
+
+Past the warm-up it takes the keys and values of the other patches from the step before, see ``exchange``.
 
 Shapes: latents ``[B, C, h, w]``, keys and values ``[B, H, S, D]``, both together ``[2, B, H, S, D]``.
 """

@@ -1,4 +1,4 @@
-"""Pictures over ranks."""
+"""Divides the pictures of a request among ranks: each draws its part, and then all get all outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Attention kernels, with the log-sum-exp where a ring asks for it.
+"""The attention kernels that ``flash.kernel`` chooses among, each as a wrap.
+
+A ring needs the log-sum-exp of each row to merge partial results, so every kernel can return it.
 
 Shapes: q, k, v and out ``[B, H, S, D]``, lse ``[B, H, Sq]`` in float32, natural logarithm.
 """

@@ -1,4 +1,7 @@
-"""CPU offload by diffusers' own hooks, on the pipeline with the strategies woven in."""
+"""Keeps weights on the CPU and moves them to the device when they are needed, by the hooks of diffusers.
+
+The hooks are set last, so that they surround the forward that the wraps of other strategies are in.
+"""
 
 from __future__ import annotations
 

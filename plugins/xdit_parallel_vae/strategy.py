@@ -1,4 +1,4 @@
-"""A VAE whose work is divided among the ranks of one picture.
+"""Divides the decoding of one picture among the ranks that computed its latents, by rows or by tiles.
 
 Shapes: latents ``[B, C, h, w]`` or ``[B, C, f, h, w]``; rows are the dim before the last.
 """

@@ -27,22 +27,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from xdit_core import (
-    Axis,
-    Built,
-    Declaration,
-    Fidelity,
-    ModelFacts,
-    Problem,
-    Stages,
-    Traffic,
-    Wrap,
-    even_bounds,
-    hookimpl,
-)
+from xdit_core import Axis, Built, Declaration, Fidelity, Problem, Stages, Traffic, Wrap, even_bounds, hookimpl
 
 if TYPE_CHECKING:
-    from xdit_core import Plan, Rank
+    from xdit_core import ModelFacts, Plan, Rank
 
 
 @dataclass(frozen=True)

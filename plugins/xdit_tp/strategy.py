@@ -1,6 +1,6 @@
-"""The matrices of the blocks over ranks, as ``torch.distributed.tensor.parallel`` does it.
+"""Divides the weight matrices of the blocks among ranks with ``torch.distributed.tensor.parallel``.
 
-Runs while the parameters have shapes and no values, so a rank reads and holds its own part only.
+This is done while the parameters have shapes and no values yet, so each rank reads and holds only its own part.
 """
 
 from __future__ import annotations

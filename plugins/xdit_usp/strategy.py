@@ -1,4 +1,6 @@
-"""The communication of USP, on yunchang's pieces where the shares are even.
+"""The wraps of USP: Ulysses and Ring inside each attention call, and a gather of the tokens behind the last block.
+
+Where all ranks have equally many rows, the communication is that of the package yunchang.
 
 Shapes: ``B`` batch, ``H`` heads, ``S`` rows, ``D`` head dim; ``u`` marks this rank's share of rows or heads. The order
 of keys does not matter to attention, so text rows need no special treatment: they are divided like all others.

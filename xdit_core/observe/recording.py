@@ -1,8 +1,8 @@
-"""What ``xdit-launch verify`` needs of a run: a fingerprint of every row before the first and behind every block, and
-the latents.
+"""Records the latents and one number for each token behind each block, so that ``xdit-launch verify`` can compare runs.
 
-A rank records if the plan says ``record=yes``. The fingerprint of a row is the mean absolute value of its channels: one
-number for each token, so that what a rank holds of the picture can be compared with a run that holds all of it.
+The number is the mean absolute value of the token's channels, its *fingerprint*. A rank holds only some tokens of the
+picture; their fingerprints are compared with those of a serial run, which holds all. A rank records if the plan says
+``record=yes``.
 """
 
 from __future__ import annotations

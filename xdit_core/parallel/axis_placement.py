@@ -1,4 +1,4 @@
-"""Patch tensors whose values are on one rank of an axis."""
+"""The placement of patch tensors whose values are on the first rank of an axis, as under PipeFusion."""
 
 from __future__ import annotations
 

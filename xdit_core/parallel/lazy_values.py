@@ -42,7 +42,7 @@ class LazyValue:
 
 
 class Placement(Protocol):
-    """Where the values of patches live, as a patch tensor needs to know it; see ``PatchPlacement``."""
+    """What a patch tensor must know about the ranks that hold its values; see ``PatchPlacement``."""
 
     @property
     def evaluates(self) -> bool:

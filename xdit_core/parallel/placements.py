@@ -1,4 +1,4 @@
-"""Placements, which say where the values of patches live."""
+"""Placements: which ranks hold the values of a patch tensor, and how its whole value is brought together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xdit_core.parallel.patch_tensor import PatchTensor
 
 
 class PatchPlacement:
-    """Where the values of patches live. This one is local: every cell can be computed here.
+    """Says where the values of a patch tensor are. This base class is for one rank, which computes every patch itself.
 
     Attributes:
         evaluates: False on ranks that never have values; their patch tensors hold shapes and no cells.
@@ -32,4 +32,4 @@ class PatchPlacement:
 
 
 class LocalPlacement(PatchPlacement):
-    """One process, no collectives."""
+    """For a patch tensor that belongs to one rank alone; materializing it needs no collective."""

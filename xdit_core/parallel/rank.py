@@ -1,4 +1,8 @@
-"""What a strategy sees of its rank: the mesh, the work of this moment, the counters."""
+"""``Rank``, the object through which a strategy sees the rank that it runs on.
+
+It holds the plan, the process groups of the mesh, the device and the counters; ``Rank.agree`` lets ranks decide
+together, and ``Rank.waiting`` marks a wait for other ranks.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ Decision = TypeVar("Decision", bool, int, float)
 
 
 def first(values: Sequence[Decision]) -> Decision:
-    """That of the first rank."""
+    """Choose the value of the first rank."""
     return values[0]
 
 
@@ -44,7 +48,7 @@ class Rank:
         running: the call of the denoiser that runs; see `context`.
         sent: bytes that this rank sent, by axis name.
         slow: operations that made every rank wait although a strategy could have gone on, with their number.
-        seconds: wall time of a request that is to be shown apart from encoding, denoising and decoding, by name.
+        seconds: wall time of a job that is to be shown apart from encoding, denoising and decoding, by name.
         observer: told of everything that happens on this rank; by default nobody watches.
         pipe: the diffusers pipeline, once it is loaded.
     """
@@ -64,9 +68,9 @@ class Rank:
 
     @property
     def context(self) -> ForwardContext:
-        """What is known of the call of the denoiser that runs, or of the last one; for modules inside the denoiser.
+        """The context of the call of the denoiser that runs, or of the last one, for modules inside the denoiser.
 
-        Wraps have it in what they are called with.
+        Wraps find the context in what they are called with.
         """
         return self.running.context
 
@@ -80,13 +84,13 @@ class Rank:
         return index
 
     def began(self) -> int:
-        """The moment at which something is begun that will be waited for later, in ns."""
+        """Return the time in ns at which an operation is started that will be waited for later."""
         return time.perf_counter_ns()
 
     def waiting(
         self, what: str, axis: str = "", group: Any = None, message: tuple[str, int, int] | None = None, began: int = 0
     ) -> AbstractContextManager[None]:
-        """Around whatever waits for other ranks, so that a hang is blamed on the rank that does not wait.
+        """Return a context manager to put around each wait for other ranks. A hang is blamed on a rank outside it.
 
         Args:
             what: what is waited for, in words.
@@ -124,12 +128,12 @@ class Rank:
             raise alone(f"{patience.total_seconds():g} s") from error
 
     def agree(self, value: Decision, choose: Callable[[Sequence[Decision]], Decision] = first) -> Decision:
-        """One decision for all ranks that share a picture, where each may have come to another.
+        """Return the same decision on all ranks that share a picture, even if each of them would decide differently.
 
-        All of them must do the same at the same time, or they wait for each other in vain. So what a strategy decides
-        from the numbers that it sees (a step cache that leaves out the blocks, say) it lets the ranks agree on. Call it
-        on every rank equally often: in a wrap of ``forward``, before the blocks run. Inside the trunk a stage would
-        wait for the one behind it, which waits for its rows. It costs one small exchange, for which the host waits.
+        These ranks must enter the same collectives, or they wait for each other in vain. A strategy that decides from
+        the numbers that it sees (such as a step cache that leaves out the blocks) therefore asks here. Call it equally
+        often on every rank, in a wrap of ``forward``, before the blocks run. Inside the trunk a stage would wait for
+        the stage after it, which waits for its rows. One call costs a small exchange, for which the host waits.
 
         Args:
             value: of this rank: a bool or a number that a float64 holds exactly.

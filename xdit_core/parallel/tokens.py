@@ -1,9 +1,10 @@
-"""Which tokens does this rank work on now? The one place that knows; everything that slices asks here.
+"""Computes which tokens of the picture and of the text belong to a patch and to a rank.
 
-The picture's tokens are a grid ``frames x rows x columns``, numbered in that order; the text's tokens are numbered on
-their own. PipeFusion cuts the rows into patches (in time), sequence parallelism cuts every patch into shards (over
-ranks). Ownership is the same in warm-up and after: shard ``s`` always owns part ``s`` of every patch, so K/V that was
-cached at full sequence stays where it is needed. Splits may be uneven; nothing is padded.
+All code that slices tokens asks a ``TokenLayout``, so that all of it agrees. The picture's tokens are a grid ``frames x
+rows x columns``, numbered in that order; the text's tokens are numbered on their own. PipeFusion cuts the rows into
+patches (in time), sequence parallelism cuts every patch into shards (over ranks). Ownership is the same in warm-up and
+after: shard ``s`` always owns part ``s`` of every patch, so K/V that was cached at full sequence stays where it is
+needed. Splits may be uneven; nothing is padded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Nest wraps once, at set-up; afterwards there are only plain calls."""
+"""Turns the wraps of an extension point into one function, in which each wrap gets the next one as its ``inner``.
+
+The engine does this once, when it is built; a run then makes plain Python calls. An error that comes out of a wrap is
+explained with the plugin that the wrap belongs to, and what a wrap passes on or returns can be checked.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,14 @@ from xdit_core.registry.owners import Owner
 
 @dataclass(frozen=True)
 class OwnedWrap:
-    """A wrap of a plugin.
+    """A wrap, with the plugin that it belongs to.
 
     Args:
         wrap: ``f(inner, *args)``.
-        owner: whose it is.
+        owner: the plugin.
         place: ``point/level``.
-        check: given the first of ``args`` and the result, what is wrong with the result, "" if nothing.
-        check_given: given what the wrap calls its inner with, what is wrong with that.
+        check: called with the first of ``args`` and the result; says what is wrong with the result, or "".
+        check_given: called with the arguments that the wrap gives to its inner; says what is wrong with them, or "".
     """
 
     wrap: Callable[..., Any]
@@ -33,7 +37,7 @@ class OwnedWrap:
 def compose(
     wraps: Sequence[Callable[..., Any] | OwnedWrap], base: Callable[..., Any], checked: bool = True
 ) -> Callable[..., Any]:
-    """``base`` inside the wraps ``f(inner, *args)``, the first of them outermost.
+    """Return a function that calls the wraps ``f(inner, *args)``, the first of them outermost, around ``base``.
 
     Args:
         checked: look at what the wraps of plugins return.
@@ -45,7 +49,7 @@ def compose(
 
 
 def bind(wrap: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``wrap`` with its inner bound."""
+    """Return ``wrap`` as a function that no longer needs its ``inner``."""
 
     def bound(*args: Any, **kwargs: Any) -> Any:
         return wrap(inner, *args, **kwargs)
@@ -56,10 +60,10 @@ def bind(wrap: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., A
 def bind_owned(
     owned: OwnedWrap, inner: Callable[..., Any], within: CodeType | None, checked: bool
 ) -> Callable[..., Any]:
-    """As ``bind``; errors of the wrap itself name its plugin, those of what it is wrapped around pass.
+    """Do what ``bind`` does, and name the plugin in errors of the wrap itself; errors from further in pass unchanged.
 
     Args:
-        within: code of what lies innermost.
+        within: code of the innermost function.
 
     Raises:
         PluginFailed: from the wrap's own error, or if it returned something else than the point allows.
@@ -119,7 +123,7 @@ def code_of(function: Any) -> CodeType | None:
 
 
 def _codes() -> frozenset[CodeType]:
-    """Of all functions that bind makes."""
+    """The code objects of the functions that ``bind`` and ``bind_owned`` make."""
     nothing = OwnedWrap(_codes, Owner("", "", "", ""), "")
     return frozenset(c for f in (bind(_codes, _codes), bind_owned(nothing, _codes, None, False)) if (c := code_of(f)))
 

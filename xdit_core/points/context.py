@@ -1,4 +1,8 @@
-"""What a call of the denoiser carries with it, frozen; and where modules inside the denoiser find it."""
+"""What is known about the running call of the denoiser: its step, branch, token layout and patch.
+
+Wraps find it as ``ForwardContext``, a frozen record, in what they are called with. Modules inside the denoiser get only
+the model's own arguments, so they read it from ``Running``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from xdit_core.points.branches import Branches, BranchState
 
 @dataclass
 class HeadCheck:
-    """Whether the head was given rows without numbers beside those of the patch; one for each call that is checked."""
+    """Result of the check of one call: whether the head got rows of NaN beside the rows of the patch."""
 
     given_nan: bool = False
 
@@ -36,10 +40,10 @@ class ForwardContext:
         patch: the patch that is computed, None for the whole picture.
         latents: which rows of the latents are true: ``all``, those of the ``patch``, or ``none`` because the rows come
             from another rank behind the embedding.
-        shape_known: the shape of the prediction is known, so that the head need not run for it.
+        shape_known: the shape of the prediction is known, so that the head need not run to find it.
         shape_only: only the shape of the prediction is wanted, and the blocks are left out.
-        check_embedding: it must be seen that the embedding works on each row alone.
-        check_head: the same of the head; None if that is known.
+        check_embedding: this call checks that the embedding works on each row alone.
+        check_head: this call checks the same for the head, and the result goes here; None if it is known already.
     """
 
     number: int = 0

@@ -1,7 +1,7 @@
-"""What a wrap may return at each extension point: what the model's own code would, in shape and kind.
+"""Checks what wraps pass on and return: it must have the type and the shape that the model's own code has there.
 
-A wrap that forgets ``return``, or returns rows of another number, would otherwise give a picture that is wrong without
-a word.
+Without these checks, a wrap that forgets ``return`` or returns too few rows could give a wrong picture and no error.
+Each check returns what is wrong as words for a message, or "".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Check = Callable[[Any, Any], str]
 
 
 def contract(rank: Rank, point: str, level: str, owner: bool) -> Check:
-    """What is wrong with the result of a wrap: a function of what it was called with and what it returned.
+    """Return the check for the results of wraps at a level; it is called with the argument and the result of the wrap.
 
     Args:
         owner: this rank makes the output of the pipeline.
@@ -37,7 +37,7 @@ def contract(rank: Rank, point: str, level: str, owner: bool) -> Check:
 
 
 def given_contract(point: str) -> Callable[[tuple[Any, ...]], str]:
-    """What is wrong with what a wrap calls its inner with."""
+    """Return the check for the arguments with which a wrap calls its inner."""
     wanted: type = {
         "attention": AttentionCall,
         "trunk": Rows,
@@ -66,7 +66,7 @@ def given_contract(point: str) -> Callable[[tuple[Any, ...]], str]:
 
 
 def kind(value: Any) -> str:
-    """A value in words."""
+    """Describe a value in words."""
     if value is None:
         return "None (is a `return` missing?)"
     if isinstance(value, torch.Tensor):

@@ -27,7 +27,7 @@ class ForwardCall:
         latents: ``[B, C, h, w]``; may be a patch tensor.
         rest: every other argument given, by name.
         context: what is known of the call.
-        on_other_ranks: other ranks compute the result; only its shape is wanted here.
+        on_other_ranks: only other ranks compute the result; this one needs its shape.
     """
 
     latents: torch.Tensor

@@ -37,7 +37,7 @@ class Rows:
         text: text rows ``[B, t, D]`` (t may be 0), None if the model has no text in its trunk or is done with it.
         rest: the other arguments of a block.
         context: of the call of the denoiser.
-        block_range: indices of all blocks of the list, or lists, that run.
+        block_range: indices of all blocks that this trunk stands for, on all stages.
         skips: the tokens behind earlier blocks that later ones take again, by the index of the block that gave them.
     """
 
@@ -57,7 +57,7 @@ RunTrunk = Callable[[Rows], Rows | None]
 
 
 class NothingHere(Exception):
-    """Leaves the denoiser's forward behind the trunk: this rank holds nothing for the head to work on."""
+    """Raised to leave the denoiser's forward behind the trunk, when this rank holds no rows for the head."""
 
 
 class Selector:
