@@ -74,11 +74,11 @@ class ModelError(XditError):
 
 
 class GuardError(XditError):
-    """An attention call did not go through the engine: the result would have been wrong without a word."""
+    """An attention call did not go through the engine, so the result would have been wrong."""
 
 
 class UnsupportedCall(XditError):
-    """The pipeline passed the denoiser an argument that the engine cannot honour."""
+    """The pipeline called the denoiser in a way that the engine cannot compute."""
 
 
 class RequestCancelled(XditError):
@@ -92,8 +92,8 @@ class RequestCancelled(XditError):
 
 
 class LockstepError(XditError):
-    """Ranks that must do the same have come to different collectives, or to none."""
+    """Ranks that must enter the same collective have entered different ones, or only some have entered one."""
 
 
 class LazyError(XditError):
-    """A patch tensor was used in a way that cannot be right."""
+    """A patch tensor was used in a way that would give wrong values."""

@@ -144,7 +144,7 @@ def owner_of(plan: Plan, rank: int) -> int:
 
 def idle(latents: Any) -> bool:
     """Whether this rank never has the values of these latents, and so may have run ahead of those that compute them."""
-    return isinstance(latents, PatchTensor) and not latents.world.evaluates
+    return isinstance(latents, PatchTensor) and not latents.placement.evaluates
 
 
 def evaluated(latents: Any) -> torch.Tensor | None:

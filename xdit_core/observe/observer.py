@@ -2,7 +2,7 @@
 
 Everything that happens on a rank is told to one observer: ``rank.observer``. The progress line, the heartbeat, the
 trace, what ``verify`` records and whatever a plugin returns from ``xdit_observe`` are observers, and several of them
-are combined into one. An observer looks, and changes nothing: it gets no result into its hands to replace.
+are combined into one. An observer only watches: it cannot replace a result.
 
 Without torch, so that the module of a plugin can define its observer at the top.
 """
@@ -53,9 +53,9 @@ class Sending:
         channel: name of the channel.
         axis: of the mesh.
         peer: the rank that it goes to.
-        number: tells it from the other messages of the channel; with the ranks it finds the `Awaited` of the peer.
+        number: distinguishes it from other messages of the channel. The `Awaited` of the peer has the same number.
         size: bytes.
-        what: what of the channel it is, "" for most.
+        what: kind of the message, if the channel has several kinds; else "".
     """
 
     channel: str
@@ -69,8 +69,8 @@ class Sending:
 class Observer:
     """Watches one rank; every method does nothing until a subclass says what it does.
 
-    ``point``, ``block`` and ``rows`` are settled when the engine is built: what nobody wants to see has no code in the
-    hot path.
+    Whether ``point``, ``block`` and ``rows`` are called is decided when the engine is built. What no observer watches
+    costs nothing in a run.
 
     Attributes:
         sees_every_wait: strategies then wait for a result where it arrives rather than where it is used, so that each

@@ -30,7 +30,7 @@ class Status:
     """What a rank is doing.
 
     Args:
-        phase: what it is at, one of `Phase` or a word of a plugin.
+        phase: one of `Phase`, or a word that a plugin chose.
         detail: what the phase is about: the component that is loaded, the file that is written.
         step, steps: the step of the pipeline that runs, counted from 1, and how many there are; 0 outside the steps.
         waiting_for: what it waits for, "" while it works itself.

@@ -1,7 +1,7 @@
-"""Point-to-point messages between ranks: sends never block, receives are posted ahead, every handle is waited for.
+"""Messages from one rank to another: sends never block, receives are posted ahead, every handle is waited for.
 
-What a message is names it: the call of the denoiser, the patch, and which part of the patch. So it does not matter in
-which order two ranks come to evaluate what they send and receive.
+A message is named by the call of the denoiser, the patch, and the part of the patch that it carries. So two ranks may
+send and receive in different orders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xdit_core.parallel.rank import Rank
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a message is.
+    """The name of a message, by which the receiver finds it.
 
     Args:
         call: ``ForwardContext.number`` of the call of the denoiser that it belongs to, which stands for job, step and
@@ -35,13 +35,13 @@ class Message:
 
 
 class Channel:
-    """Point-to-point messages in one direction; sends never block, every handle is waited for.
+    """Sends messages between two ranks in one direction. Sends never block, and every handle is waited for.
 
     Args:
         rank: this rank.
-        group: a communicator in which nothing goes the other way.
-        name: for the count of bytes.
-        axis: to which its waits belong, by default that of its name.
+        group: a process group that is used for no messages in the other direction.
+        name: under which the bytes sent are counted.
+        axis: the axis of the mesh that its waits belong to, by default the one called ``name``.
     """
 
     def __init__(self, rank: Rank, group: dist.ProcessGroup | None, name: str, axis: str = "") -> None:
@@ -94,10 +94,10 @@ class Channel:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Around a call of the pipeline: behind one that went through wait for every handle.
+        """Return a context manager to put around a job (one call of the pipeline). At the end it waits for all handles.
 
-        Behind one that failed nothing is waited for, as the other rank may be gone; the handles are kept until the next
-        job, because a send whose handle is dropped before the other rank receives is never delivered.
+        After a job that failed nothing is waited for, as the other rank may be gone. The handles are kept until the
+        next job, because a send whose handle is dropped before the other rank receives is never delivered.
         """
         self.forget()
         yield
@@ -117,7 +117,11 @@ class Channel:
 
 
 class Receive:
-    """A posted receive; ``message``: channel, source and number."""
+    """A message that is being received.
+
+    Args:
+        message: channel, source rank and number, for observers.
+    """
 
     def __init__(
         self, channel: Channel, work: Any, buffer: torch.Tensor, device: torch.device, message: tuple[str, int, int]

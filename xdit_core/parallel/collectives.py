@@ -16,14 +16,14 @@ from xdit_core.parallel.rank import Rank
 def gather_parts(
     mine: torch.Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup | None, async_op: bool = False
 ) -> tuple[list[torch.Tensor], Any]:
-    """The parts of all ranks of a group, which may differ in size along one dim.
+    """Gather the parts of all ranks of a group. The parts may differ in size along one dim.
 
     Args:
         mine: the part of this rank.
-        sizes: of each rank's part along ``dim``, in the order of the group.
-        dim: along which the parts differ.
-        group: over which they are gathered.
-        async_op: do not wait; the parts are right once the handle was waited for.
+        sizes: sizes of the parts along ``dim``, in the order of the ranks of the group.
+        dim: the dim along which the parts differ.
+        group: the process group, None for this rank alone.
+        async_op: do not wait. The parts have values once the handle has been waited for.
 
     Returns:
         The parts, and a handle, which must be kept until it was waited for; None if this call has waited.
@@ -41,13 +41,13 @@ def gather_parts(
 
 
 class CollectiveWatch(TorchDispatchMode):
-    """Sees the collectives that another library makes: counts what they send, and says when this rank waits.
+    """Counts the bytes of collectives that another library makes, and tells the observer when this rank waits for them.
 
     Args:
         rank: this rank.
-        group: over which they go.
-        name: under which their bytes are counted, and the axis to which their waits belong.
-        what: the wait in words.
+        group: the process group of these collectives.
+        name: under which their bytes are counted, and the axis that their waits belong to.
+        what: what is waited for, in words.
     """
 
     def __init__(self, rank: Rank, group: dist.ProcessGroup | None, name: str, what: str) -> None:

@@ -226,7 +226,7 @@ class PatchTensor(torch.Tensor):
 
 
 def patchwise(fn: Callable[..., torch.Tensor], x: torch.Tensor, *more: Any) -> torch.Tensor:
-    """``fn(x, *more)``, patch by patch and lazily if ``x`` is a patch tensor.
+    """Return ``fn(x, *more)``; if ``x`` is a patch tensor, ``fn`` is called for each patch when it is needed.
 
     Args:
         fn: works on each row on its own and keeps their number; other dims may change. Must not write to its
@@ -246,7 +246,7 @@ def patchwise(fn: Callable[..., torch.Tensor], x: torch.Tensor, *more: Any) -> t
 
 
 def materialized(x: Any) -> Any:
-    """``x`` with every patch tensor in it, also in nested lists, tuples and dicts, replaced by its plain tensor."""
+    """Return ``x`` with each patch tensor in it (also in lists, tuples and dicts) replaced by its plain tensor."""
     return tree_map_only(PatchTensor, PatchTensor.materialize, x)
 
 

@@ -23,7 +23,7 @@ class PatchPlacement:
         self.materialized: Counter[str] = Counter()
 
     def materialize(self, tensor: PatchTensor) -> torch.Tensor:
-        """The whole value of a patch tensor, in memory that nothing else refers to."""
+        """Return the whole value of a patch tensor, in memory that nothing else refers to."""
         return torch.cat([tensor.patch(m) for m in range(tensor.patches)], dim=tensor.patched_dim)
 
     def report(self, op: str) -> None:

@@ -17,7 +17,11 @@ Span = tuple[int, int]
 
 
 def even_bounds(total: int, parts: int) -> tuple[int, ...]:
-    """Boundaries of ``parts`` ranges of ``total`` items whose sizes differ by one at most, larger ones first."""
+    """Divide ``total`` items into ``parts`` ranges whose sizes differ by one at most, larger ones first.
+
+    Returns:
+        The ``parts + 1`` boundaries, from 0 to ``total``.
+    """
     size, rest = divmod(total, parts)
     return tuple(i * size + min(i, rest) for i in range(parts + 1))
 
@@ -75,18 +79,18 @@ def join(spans: Sequence[Span]) -> tuple[Span, ...]:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Who owns which tokens, for one size of picture and text.
+    """Says which tokens belong to which patch and shard, for one size of picture and text.
 
     Args:
         frames, rows, columns: the token grid.
         text: text tokens that go through the blocks (0 if none do).
-        patches: cuts in time.
-        shards: parts of every patch, over ranks.
+        patches: number of patches, which are computed one after another or on different ranks.
+        shards: number of parts of every patch, one for each rank that shares the tokens.
         text_first: the text's rows precede the picture's in joint attention.
         padding_tokens: rows that the denoiser adds behind those of the picture; they belong to the last patch.
         unit: rows that stay in one patch.
-        weight: text tokens that count when patches are cut, if not those that are there; ranks with other texts cut
-            alike.
+        weight: number of text tokens that is assumed when patches are cut, so that calls with shorter texts are cut in
+            the same way; ``text`` if it is None.
     """
 
     rows: int

@@ -64,7 +64,7 @@ class AttentionCall:
 
 
 def refuse_mask(call: AttentionCall, who: str) -> None:
-    """Masks that are not about keys alone cannot be divided without knowing what they mean.
+    """Refuse an attention call with a mask that differs between queries, since such a mask cannot be divided.
 
     Raises:
         UnsupportedCall: the call has such a mask or is causal.

@@ -19,7 +19,7 @@ class Job:
     Args:
         prompt: what to draw.
         index: which of the request's prompts.
-        numbers: which of its pictures; picture ``i`` has the seed ``RunSettings.seed_of(i)``, whoever draws it.
+        numbers: which of its pictures. Picture ``i`` has the seed ``RunSettings.seed_of(i)`` on every rank.
     """
 
     prompt: str
@@ -29,7 +29,7 @@ class Job:
 
 @dataclass
 class Output:
-    """What one prompt gave.
+    """The result of one prompt.
 
     Args:
         index, numbers: as of the job.
@@ -92,7 +92,7 @@ def alone(job: Job) -> tuple[Job, ...]:
 
 
 def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
-    """The jobs that make pictures ``start`` to ``stop`` of all the pictures, counted through."""
+    """Return the jobs for pictures ``start`` to ``stop``, counted over the pictures of all jobs."""
     shared, counted = [], 0
     for job in jobs:
         low, high = max(start - counted, 0), min(stop - counted, len(job.numbers))
@@ -103,11 +103,11 @@ def share(jobs: Iterable[Job], start: int, stop: int) -> tuple[Job, ...]:
 
 
 def joined(outputs: Iterable[Output], in_turn: bool = False) -> list[Output]:
-    """One output for each prompt, its pictures in order, from outputs that came in parts.
+    """Merge outputs that are parts of the output of one prompt; return one output for each prompt, pictures in order.
 
     Args:
-        in_turn: the parts were made one after the other, so that their times add up; else at once, and the longest
-            counts.
+        in_turn: the parts were made one after the other, so their times are added. Otherwise they were made at the
+            same time, and the longest counts.
     """
     result: list[Output] = []
     for part in sorted(outputs, key=lambda o: (o.index, o.numbers.start)):

@@ -30,7 +30,7 @@ from xdit_core.points.context import ForwardContext, Running
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What flows through the trunk.
+    """The tokens on their way through the trunk, which its wraps get and return.
 
     Args:
         tokens: picture rows ``[B, n, D]``.
@@ -38,7 +38,7 @@ class Rows:
         rest: the other arguments of a block.
         context: of the call of the denoiser.
         block_range: indices of all blocks that this trunk stands for, on all stages.
-        skips: the tokens behind earlier blocks that later ones take again, by the index of the block that gave them.
+        skips: tokens that earlier blocks returned and later blocks take again, by the index of the earlier block.
     """
 
     tokens: torch.Tensor
@@ -61,7 +61,7 @@ class NothingHere(Exception):
 
 
 class Selector:
-    """Takes and puts back rows by spans; index tensors are made once for each set of spans."""
+    """Takes rows out of a tensor by spans and puts them back. Index tensors are made once for each set of spans."""
 
     def __init__(self) -> None:
         self._indices: dict[tuple[tuple[Span, ...], torch.device], torch.Tensor] = {}
@@ -330,11 +330,11 @@ def keep_parts(block: nn.Module, into: nn.Module, names: Sequence[str]) -> None:
 
 
 class Absent(nn.Module):
-    """Stands for a block that another stage holds.
+    """A placeholder for a block that another stage holds.
 
     Attributes:
-        names: of the submodules that the block has.
-        arguments: of its forward.
+        names: names of the submodules of the block.
+        arguments: names of the arguments of its forward.
     """
 
     def __init__(self, block: nn.Module, kept: Sequence[str] = ()) -> None:

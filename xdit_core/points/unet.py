@@ -37,7 +37,9 @@ class PatchExchange(Protocol):
 
 
 def share_between_patches(denoiser: nn.Module, exchange: PatchExchange) -> None:
-    """Let the layers of a U-Net share what they must, in the phase ``adapt``; their weights are not touched.
+    """Change a U-Net so that it can compute one patch of the picture; used in the phase ``adapt``.
+
+    Its layers then exchange with the other patches what they need of them. Their weights are not changed.
 
     Raises:
         ModelError: a layer of a kind that cannot be cut into patches.

@@ -25,8 +25,8 @@ class Registry:
     """The plugins of one plan. Two registries share nothing.
 
     Args:
-        extra: plugins that are not installed, by name: for tests and for plugins that are being written.
-        extra_models: adapters that are not installed, likewise.
+        extra: plugins that are not installed, by name, such as those of tests.
+        extra_models: adapters that are not installed, by name.
     """
 
     def __init__(
