@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from xdit_core.checkpoints.model_facts import facts
-from xdit_core.engine.loading import Change, Part, fill
-from xdit_core.engine.quiet import quiet
+from xdit_core.engine.loading import Change, Part, fill, quiet
 from xdit_core.engine.tensors import ModuleTensors
 from xdit_core.errors import PlanRefused
 from xdit_core.model_spec import ModelSpec

@@ -9,8 +9,10 @@ loader of diffusers is not used, because it fills tensors that a checkpoint lack
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,6 @@ from xdit_core.checkpoints.model_facts import INDEX, components
 from xdit_core.checkpoints.weights import read_json
 from xdit_core.engine.components import another_shape, check_filled, first_line, lacking, load_components
 from xdit_core.engine.lora import Delta, Deltas, load_loras
-from xdit_core.engine.quiet import quiet
 from xdit_core.engine.tensors import FileTensors, Tensors
 from xdit_core.errors import ModelError
 from xdit_core.model_spec import ModelSpec
@@ -34,6 +35,30 @@ from xdit_core.points.adapter_check import check_adapter
 from xdit_core.points.trunk import Absent
 
 Change = Callable[[nn.Module], None]
+LOGGERS = ("diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence libraries while a pipeline is loaded, and restore their settings afterwards."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name in LOGGERS:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            for library in bars:
+                library.disable_progress_bar()
+            yield
+        finally:
+            for library in bars:
+                library.enable_progress_bar()
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
 
 @dataclass(frozen=True)
