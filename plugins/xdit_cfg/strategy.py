@@ -44,7 +44,7 @@ class Guidance:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Around a call of the pipeline."""
+        """Surround a job: at its end, wait for all messages."""
         with self.here.job(), self.there.job():
             yield
 
@@ -138,19 +138,19 @@ class Guidance:
         return call.but(latents=call.latents[start:stop], rest=rest)
 
     def gather(self, mine: torch.Tensor, message: Message) -> torch.Tensor:
-        """``[B/2, ...]`` to ``[B, ...]``."""
+        """Exchange predictions ``[B/2, ...]``; return both as ``[B, ...]``."""
         other = self.post(mine, message)
         self.there.send(mine, self.peer, message)
         halves = [other.wait(), mine]
         return torch.cat(halves[:: -1 if self.index == 0 else 1])
 
     def send(self, mine: torch.Tensor, message: Message) -> torch.Tensor:
-        """A prediction that the other rank needs as well."""
+        """Send a prediction, which the other rank needs as well; return it."""
         self.there.send(mine, self.peer, message)
         return mine
 
     def receive(self, blank: torch.Tensor, message: Message) -> torch.Tensor:
-        """A patch of that shape from the other rank."""
+        """Receive a patch of the shape of ``blank`` from the other rank."""
         return self.post(blank, message).wait()
 
     def post(self, like: torch.Tensor, message: Message) -> Receive:

@@ -60,8 +60,8 @@ class Compile:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Around a call of the pipeline: listen to the compiler, and let it make more variants than it would; both hold
-        process-wide."""
+        """Surround a job: listen to the compiler, and let it make more variants than by default. Both act on the whole
+        process."""
         with ExitStack() as stack:
             callback_handler.register_start_callback(self._start)
             stack.callback(callback_handler.remove_start_callback, self._start)

@@ -72,7 +72,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 
 
 def problems_of(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
-    """What is wrong whatever the degrees will be."""
+    """List the problems that do not depend on the degrees."""
     if settings.warmup < 0:
         yield Problem(f"distrifusion.warmup={settings.warmup} is negative", "use 0 or more, 1 is usual")
     most = facts.rows // facts.row_unit
@@ -84,7 +84,7 @@ def problems_of(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
 
 @hookimpl
 def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
-    """What depends on the completed degrees."""
+    """List the problems that depend on the completed degrees."""
     degree = plan.degree("distrifusion")
     if settings.patches is not None and degree not in (1, settings.patches):
         yield Problem(

@@ -1,4 +1,4 @@
-"""What the patches tell each other: of this step in warm-up, of the step before past it."""
+"""Exchanges what patches need of each other: that of the same step in warm-up, later that of the step before."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Exchange:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Around a call of the pipeline: afterwards nothing is on its way."""
+        """Surround a job: at its end, wait for all that is on its way."""
         try:
             yield
             for shared in tuple(self._arriving):
@@ -47,7 +47,7 @@ class Exchange:
             self._arriving.clear()
 
     def shared(self, context: ForwardContext, key: Any) -> Shared:
-        """What is shared under a key in the branch of a call."""
+        """Return what is shared under a key in the branch of a call."""
         return context.branch.keep((self, key), Shared)
 
     def keep_whole(self, context: ForwardContext, key: Any, cut: Callable[[], Parts]) -> None:
@@ -56,7 +56,7 @@ class Exchange:
             self.shared(context, key).old = cut()
 
     def parts(self, context: ForwardContext, key: Any, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> Parts:
-        """What this rank computed for its patch, and what it has of the others.
+        """Share what this rank computed for its patch; return this, and what it has of the other patches.
 
         Sends ``mine`` to each of the other ranks; past the warm-up it arrives while they compute.
 
@@ -86,7 +86,7 @@ class Exchange:
         return parts
 
     def wait_for(self, shared: Shared) -> None:
-        """What was sent in the step before is here."""
+        """Wait for what was sent in the step before."""
         if shared.arriving is None:
             return
         (work, _), began = shared.arriving
@@ -96,7 +96,7 @@ class Exchange:
         self._arriving.discard(shared)
 
     def gather(self, mine: torch.Tensor, sizes: Sequence[int], dim: int, name: str) -> list[torch.Tensor]:
-        """The parts of all ranks of this step; ``sizes`` along ``dim``, bytes counted under ``name``."""
+        """Gather the parts that all ranks computed in this step; bytes are counted under ``name``."""
         with self.rank.waiting("the patches of the other ranks", "distrifusion", self.group):
             parts, _ = gather_parts(mine, sizes, dim, self.group)
         self.rank.sent[name] += mine.nbytes * (self.degree - 1)

@@ -18,13 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xdit_core import AttentionCall, RunAttention, UnsupportedCall
 
-Wrap = Callable[[RunAttention, AttentionCall], Any]
+KernelWrap = Callable[[RunAttention, AttentionCall], Any]
 aten = torch.ops.aten
 
 
-def kernel_named(name: str) -> Wrap:
+def kernel_named(name: str) -> KernelWrap:
     """The wrap of a kernel; ``auto`` leaves the choice to torch."""
-    kernels: dict[str, Wrap] = {
+    kernels: dict[str, KernelWrap] = {
         "auto": lambda inner, call: inner(call),
         "flash": partial(torch_kernel, SDPBackend.FLASH_ATTENTION, flash_lse),
         "efficient": partial(torch_kernel, SDPBackend.EFFICIENT_ATTENTION, efficient_lse),

@@ -51,7 +51,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 
 @hookimpl
 def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
-    """What depends on the ranks there are for one picture."""
+    """List the problems that depend on how many ranks work on one picture."""
     ranks = plan.ranks_of_a_picture
     if ranks == 1:
         alone = f", since each of the {plan.world} draws pictures of its own" if plan.world > 1 else ""

@@ -89,7 +89,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
 
 
 def problems_of(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
-    """What is wrong whatever the degrees will be."""
+    """List the problems that do not depend on the degrees."""
     if settings.patches is not None and not 1 <= settings.patches <= facts.rows:
         what = f"pipefusion.patches={settings.patches} does not fit {facts.rows} rows of tokens"
         yield Problem(what, f"use 1 to {facts.rows}")
@@ -112,7 +112,7 @@ def problems_of(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
 
 @hookimpl
 def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Problem]:
-    """What depends on the completed degrees."""
+    """List the problems that depend on the completed degrees."""
     if plan.patches > facts.rows:
         yield Problem(
             f"{plan.patches} patches do not fit {facts.rows} rows of tokens",

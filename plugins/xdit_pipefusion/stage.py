@@ -1,4 +1,4 @@
-"""The trunk of PipeFusion: rows from the stage before, through this rank's blocks, to the stage behind.
+"""The trunk of PipeFusion: receives rows from the stage before, runs this rank's blocks, and sends the result on.
 
 Shapes: rows of picture or text tokens ``[B, n, width]``.
 """
@@ -36,7 +36,7 @@ class Stage:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Around a call of the pipeline: afterwards every message has arrived."""
+        """Surround a job: at its end, wait until every message has arrived."""
         with ExitStack() as stack:
             for channel in reversed(self.channels):
                 stack.enter_context(channel.job())
@@ -77,7 +77,7 @@ class Stage:
         return None
 
     def receive(self, rows: Rows) -> Rows:
-        """The rows that the stage before has computed; and begin to receive those of the next patch."""
+        """Receive the rows that the stage before has computed, and begin to receive those of the next patch."""
         context, before, text = rows.context, self.ranks[self.index - 1], rows.text
         pending = self._next or self.source.receive(rows.tokens, rows.tokens.shape[1], 1, before, self.message(context))
         self._next, tokens = None, pending.wait()
@@ -90,7 +90,7 @@ class Stage:
         return rows.but(tokens=tokens, text=text)
 
     def long_skips(self) -> tuple[list[Link], list[Link], list[Channel]]:
-        """What this stage takes from, and gives to, stages that are not its neighbours; and all channels for it."""
+        """Return the links from and to stages that are not neighbours, for long skips, and all their channels."""
         spec, split, mine = self.rank.spec, self.rank.plan.split, self.rank.blocks
         if spec.trunk.long_skips is None:
             return [], [], []

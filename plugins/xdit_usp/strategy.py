@@ -37,7 +37,7 @@ def build(rank: Rank) -> Built:
 
 
 class Ulysses:
-    """Rows of all ranks and a share of the heads inside, a share of the rows and all heads outside.
+    """Gives each rank all rows of some heads for the attention, and afterwards all heads of its own rows again.
 
     Sends per rank and call: ``4 x B x S/N x H x D`` elements less the share that stays (queries, keys, values, output).
     """
@@ -107,12 +107,12 @@ class Ulysses:
         return received.view(self.degree, b, h, mine, d).movedim(0, 1).reshape(b, self.degree * h, mine, d)
 
     def count(self, x: torch.Tensor) -> None:
-        """What leaves this rank: all but its own share."""
+        """Count the bytes that leave this rank: all but its own share."""
         self.rank.sent["ulysses"] += x.nbytes * (self.degree - 1) // self.degree
 
 
 class Ring:
-    """Keys and values go around; partial results are merged by their log-sum-exp, in float32.
+    """Passes keys and values from rank to rank, and merges partial results by their log-sum-exp, in float32.
 
     Sends per rank and call: ``2 x B x S/N x H x D`` elements at each of ``N - 1`` hops, while the kernel works.
     """
@@ -179,7 +179,7 @@ class Gather:
         return out.but(tokens=whole)
 
     def in_order(self, context: ForwardContext, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Rows by shard to rows by position."""
+        """Sort rows that are ordered by shard into the order of the picture."""
         layout = context.layout
         if context.patch is not None or layout.patches == 1:
             return torch.cat(parts, dim=1)

@@ -77,11 +77,11 @@ def scheduler_named(name: str, current: Any) -> Any:
 
 
 class StepLoop:
-    """What the pipeline's loop calls after each step, or goes through.
+    """Takes the place of the progress bar that the pipeline iterates over, or whose ``update`` it calls each step.
 
     Args:
-        steps: what it goes through, None if it calls `update` instead.
-        total: how many there are, if ``steps`` is None.
+        steps: what the pipeline iterates over, None if it calls `update` instead.
+        total: the number of steps, if ``steps`` is None.
         before: called before each step, with the number of steps that are done; leaves the pipeline by an exception.
         progress: called with ``(step, steps)`` after each step.
         observer: told the status.

@@ -17,22 +17,22 @@ class Tensors(Protocol):
     """Named tensors that are read one by one, whole or in part."""
 
     def names(self) -> Iterable[str]:
-        """All that there are."""
+        """Return the names of all tensors."""
 
     def computed(self) -> Iterable[str]:
-        """Buffers that are in no checkpoint and are to be taken over nevertheless."""
+        """Return the names of buffers that are in no checkpoint and are taken over nevertheless."""
 
     def origin(self, name: str) -> str:
-        """The file or module that holds it, for messages."""
+        """Return the file or module that holds a tensor, for messages."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, without reading it."""
+        """Return the shape of a tensor without reading it."""
 
     def read(self, name: str, where: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """It, or the slice of it; the storage may be that of its owner, so it must not be written to."""
+        """Return a tensor, or a slice of it. It may share memory with its owner, so it must not be written to."""
 
     def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
-        """What it is to become here."""
+        """Return the dtype that a tensor gets on this rank."""
 
 
 class FileTensors:
@@ -60,7 +60,7 @@ class FileTensors:
         self._files.close()
 
     def names(self) -> Iterable[str]:
-        """All that there are."""
+        """Return the names of all tensors."""
         return self._holders.keys()
 
     def computed(self) -> Iterable[str]:
@@ -107,7 +107,7 @@ class ModuleTensors:
         return self._tensors.keys()
 
     def computed(self) -> Iterable[str]:
-        """Those that the module keeps out of checkpoints."""
+        """Return the names of buffers that the module keeps out of checkpoints."""
         return self._computed
 
     def origin(self, name: str) -> str:
@@ -115,11 +115,11 @@ class ModuleTensors:
         return f"the given {self._name}"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape."""
+        """Return the shape of a tensor."""
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str, where: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """It, or a view of it."""
+        """Return a tensor, or a view of it."""
         tensor = self._tensors[name].detach()
         return tensor if where is None else tensor[where]
 

@@ -303,14 +303,14 @@ def _infer(call: Callable[..., Any], operands: Sequence[Any], lead: PatchTensor)
 
 
 def _rows(x: Any, lead: PatchTensor, start: int, stop: int) -> Any:
-    """What a patch needs of an operand."""
+    """Return the part of an operand that a patch needs."""
     if isinstance(x, PatchTensor):
         return x._cell(start, stop)
     return x.narrow(lead.patched_dim, start, stop - start) if _has_rows(x, lead) else x
 
 
 def _has_rows(x: Any, lead: PatchTensor) -> bool:
-    """Has a tensor the patched dim?"""
+    """Whether a tensor has the patched dim."""
     return isinstance(x, torch.Tensor) and x.ndim >= -lead.patched_dim and x.shape[lead.patched_dim] == lead.bounds[-1]
 
 
@@ -338,7 +338,7 @@ def _open(x: Any) -> Any:
 
 
 def _any_lazy(values: Any) -> bool:
-    """Is there a patch tensor that is not materialized, in nested sequences too?"""
+    """Whether there is a patch tensor that is not materialized, also in nested sequences."""
     for x in values:
         if isinstance(x, PatchTensor):
             if x._plain() is None:
@@ -445,7 +445,7 @@ def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """In place: the tensor takes over the cells of the same operation out of place."""
+    """Run an operation in place: run it out of place, and let the tensor take over the cells of the result."""
     x, name = args[0] if args else None, func._schema.name.removeprefix("aten::")
     written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if not isinstance(x, PatchTensor) or not name.endswith("_") or written != ["self"]:

@@ -92,7 +92,7 @@ def arguments_of_block(stream: Stream, made: bool) -> Iterator[tuple[str, str]]:
 
 
 def wrong_arguments(named: Iterable[tuple[str, str]], module: nn.Module) -> Iterator[Mistake]:
-    """Those arguments that a module's forward does not have; "" stands for none."""
+    """Return the arguments that a module's forward does not have; "" stands for none."""
     parameters = inspect.signature(module.forward).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return  # it passes on arguments that its signature does not name
@@ -140,7 +140,7 @@ def stream_field(spec: ModelSpec, stream: Stream) -> str:
 
 
 def wrong_names(field: str, patterns: Iterable[str], names: set[str]) -> Iterator[Mistake]:
-    """Those patterns that match no name of a submodule."""
+    """Return the patterns that match no name of a submodule."""
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             known = {re.sub(r"\.\d+\b", ".*", name) for name in names if name}

@@ -39,7 +39,7 @@ class BranchState:
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def keep(self, key: Any, make: Callable[[], Kept]) -> Kept:
-        """What is kept under a key in this job; made on first use.
+        """Return what is kept under a key in this job; it is made on first use.
 
         Args:
             key: hashable; begins with the object that owns it, as ``(self, block)``, or with the name of the plugin, so

@@ -103,8 +103,10 @@ def bind_owned(
 
 
 def raised_by(error: Exception, within: CodeType | None) -> bool:
-    """Whether an error that came out of a wrap was raised further in: by the innermost code or another wrap, which then
-    named itself."""
+    """Whether an error that came out of a wrap was raised further in, by the innermost code or by another wrap.
+
+    Another wrap has then been named already.
+    """
     trace = error.__traceback__.tb_next if error.__traceback__ else None
     while trace is not None:
         code = trace.tb_frame.f_code

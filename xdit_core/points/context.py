@@ -23,7 +23,7 @@ class HeadCheck:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What is known of one call of the denoiser by the pipeline, or of one patch of it.
+    """Facts about one call of the denoiser by the pipeline, or about one patch of such a call.
 
     Args:
         number: counts the calls by the pipeline; the patches of a call share it. It is the same on all ranks that work
@@ -81,7 +81,9 @@ class ForwardContext:
 
 @dataclass
 class Running:
-    """What runs at this moment, for modules inside the denoiser: the model calls them with its own arguments only.
+    """The call and the block that run at this moment, for modules inside the denoiser.
+
+    The model calls these modules with its own arguments only.
 
     Args:
         context: of the call of the denoiser; written by the forward point.
@@ -93,7 +95,7 @@ class Running:
 
 
 class JobState:
-    """What is counted over one call of the pipeline: branches, steps, calls of the denoisers.
+    """Counters of one job, which is one call of the pipeline: branches, steps, calls of the denoisers.
 
     Attributes:
         pictures: that this call of the pipeline makes.

@@ -104,7 +104,7 @@ class ForwardPoint:
             embedding.clear()
 
     def base(self, call: ForwardCall) -> torch.Tensor:
-        """The model's own forward; where this rank holds nothing of its result, a tensor of the right shape and no
+        """Run the model's own forward. If this rank holds nothing of the result, return a tensor of its shape without
         values."""
         key, context = (call.latents.shape, call.latents.dtype), call.context
         if call.on_other_ranks:
@@ -137,7 +137,7 @@ class ForwardPoint:
         return whole
 
     def shape_of(self, call: ForwardCall) -> tuple[torch.Size, torch.dtype]:
-        """What a prediction for these latents looks like: embedding and head are run, the blocks are not."""
+        """Find shape and dtype of the prediction for these latents; embedding and head are run, the blocks are not."""
         blank = call.latents.new_zeros(call.latents.shape)
         out = self.original(call.but(latents=blank, context=call.context.but(shape_only=True)))
         return out.shape, out.dtype
@@ -168,7 +168,7 @@ class ForwardPoint:
         return (part, context.layout, context.patch) in self._row_local
 
     def checked(self, context: ForwardContext, prediction: torch.Tensor) -> None:
-        """Remember what was checked and found right.
+        """Note that the embedding or the head passed its check.
 
         Raises:
             UnsupportedCall: rows beside the patch came into it.
@@ -187,7 +187,7 @@ class ForwardPoint:
             self._row_local.add(("head", context.layout, context.patch))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline calls; same signature and result as the denoiser's own."""
+        """Take the place of the denoiser's own forward, with the same arguments and result."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         as_dict = given.pop("return_dict", True)
         for name, reason in self.spec.unsupported.items() if self._trunk else ():

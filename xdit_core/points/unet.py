@@ -25,15 +25,15 @@ Parts = dict[int, torch.Tensor]  # by patch
 
 
 class PatchExchange(Protocol):
-    """What a strategy brings: it carries what layers share from patch to patch."""
+    """The exchange between patches that a strategy brings for the layers of a U-Net."""
 
     rank: Rank
 
     def keep_whole(self, context: ForwardContext, key: Any, cut: Callable[[], Parts]) -> None:
-        """The whole picture was computed; ``cut`` gives the parts of each patch, if they are wanted later."""
+        """Note that the whole picture was computed; ``cut`` returns the parts of each patch, if they are needed."""
 
     def parts(self, context: ForwardContext, key: Any, mine: torch.Tensor, sizes: Sequence[int], dim: int) -> Parts:
-        """A patch was computed, and this is its part; what there is of all patches, ``sizes`` long along ``dim``."""
+        """Share the computed part of a patch; return the parts of all patches, ``sizes`` long along ``dim``."""
 
 
 def share_between_patches(denoiser: nn.Module, exchange: PatchExchange) -> None:
@@ -85,7 +85,7 @@ class SharingLayer(ABC):
 
     @abstractmethod
     def cut(self, x: torch.Tensor, context: ForwardContext) -> Parts:
-        """What each patch of a whole picture shares."""
+        """Return what each patch of a whole picture shares with the others."""
 
     @abstractmethod
     def compute(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -97,7 +97,7 @@ class ActivationLayer(SharingLayer):
 
     @abstractmethod
     def share(self, x: torch.Tensor) -> torch.Tensor:
-        """What a patch shares with the others."""
+        """Return what a patch shares with the others."""
 
     def cut(self, x: torch.Tensor, context: ForwardContext) -> Parts:
         """What each patch of a whole picture shares."""
