@@ -75,10 +75,11 @@ class Reporter(Observer):
     def step_latents(self, step: int, latents: torch.Tensor) -> None:
         """Report a preview, if this is one of the steps that are shown."""
         before, self._latents = self._latents, latents
-        if not self._previews or self._job is None or step >= self._steps or self.engine is None:
+        last = self._steps - 2  # the steps behind it are told when the picture is nearly there
+        if self._job is None or self.engine is None or not 0 < step <= last:
             return
-        shown = min(self._previews, self._steps - 1)
-        if step * (shown + 1) // self._steps == (step - 1) * (shown + 1) // self._steps:
+        shown = min(self._previews, last)
+        if step * (shown + 1) // (last + 1) == (step - 1) * (shown + 1) // (last + 1):
             return
         clean = denoised(latents, before, self._sigmas(), step)
         for i, number in enumerate(self._job.numbers):
@@ -99,7 +100,9 @@ class Reporter(Observer):
         if output.latents is not None:
             from safetensors.torch import save
 
-            data = base64.b64encode(save({"latents": output.latents.cpu().contiguous()})).decode()
+            # numpy, with which the parts of several ranks are joined, has no bfloat16
+            latents = output.latents.float() if output.latents.dtype == torch.bfloat16 else output.latents
+            data = base64.b64encode(save({"latents": latents.cpu().contiguous()})).decode()
             numbers = [output.numbers.start, output.numbers.stop]
             self.tell("latents", prompt=output.index, numbers=numbers, safetensors=data, seconds=seconds)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import sys
 import threading
 import time
@@ -157,17 +158,10 @@ class Gang:
         """
         chosen = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         request = GangRequest(chosen, checked(self.plan, chosen, settings), previews)
-        run = self.plan.run
-        seeds = convert("seed", request.settings.get("seed", run.seed), tuple[int, ...])
-        images = int(request.settings.get("images", run.images))
-        job = Job(
-            str(next(self._ids)),
-            request,
-            tuple(seeds) if len(seeds) > 1 else tuple(seeds[0] + i for i in range(images)),
-        )
+        job = Job(str(next(self._ids)), request, seeds_of(self.plan, request.settings), self._look)
         with self._wake:
             if self._state == "ended" or self._stop:
-                raise GangEnded(str(self._error or "the gang is closed; make a new one."))
+                raise GangEnded(*(self._error.args if self._error else ("the gang is closed; make a new one.",)))
             self._queue.append(job)
         self._look()
         return job
@@ -190,7 +184,7 @@ class Gang:
     # has started them, and a caller's thread may be short-lived.
 
     def _run(self) -> None:
-        cause: str | None = None
+        cause: list[str] = []
         try:
             with (
                 run_folder(self.plan, ["xdit_launcher.Gang"]) as folder,
@@ -205,7 +199,7 @@ class Gang:
             self._end(XditError(f"{type(error).__name__}: {error}"))
             raise
         else:
-            self._end(GangEnded(cause) if cause else None)
+            self._end(GangEnded(*cause) if cause else None)
 
     def _end(self, error: XditError | None) -> None:
         with self._wake:
@@ -218,13 +212,13 @@ class Gang:
             if error is None or job.cancel_wanted:
                 job.add("cancelled", error=RequestCancelled("the gang was closed."))
             else:
-                job.add("failed", error=GangEnded(str(error)))
+                job.add("failed", error=GangEnded(*error.args))
 
-    def _serve(self, ranks: StartedRanks, watch: Watch) -> str | None:
+    def _serve(self, ranks: StartedRanks, watch: Watch) -> list[str]:
         """Pass requests on until the gang is closed.
 
         Returns:
-            The report of what ended the ranks, None if nothing did.
+            The lines of the report of what ended the ranks, none if nothing did.
         """
         ready: set[int] = set()
         answer: Answer | None = None
@@ -241,7 +235,7 @@ class Gang:
                     self._wake.notify_all()
             statuses = ranks.statuses()
             if cause := watch.look(ranks.statuses, idle=self._state == "ready" and answer is None):
-                return "\n".join(ranks.report(cause))
+                return ranks.report(cause)
             if answer is not None:
                 if answer.job.cancel_wanted or self._stop:
                     answer.cancel(ranks)
@@ -249,10 +243,10 @@ class Gang:
                     answer.finish()
                     answer = None
                 elif answer.torn():
-                    return "\n".join(ranks.report(answer.cause(statuses)))
+                    return ranks.report(answer.cause(statuses))
             if self._stop and answer is None:
                 farewell(ranks)
-                return None
+                return []
             if answer is None and self._state == "ready":
                 answer = self._next(ranks)
 
@@ -355,6 +349,16 @@ def checked(plan: Plan, prompts: Sequence[Any], settings: Mapping[str, Any]) -> 
     kinds = fields_of(RunSettings)
     values = without_random({k: v for k, v in settings.items() if v is not None})
     converted = {k: convert(k, v, kinds[k]) if k in kinds else v for k, v in values.items()}
+    if "call" in converted:  # as text, so that the ranks check the types of values as on the command line
+        call = converted["call"]
+        if not isinstance(call, Mapping):
+            raise UsageError(f"call={call!r:.60} is not a mapping; write call={{'name': value}}.")
+        try:
+            converted["call"] = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in call.items()}
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"call= holds something that cannot be sent to the ranks ({error}); give numbers, words, lists or None."
+            ) from error
     return {k: list(v) if isinstance(v, tuple) else v for k, v in converted.items()}
 
 
