@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xdit_launcher.backends.base import Backend
 
 
+SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "python_multipart")  # of the extra ``serve``
 COMMAND_LINE = "xdit.command_line"  # of the words, in what click keeps for a call
 
 
@@ -283,6 +284,42 @@ def verify(
                 chosen, values, on, lambda plan: stack.enter_context(run_folder(plan, ctx.meta[COMMAND_LINE]))
             )
         )
+
+
+@cli.command(cls=RunCommand)
+@shared
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--data", default="serve-data", show_default=True, metavar="DIR", help="Where jobs and results are kept.")
+@click.option("--keys", metavar="FILE", help="Keys of clients, one a line; or the variable XDIT_API_KEYS.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    /,
+    host: str,
+    port: int,
+    data: str,
+    keys: str | None,
+    words: tuple[str, ...],
+    plugins: tuple[str, ...],
+    config: str | None,
+    backend: str | None,
+    **options: str | None,
+) -> None:
+    """Answer requests over HTTP with ranks that stay: OpenAI's API of pictures and videos, and one of our own.
+
+    Settings of the server are written serve.queue=100; see the page on serving.
+    """
+    chosen, values, on = parse_request(words, plugins, config, backend, options)
+    if values.get("prompt") or values.get("prompts"):
+        raise UsageError("serve takes no prompt, clients send theirs; leave it out.")
+    try:
+        from xdit_launcher.serve import command
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in SERVE_PACKAGES:
+            raise
+        raise UsageError(f"serve needs {error.name}; install it: pip install 'xdit[serve]'.") from error
+    ctx.exit(command.serve(chosen, values, on, host, port, data, keys))
 
 
 @cli.command(cls=RunCommand)

@@ -55,6 +55,17 @@ def test_the_page_of_settings_has_a_row_for_every_setting():
     assert shown >= {f"model.{name}" for name in fields_of(ModelSettings)}
 
 
+def test_the_page_on_serving_has_a_row_for_every_setting_and_field():
+    fields = pytest.importorskip("xdit_launcher.serve.api.native").JobRequest.model_fields
+    pictures = pytest.importorskip("xdit_launcher.serve.api.openai_api").ImageRequest.model_fields
+    from xdit_launcher.serve.limits import ServeSettings
+
+    page = (DOCS / "use" / "serving.md").read_text(encoding="utf-8")
+    shown = {name for row in re.findall(r"^\| ([^|]*) \|", page, re.M) for name in re.findall(r"`([a-z_.0-9]+)`", row)}
+    assert shown >= {f"serve.{name}" for name in fields_of(ServeSettings)}
+    assert shown >= set(fields) and shown >= set(pictures)
+
+
 PAGES = sorted(p for p in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 
 

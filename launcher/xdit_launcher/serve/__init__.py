@@ -1,0 +1,1 @@
+"""A service over HTTP: jobs in a store, one gang that answers them, and the faces in front. Without torch."""
