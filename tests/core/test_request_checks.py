@@ -45,7 +45,8 @@ def engine(tiny_sd3_folder):
         ({"call": {"latents": torch.zeros(3, 4, 8, 8)}}, "must be a tensor of the noise of 1 pictures"),
         ({"call": "x"}, "call=x is not a mapping"),
         ({"model": "emoji"}, "generate does not take model"),
-        ({"scheduler": "DDIMScheduler"}, "generate does not take scheduler"),
+        ({"scheduler": "DDIMScheduler"}, "DDIMScheduler"),
+        ({"scheduler": "NoScheduler"}, "NoScheduler"),
     ],
 )
 def test_a_sentence_and_the_engine_goes_on(engine, changes, said):
@@ -53,6 +54,20 @@ def test_a_sentence_and_the_engine_goes_on(engine, changes, said):
         engine.generate("a red fox", **changes)
     assert said in str(refused.value)
     assert engine.generate("a red fox", steps="1").latents.shape == (1, 4, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_a_scheduler_for_one_request(engine, tiny_sd3_folder, name):
+    """It is that of an engine whose plan names it, and the next request has the engine's own again."""
+    before = engine.generate("a red fox", seed=3).latents
+    other = engine.generate("a red fox", seed=3, scheduler=name).latents
+    assert torch.equal(engine.generate("a red fox", seed=3).latents, before)
+    with Engine(plan_for([], str(tiny_sd3_folder), {"steps": 2, "scheduler": name})) as fresh:
+        assert torch.equal(fresh.generate("a red fox", seed=3).latents, other)
+        assert torch.equal(
+            fresh.generate("a red fox", seed=3, scheduler="FlowMatchEulerDiscreteScheduler").latents, before
+        )
+    assert not torch.equal(before, other)
 
 
 @pytest.mark.parametrize("prompt", [None, 5, ["a red fox", None]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,18 +63,46 @@ def without_texts(arguments: Mapping[str, Any], more: Mapping[str, Any]) -> dict
     return {name: value for name, value in arguments.items() if name not in replaced}
 
 
-def scheduler_named(name: str, current: Any) -> Any:
-    """Make a scheduler of another class with the configuration of the current one.
+class Schedulers:
+    """The scheduler of a pipeline, which the plan or a request may replace by one of another class.
+
+    Args:
+        pipe: the pipeline, with the scheduler of its checkpoint.
+        name: class that the plan names, None for that of the checkpoint.
 
     Raises:
         PlanRefused: diffusers has no such class, or it does not fit what the model predicts.
     """
-    import diffusers
 
-    problems = check_scheduler(name, {**current.config, "_class_name": type(current).__name__})
-    if problems:
-        raise PlanRefused(problems)
-    return getattr(diffusers, name).from_config(current.config)
+    def __init__(self, pipe: Any, name: str | None) -> None:
+        self._pipe = pipe
+        self._own: Any = getattr(pipe, "scheduler", None)
+        if name is not None:
+            pipe.scheduler = self._named(name)
+
+    @contextmanager
+    def of_request(self, name: str | None) -> Iterator[None]:
+        """Use another scheduler inside the block; None leaves that of the plan.
+
+        Raises:
+            PlanRefused: as of the class.
+        """
+        before = getattr(self._pipe, "scheduler", None)
+        if name is not None:
+            self._pipe.scheduler = self._named(name)
+        try:
+            yield
+        finally:
+            if name is not None:
+                self._pipe.scheduler = before
+
+    def _named(self, name: str) -> Any:
+        import diffusers
+
+        problems = check_scheduler(name, {**self._own.config, "_class_name": type(self._own).__name__})
+        if problems:
+            raise PlanRefused(problems)
+        return getattr(diffusers, name).from_config(self._own.config)
 
 
 class StepLoop:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from xdit_core.checkpoints.model_facts import INDEX
 from xdit_core.checkpoints.weights import read_json
-from xdit_core.engine.calling import StepLoop, call_arguments, call_values, scheduler_named, without_texts
+from xdit_core.engine.calling import Schedulers, StepLoop, call_arguments, call_values, without_texts
 from xdit_core.engine.cancellation import Cancellation, Cancelled, evaluated, store_of_group
 from xdit_core.engine.clock import Clock, seconds_of
 from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
@@ -134,8 +134,7 @@ class Engine:
         else:
             pipe = adopt_pipeline(spec, pipe, self.rank.blocks, where, early, loras)
         self.pipe = self.rank.pipe = pipe
-        if plan.run.scheduler:
-            self.pipe.scheduler = scheduler_named(plan.run.scheduler, self.pipe.scheduler)
+        self._schedulers = Schedulers(self.pipe, plan.run.scheduler)
         for change in self._transforms(set(PHASES) - BEFORE_VALUES - AFTER_WEAVING):
             change(self.pipe)
         self._weave(spec)
@@ -321,7 +320,8 @@ class Engine:
         self._cancellation.begin(cancelled)
         calls = self._state.calls
         try:
-            with Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext():
+            lockstep = Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext()
+            with lockstep, self._schedulers.of_request(run.scheduler):
                 outputs = self._run(Request(jobs, run, more))
         except BaseException as error:
             refused = isinstance(error, (XditError, ValueError, TypeError)) and self._state.calls == calls
@@ -394,10 +394,9 @@ class Engine:
                 output.failure = RequestCancelled(CANCELLED)
             if self._cancellation.ended():
                 output.failure = RequestCancelled(CANCELLED)
-        last = evaluated(self._cancellation.latents) if self._shows and output.failure is None else None
-        if last is not None:
-            self.rank.observer.step_latents(self._state.step, last)
-        self._cancellation.forget()
+            last = evaluated(self._cancellation.latents) if self._shows and output.failure is None else None
+            if last is not None:
+                self.rank.observer.step_latents(self._state.step, last)
         phases = self._clock.phases()
         self.rank.observer.job_done(job, phases)
         output.seconds, output.slow = seconds_of(phases, self.rank.seconds), dict(self.rank.slow)
@@ -419,6 +418,7 @@ class Engine:
     def _forget_job(self) -> None:
         """Drop the tensors of a job."""
         self._state.clear()
+        self._cancellation.forget()
         self.rank.running.context = ForwardContext()
         for point in self.forwards:
             point.clear()

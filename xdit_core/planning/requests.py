@@ -26,9 +26,10 @@ PER_REQUEST = frozenset(
         "seed",
         "output_type",
         "max_sequence_length",
+        "scheduler",
     )
 )
-# Settings that cannot change any more, since the weights are loaded, and that are slow to check.
+# Settings of the plan that were checked when the engine was made, and are slow to check again.
 LOADED = ("lora", "scheduler")
 STRUCTURE = ("split", "patches", "stages", "claims", "wraps", "transforms")
 

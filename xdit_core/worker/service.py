@@ -55,6 +55,10 @@ class Reporter(Observer):
         """
         self.request, self._previews, self._grid = request, previews, grid
 
+    def forget(self) -> None:
+        """Drop what belongs to the request."""
+        self._job, self._latents = None, None
+
     def tell(self, event: str, **more: Any) -> None:
         """Report an event of the request."""
         self.control.send({"id": self.request, "event": event, **more})
@@ -188,3 +192,5 @@ def answer(engine: Engine, control: ControlLink, reporter: Reporter, message: Ma
             raise
     else:
         end("done")
+    finally:
+        reporter.forget()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from click.testing import Result
@@ -22,7 +23,10 @@ from PIL import Image
 from helpers.launcher import FAULTY, slurm_cluster
 from helpers.launcher.cluster import Cluster, cluster, missing
 from helpers.launcher.slurm_cluster import slurm
+from xdit_core import RequestCancelled
 from xdit_core.testing.beats import step_of
+from xdit_launcher import Gang
+from xdit_launcher.gang.job import GangEnded
 
 USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
 SMALL = ("model=emoji", "device=cpu", "steps=3", "red heart")
@@ -56,6 +60,37 @@ def xdit(
 
 def pixels(path: Path) -> bytes:
     return Image.open(path).tobytes()
+
+
+@pytest.mark.slow
+def test_a_gang_over_two_hosts(hosts: Cluster, tmp_path: Path) -> None:
+    """Requests, events, a cancelled one, and a rank of the other host that is killed."""
+    settings = {"model": "emoji", "device": "cpu", "threads": 1, "usp.ulysses": 2, "usp.ring": 1}
+    settings["runs"] = str(tmp_path / "runs")
+    backend = {"ssh.hosts": "alpha:1,beta:1", "ssh.command": str(hosts.ssh)}
+    with Gang(["usp"], {**settings, **backend}, on="ssh") as gang:
+        first = gang.generate("red heart", steps=3)
+        job = gang.submit("red heart", steps=400)
+        next(event for event in job.events(timeout=60) if event.kind == "step")
+        job.cancel()
+        with pytest.raises(RequestCancelled):
+            job.result(timeout=60)
+        assert gang.generate("red heart", steps=3).pictures == first.pictures
+        job = gang.submit("red heart", steps=4000)
+        next(event for event in job.events(timeout=60) if event.kind == "step")
+        worker = next(p for p in psutil.process_iter(["cmdline", "environ"]) if runs_rank(p, 1, tmp_path))
+        worker.kill()
+        with pytest.raises(GangEnded, match=r"rank 1 of 2 on beta failed at"):
+            job.result(timeout=60)
+    with Gang(["usp"], settings) as here:
+        assert here.generate("red heart", steps=3).pictures == first.pictures
+    assert not hosts.left()
+
+
+def runs_rank(process: psutil.Process, rank: int, folder: Path) -> bool:
+    """Whether a process is this rank of a run whose folder is in ``folder``."""
+    words, environ = process.info["cmdline"] or [], process.info["environ"] or {}
+    return str(folder) in " ".join(words) and environ.get("RANK") == str(rank) and "xdit_core.worker" in words
 
 
 @pytest.mark.slow
