@@ -61,7 +61,7 @@ class Dispatcher:
         metrics.gauge("xdit_queue_jobs", "jobs that wait", lambda: float(len(self._queue)))
         metrics.gauge("xdit_running_jobs", "jobs that are drawn", lambda: float(self._current is not None))
         metrics.gauge("xdit_ready", "1 if the ranks answer", lambda: float(self.ready))
-        metrics.gauge("xdit_gang_load_seconds", "time in which the model was loaded", lambda: self.load_seconds)
+        metrics.gauge("xdit_gang_load_seconds", "of the model", lambda: getattr(self._gang, "load_seconds", 0.0))
         waiting = store.recover()
         for job in store.waiting():
             self._queue.add(waiting_of(job))
@@ -77,12 +77,6 @@ class Dispatcher:
         """Whether there is a gang that answers, and new jobs are taken."""
         gang = self._gang
         return gang is not None and gang.alive and not self._draining
-
-    @property
-    def load_seconds(self) -> float:
-        """Time in which the ranks loaded the model, 0 if there are none."""
-        gang = self._gang
-        return 0.0 if gang is None else gang.load_seconds
 
     def accept(
         self, new: NewJob, inputs: tuple[NewFile, ...] = (), watch: Watch | None = None
@@ -265,8 +259,11 @@ class Dispatcher:
             else:
                 self.metrics.count("xdit_gang_starts_total")
                 self.log.write("the ranks are ready", load_seconds=gang.load_seconds)
-                if self._serve(gang):
-                    pause = FIRST_PAUSE
+                try:
+                    if self._serve(gang):
+                        pause = FIRST_PAUSE
+                except Exception as error:  # such as a disk that cannot be read: jobs wait in memory
+                    self.log.unexpected("jobs could not be read", error, pause=pause)
                 if not self._draining:
                     self.metrics.count("xdit_gang_ends_total")
                     self.log.write("the ranks have ended", "error", error=gang.error, pause=pause)
@@ -290,7 +287,11 @@ class Dispatcher:
                     if waiting is None:
                         self._wake.wait(POLL)
                         continue
-                    job = self.store.find(waiting.id)
+                    try:
+                        job = self.store.find(waiting.id)
+                    except sqlite3.Error:
+                        self._queue.add(waiting)
+                        raise
                     if job is None:
                         continue
                     current = self._current = Current(job, waiting.work)
@@ -298,8 +299,11 @@ class Dispatcher:
                     answered = self._answer(gang, current) or answered
                 except Exception as error:  # such as a full disk: the job ends, and the server goes on
                     self.log.unexpected("a job could not be finished", error, job=job.id)
-                    with contextlib.suppress(OSError, sqlite3.Error):
-                        self._end(job.id, FAILED, f"the result could not be stored ({type(error).__name__}).")
+                    reason = f"the result could not be stored ({type(error).__name__})."
+                    try:
+                        self._end(job.id, FAILED, reason)
+                    except (OSError, sqlite3.Error):  # a later server draws it again
+                        self._watchers.tell(job.id, JobEvent(FAILED, {"error": reason, "refused": False}))
                 finally:
                     with self._wake:
                         self._current = None

@@ -168,6 +168,7 @@ class RequestCheck:
             raise ApiError(f"seed must be between 0 and {MOST_SEED - self.limits.images}.", param="seed")
         about = self._plan_for(prompt, asked)
         self._check_numbers(about)
+        asked["images"] = about["images"]  # as many as seeds, if there are several of these
         return CheckedRequest(asked, about)
 
     def _check_text(self, name: str, text: str) -> None:

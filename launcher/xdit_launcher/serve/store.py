@@ -67,7 +67,6 @@ class Store:
             self._db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(SCHEMA)
         except BlockingIOError as error:
             raise UsageError(f"--data {folder} is in use by another server; choose another folder.") from error
@@ -81,9 +80,14 @@ class Store:
             self._mark.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Everything in the block is stored, or nothing."""
+    def _transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Everything in the block is stored, or nothing.
+
+        Args:
+            durable: wait for the disk. Where it may be lost with the machine, the job is drawn again.
+        """
         with self._lock:
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -189,7 +193,7 @@ class Store:
 
     def start(self, id: str) -> None:
         """A job begins to run."""
-        with self._transaction() as db:
+        with self._transaction(durable=False) as db:
             db.execute("UPDATE jobs SET status=?, started=? WHERE id=?", (RUNNING, time.time(), id))
 
     def requeue(self, id: str, blamed: bool) -> None:
@@ -198,7 +202,7 @@ class Store:
         Args:
             blamed: it was drawn when that happened.
         """
-        with self._transaction() as db:
+        with self._transaction(durable=False) as db:
             db.execute("UPDATE jobs SET status=?, tries=tries+? WHERE id=?", (QUEUED, int(blamed), id))
 
     def finish(
@@ -213,7 +217,7 @@ class Store:
     ) -> None:
         """A job has ended; its files are on the disk before the store says so."""
         stored = self._write(id, "results", files)
-        with self._transaction() as db:
+        with self._transaction(durable=False) as db:
             db.execute(
                 "UPDATE jobs SET status=?, ended=?, error=?, refused=?, seconds=? WHERE id=?",
                 (status, time.time(), error, refused, json.dumps(dict(seconds or {})), id),

@@ -58,6 +58,17 @@ def test_ranks_die_the_server_dies_and_every_job_ends(folder, words):
         served.close()
 
 
+def test_a_server_whose_ranks_are_loading_ends_at_once(tmp_path, words):
+    served = Served(tmp_path / "work", *words)
+    with served.http() as client:
+        assert client.get("/health").status_code == 200 and client.get("/ready").status_code == 503
+        assert client.post("/v1/jobs", json={"prompt": "a red fox"}).json()["position"] == 1
+    ranks = wait_for(lambda: ranks_of(served))
+    assert served.end() == 0
+    assert served.events("the server has ended")[-1]["waiting"] == 1
+    wait_for(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks))
+
+
 def check_keys(served: Served, file) -> None:
     """A key opens its own jobs only; a signal lets the server read the keys again."""
     openai = pytest.importorskip("openai")

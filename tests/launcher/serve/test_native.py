@@ -53,6 +53,11 @@ def test_a_job_from_start_to_end(http):
     assert http.get(f"/v1/jobs/{job['id']}").status_code == 404
 
 
+def test_a_picture_for_each_seed(http):
+    id = http.post("/v1/jobs", json={"prompt": "a red fox", "seed": [9, 4, 6]}).json()["id"]
+    assert [item["seed"] for item in ended(http, id)["results"]] == [9, 4, 6]
+
+
 def test_latents(http):
     from safetensors.numpy import load
 
@@ -139,6 +144,8 @@ BODIES = {
     "long number": b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
     "large number": b'{"prompt": "x", "images": 99999999999999999999999}',
     "not a number": b'{"prompt": "x", "guidance": NaN}',
+    "a number too large": b'{"prompt": "x", "guidance": 1' + b"0" * 400 + b"}",
+    "no number in an argument": b'{"prompt": "x", "call": {"mu": Infinity}}',
     "no seed": b'{"prompt": "x", "seed": []}',
     "yes for a number": b'{"prompt": "x", "steps": true}',
     "another type": b'{"prompt": ["x"]}',
@@ -158,16 +165,23 @@ def test_a_wrong_body_gets_a_sentence(http, name):
     assert "Traceback" not in answer.text
 
 
+@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=x", "text/plain", "a/b"])
+def test_a_wrong_form_gets_a_sentence(http, kind):
+    for path in ("/v1/images/edits", "/v1/images/generations", "/v1/jobs"):
+        answer = http.post(path, content=b"--x\r\nhalf", headers={"Content-Type": kind})
+        assert 400 <= answer.status_code < 500 and answer.json()["error"]["message"].endswith(".")
+
+
 def test_what_does_not_exist(http):
-    for method, path in (("GET", "/v1/nothing"), ("PUT", "/v1/jobs"), ("GET", "/v1/jobs/../../etc/passwd")):
+    for method, path in (("GET", "/v1/nothing"), ("PUT", "/v1/jobs"), ("GET", "/v1/jobs/..%2f..%2fetc")):
         answer = http.request(method, path)
         assert answer.status_code in (404, 405) and answer.json()["error"]["message"].endswith(".")
 
 
 def test_pages_of_other_sites_are_kept_out(http):
-    for headers in ({"Origin": "http://example.com"}, {"Host": "example.com"}):
+    for headers in ({"Origin": "http://example.com"}, {"Origin": "null"}, {"Host": "example.com"}, {"Host": "[::1"}):
         answer = http.post("/v1/jobs", json={"prompt": "a red fox"}, headers=headers)
-        assert answer.status_code == 403
+        assert answer.status_code in (400, 403) and answer.json()["error"]["message"].endswith(".")
     assert "access-control-allow-origin" not in http.get("/v1/models").headers
 
 

@@ -58,9 +58,12 @@ def test_what_was_accepted_is_there_after_any_end(tmp_path):
     after.close()
 
 
-def test_writing_waits_for_the_disk(store):
+def test_accepting_waits_for_the_disk(store):
+    id = store.accept(job())[0].id
     assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
     assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    store.start(id)
+    assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 1  # NORMAL
 
 
 def test_a_name_belongs_to_one_job_of_a_key(store):

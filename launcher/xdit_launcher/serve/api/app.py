@@ -109,9 +109,13 @@ class Guard:
 
     def _refusal(self, headers: dict[str, str]) -> ApiError | None:
         """Why a request is not let in: a page of another site that a browser shows may not use this server."""
-        host = urlsplit(f"//{headers.get('host', '')}")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host.netloc:
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}")
+            site = host.netloc if origin is None else urlsplit(origin).netloc
+        except ValueError:
+            return ApiError("the header Host or Origin is no address; correct it.", 400, code="host")
+        if site != host.netloc:
             return ApiError("pages of other sites may not use this server.", 403, code="other_site")
         if not self._server.keys.needed and not is_loopback(host.hostname or self._host):
             return ApiError(

@@ -59,7 +59,9 @@ class JobRequest(Strict):
     )
     output_type: Literal["image", "latent"] | None = Field(None, description="latent gives a safetensors file")
     max_sequence_length: int | None = Field(None, ge=0, description="the most text tokens of the T5 encoder")
-    call: dict[str, int | float | bool] | None = Field(None, description="arguments of the pipeline in serve.call=")
+    call: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
+        None, description="arguments of the pipeline in serve.call="
+    )
     format: Literal["png", "jpeg", "webp"] | None = Field(None, description="of pictures")
     compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     previews: int = Field(0, ge=0, le=MOST_PREVIEWS, description="previews of each picture among the events")
