@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from helpers.guidance import ASKED, SCHEDULES
 from xdit_core import Engine, Observer, RequestCancelled
 from xdit_core.testing.runs import plan_for
 
@@ -25,9 +26,17 @@ class Steps(Observer):
 
 
 def cancelled_then_drawn(
-    names: Sequence[str], folder: str, values: Mapping[str, Any], asked_at: int, prompts: Sequence[str]
+    names: Sequence[str],
+    folder: str,
+    values: Mapping[str, Any],
+    asked_at: int,
+    prompts: Sequence[str],
+    schedule: str = "",
 ) -> tuple[int, bool, bool]:
     """On every rank: cancel a request at the ``asked_at``-th checkpoint of the owner, then answer another one.
+
+    Args:
+        schedule: how guidance changes while the request runs, see ``helpers.guidance``.
 
     Returns:
         Steps made of the cancelled request, whether it ended early, and whether the latents of the next request equal
@@ -43,8 +52,12 @@ def cancelled_then_drawn(
 
     plan = plan_for(names, folder, values)
     engine, was_cancelled = Engine(plan, observer=steps), False
+    call: dict[str, Any] = {}
+    if schedule:
+        engine.pipe._callback_tensor_inputs = ASKED
+        call = {"callback_on_step_end": SCHEDULES[schedule], "callback_on_step_end_tensor_inputs": ASKED}
     try:
-        engine.generate_all(prompts, cancelled=cancelled)
+        engine.generate_all(prompts, cancelled=cancelled, call=call)
     except RequestCancelled:
         was_cancelled = True
     count = steps.count

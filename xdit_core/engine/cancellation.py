@@ -1,25 +1,31 @@
 """End a request early, at the same step on all ranks that work on a picture together.
 
-Before each step, every rank passes a checkpoint. The rank that owns the picture asks whether to go on. If not, it
-writes into a store that all ranks read: the request ends two checkpoints further on. Then it computes its step. No rank
-can come to that checkpoint without what the owner has computed in the step after the decision, so by then the decision
-is there to be read, and no collective is needed. It holds for PipeFusion too, whose stages are at different steps: a
-rank that runs ahead of the others waits at each checkpoint for the latents of the step before the last.
+Before each step, every rank passes a checkpoint. At its own checkpoint ``c``, before it computes, the rank that owns
+the picture says through a store whether checkpoint ``c + 2`` may be passed or ends the request; every other rank reads
+that word before it passes. So nobody can have passed the checkpoint at which a request ends, and no collective is
+needed. A rank waits for the word only if it is two steps ahead of the owner: a stage of PipeFusion never is, but a rank
+that has nothing to compute while guidance is off would be.
+
+It cannot come to a deadlock. What the owner needs of a rank to come to its checkpoint ``c`` was sent in steps before
+``c``; and a rank that waits at checkpoint ``c + 2`` has evaluated, and therefore sent, everything of these steps.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from xdit_core.errors import XditError
 from xdit_core.parallel.patch_tensor import PatchTensor
 from xdit_core.plan import Plan
 
-AHEAD = 2  # checkpoints from the decision to the end
+AHEAD = 2  # checkpoints from the owner's word to where it holds
+KEPT = 8  # requests whose words stay in the store, for ranks that are behind
+GO_ON, END = b"go on", b"end"
 
 
 class Cancelled(Exception):
@@ -34,16 +40,23 @@ class Cancellation:
         rank: number of this rank.
         store: read and written by all ranks; None if the plan has one rank.
         shows: the latents of a step are wanted even if the request cannot be cancelled.
+        waiting: makes a context that is entered while this rank waits for what is said in words.
     """
 
-    def __init__(self, plan: Plan, rank: int, store: Any = None, shows: bool = False) -> None:
-        self._shows = shows
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        store: Any = None,
+        shows: bool = False,
+        waiting: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext(),
+    ) -> None:
         self.owner, self.alone = owner_of(plan, rank), plan.ranks_of_a_picture == 1
-        self.decides, self._store = rank == self.owner, store
+        self.decides, self._store, self._shows, self._waiting = rank == self.owner, store, shows, waiting
         self._asked: Callable[[], bool] | None = None
         self._requests, self._checkpoints = 0, 0
         self._end: int | None = None
-        self._written = ""
+        self._written: deque[list[str]] = deque()  # keys of the last requests
         self._latents: tuple[Any, Any] = (None, None)  # of the last step, and of the one before
 
     def begin(self, asked: Callable[[], bool] | None) -> None:
@@ -56,6 +69,11 @@ class Cancellation:
         self._asked, self._checkpoints, self._end = asked, 0, None
         self._requests += 1
         self.forget()
+        if asked is not None and self.decides and self._store is not None:
+            self._written.append([])
+            if len(self._written) > KEPT:
+                for key in self._written.popleft():
+                    self._store.delete_key(key)
 
     def forget(self) -> None:
         """Drop the latents of a call of the pipeline."""
@@ -79,59 +97,38 @@ class Cancellation:
 
         Raises:
             Cancelled: the request ends here.
-            XditError: this rank is further than the decision, so that the others cannot end where it does.
         """
         if self._asked is None and not self._shows:
             return None
         last, before = self._latents
         self._latents = (last, last)
         complete = evaluated(before)
-        if self._asked is None:
-            return complete
-        if self.decides:
-            self._decide(self._asked)
-        else:
-            self._read()
-        here, self._checkpoints = self._checkpoints, self._checkpoints + 1
-        if self._end is not None and here >= self._end:
-            if here > self._end and not self.alone and not idle(last):
-                raise XditError(
-                    f"the request was cancelled at checkpoint {self._end}, which this rank had passed ({here}); start "
-                    "the ranks again, and report this as a mistake of xdit."
-                )
-            raise Cancelled
+        if self._asked is not None:
+            here, self._checkpoints = self._checkpoints, self._checkpoints + 1
+            if self._ends_at(here, self._asked):
+                raise Cancelled
         return complete
 
-    def ended(self) -> bool:
-        """Whether the request has ended early; asked behind a call of the pipeline.
-
-        A rank that had nothing to compute may have come to the end of the loop where the others left it.
-        """
-        if self._asked is None:
-            return False
-        if not self.decides:
-            self._read()
-        return self._end is not None and self._checkpoints > self._end
-
-    def _decide(self, asked: Callable[[], bool]) -> None:
-        if self._end is not None or not asked():
-            return
+    def _ends_at(self, here: int, asked: Callable[[], bool]) -> bool:
+        """Whether the request ends at this checkpoint; the owner says whether it ends at a later one."""
         if self.alone or self._store is None:
-            self._end = self._checkpoints
-            return
-        self._end = self._checkpoints + AHEAD
-        if self._written:
-            self._store.delete_key(self._written)
-        self._written = self._key
-        self._store.set(self._written, str(self._end))
+            return asked()
+        if not self.decides:
+            if here < AHEAD:
+                return False
+            with self._waiting(f"rank {self.owner} to say whether the request goes on"):
+                word: bytes = self._store.get(self._key(here))
+            return word == END
+        if self._end is None:
+            ends = asked()
+            key = self._key(here + AHEAD)
+            self._store.set(key, END if ends else GO_ON)
+            self._written[-1].append(key)
+            self._end = here + AHEAD if ends else None
+        return here == self._end
 
-    def _read(self) -> None:
-        if self._end is None and self._store is not None and self._store.check([self._key]):
-            self._end = int(self._store.get(self._key))
-
-    @property
-    def _key(self) -> str:
-        return f"cancelled/{self.owner}/{self._requests}"
+    def _key(self, checkpoint: int) -> str:
+        return f"{self.owner}/{self._requests}/{checkpoint}"
 
 
 def owner_of(plan: Plan, rank: int) -> int:
@@ -142,15 +139,12 @@ def owner_of(plan: Plan, rank: int) -> int:
     return owner
 
 
-def idle(latents: Any) -> bool:
-    """Whether this rank never has the values of these latents, and so may have run ahead of those that compute them."""
-    return isinstance(latents, PatchTensor) and not latents.placement.evaluates
-
-
 def evaluated(latents: Any) -> torch.Tensor | None:
     """The values of latents where this rank has them, without an exchange; a patch that is under way is waited for."""
     if isinstance(latents, PatchTensor):
-        rows: torch.Tensor | None = None if idle(latents) else latents.rows(0, latents.bounds[-1])
+        rows: torch.Tensor | None = None
+        if latents.placement.evaluates:
+            rows = latents.rows(0, latents.bounds[-1])
         return rows
     return latents if isinstance(latents, torch.Tensor) else None
 

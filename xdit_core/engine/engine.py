@@ -149,7 +149,9 @@ class Engine:
         self._clock = Clock(device)
         self.broken = False
         self._shows = self.owner and observer.overrides("step_latents")
-        self._cancellation = Cancellation(plan, mesh.rank, store_of_group() if plan.world > 1 else None, self._shows)
+        self._cancellation = Cancellation(
+            plan, mesh.rank, store_of_group() if plan.world > 1 else None, self._shows, self.rank.waiting
+        )
 
     @classmethod
     def from_pretrained(
@@ -391,8 +393,6 @@ class Engine:
             except Cancelled:
                 materialized(self._cancellation.latents)  # as at the end: so all that was sent is received
                 self.pipe.maybe_free_model_hooks()
-                output.failure = RequestCancelled(CANCELLED)
-            if self._cancellation.ended():
                 output.failure = RequestCancelled(CANCELLED)
             last = evaluated(self._cancellation.latents) if self._shows and output.failure is None else None
             if last is not None:
