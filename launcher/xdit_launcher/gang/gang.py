@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from xdit_core.errors import RequestCancelled, UsageError, XditError
@@ -363,10 +362,11 @@ def checked(plan: Plan, prompts: Sequence[Any], settings: Mapping[str, Any]) -> 
 
 
 def seeds_of(plan: Plan, settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """The seeds of the pictures of each prompt of a request."""
-    images = int(settings.get("images", plan.run.images))
-    run = replace(plan.run, seed=tuple(settings.get("seed", plan.run.seed)))
-    return tuple(run.seed_of(i) for i in range(min(images, len(run.seed)) if len(run.seed) > 1 else images))
+    """The seeds of the pictures of each prompt of a request; the ranks refuse a list of another length."""
+    seeds = tuple(settings.get("seed", plan.run.seed))
+    if len(seeds) != 1:
+        return seeds
+    return tuple(seeds[0] + i for i in range(int(settings.get("images", plan.run.images))))
 
 
 def show_progress(job: Job, progress: Callable[[int, int], None] | bool | None) -> None:

@@ -89,6 +89,15 @@ def test_events_tell_the_story(gang: Gang) -> None:
     assert kinds(job) == told and job.status == "done"  # again, from the beginning
 
 
+def test_seeds_count_the_pictures(gang: Gang) -> None:
+    result = gang.generate("a red fox", steps=2, seed=[9, 5])
+    assert [picture.seed for picture in result.pictures] == [9, 5]
+    alone = gang.generate("a red fox", steps=2, seed=[5]).pictures[0]
+    with pytest.raises(RequestFailed, match="seed"):
+        gang.generate("a red fox", seed=[])
+    assert alone.seed == 5 and result.images[1].size == alone.image.size
+
+
 def test_previews_resemble_the_picture(runs: Path) -> None:
     """Once a picture was made, the map from latents to colours is known."""
     with Gang((), {"model": "emoji", "device": "cpu", "runs": str(runs)}) as gang:
