@@ -90,6 +90,9 @@ class RequestCancelled(XditError):
 
     outputs: Sequence[object] = ()
 
+    def __init__(self, sentence: str = "the request was cancelled.") -> None:
+        super().__init__(sentence)
+
 
 class LockstepError(XditError):
     """Ranks that must enter the same collective have entered different ones, or only some have entered one."""

@@ -135,8 +135,14 @@ class Plan(Record):
 
     def owns(self, rank: int) -> bool:
         """Whether the rank has results of its own, which it writes."""
-        coordinates = self.coordinates(rank)
-        return all(coordinates[axis] == 0 for axis in self.picture_axes)
+        return self.owner_of(rank) == rank
+
+    def owner_of(self, rank: int) -> int:
+        """The rank that owns the pictures on which a rank works."""
+        coordinates, owner = self.coordinates(rank), 0
+        for axis in self.axes:
+            owner = owner * (axis.degree or 1) + (coordinates[axis.name] if axis.own_outputs else 0)
+        return owner
 
     @property
     def device(self) -> str:

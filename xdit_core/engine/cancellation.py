@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from xdit_core.parallel.patch_tensor import PatchTensor
-from xdit_core.plan import Plan
+from xdit_core.parallel.placements import evaluated
 
 AHEAD = 2  # checkpoints from the owner's word to where it holds
 KEPT = 8  # requests whose words stay in the store, for ranks that are behind
@@ -36,23 +35,23 @@ class Cancellation:
     """The checkpoints of one rank.
 
     Args:
-        plan: of the engine.
         rank: number of this rank.
-        store: read and written by all ranks; None if the plan has one rank.
+        owner: the rank that owns the pictures on which this one works.
+        store: read and written by all ranks of a picture; None if this rank works on its pictures alone.
         shows: the latents of a step are wanted even if the request cannot be cancelled.
         waiting: makes a context that is entered while this rank waits for what is said in words.
     """
 
     def __init__(
         self,
-        plan: Plan,
         rank: int,
-        store: Any = None,
-        shows: bool = False,
-        waiting: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext(),
+        owner: int,
+        store: Any,
+        shows: bool,
+        waiting: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self.owner, self.alone = owner_of(plan, rank), plan.ranks_of_a_picture == 1
-        self.decides, self._store, self._shows, self._waiting = rank == self.owner, store, shows, waiting
+        self._owner, self._decides = owner, rank == owner
+        self._store, self._shows, self._waiting = store, shows, waiting
         self._asked: Callable[[], bool] | None = None
         self._requests, self._checkpoints = 0, 0
         self._end: int | None = None
@@ -69,7 +68,7 @@ class Cancellation:
         self._asked, self._checkpoints, self._end = asked, 0, None
         self._requests += 1
         self.forget()
-        if asked is not None and self.decides and self._store is not None:
+        if asked is not None and self._decides and self._store is not None:
             self._written.append([])
             if len(self._written) > KEPT:
                 for key in self._written.popleft():
@@ -111,12 +110,12 @@ class Cancellation:
 
     def _ends_at(self, here: int, asked: Callable[[], bool]) -> bool:
         """Whether the request ends at this checkpoint; the owner says whether it ends at a later one."""
-        if self.alone or self._store is None:
+        if self._store is None:
             return asked()
-        if not self.decides:
+        if not self._decides:
             if here < AHEAD:
                 return False
-            with self._waiting(f"rank {self.owner} to say whether the request goes on"):
+            with self._waiting(f"rank {self._owner} to say whether the request goes on"):
                 word: bytes = self._store.get(self._key(here))
             return word == END
         if self._end is None:
@@ -128,25 +127,7 @@ class Cancellation:
         return here == self._end
 
     def _key(self, checkpoint: int) -> str:
-        return f"{self.owner}/{self._requests}/{checkpoint}"
-
-
-def owner_of(plan: Plan, rank: int) -> int:
-    """The rank that owns the pictures on which a rank works."""
-    at, owner = plan.coordinates(rank), 0
-    for axis in plan.axes:
-        owner = owner * (axis.degree or 1) + (0 if axis.name in plan.picture_axes else at[axis.name])
-    return owner
-
-
-def evaluated(latents: Any) -> torch.Tensor | None:
-    """The values of latents where this rank has them, without an exchange; a patch that is under way is waited for."""
-    if isinstance(latents, PatchTensor):
-        rows: torch.Tensor | None = None
-        if latents.placement.evaluates:
-            rows = latents.rows(0, latents.bounds[-1])
-        return rows
-    return latents if isinstance(latents, torch.Tensor) else None
+        return f"{self._owner}/{self._requests}/{checkpoint}"
 
 
 def store_of_group() -> Any:
@@ -160,4 +141,4 @@ def store_of_group() -> Any:
     return dist.PrefixStore(f"xdit-engine-{number}", store)  # type: ignore[attr-defined]
 
 
-__all__ = ["Cancellation", "Cancelled", "evaluated", "owner_of", "store_of_group"]
+__all__ = ["Cancellation", "Cancelled", "store_of_group"]

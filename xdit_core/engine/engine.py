@@ -20,7 +20,7 @@ import torch.distributed as dist
 from xdit_core.checkpoints.model_facts import INDEX
 from xdit_core.checkpoints.weights import read_json
 from xdit_core.engine.calling import Schedulers, StepLoop, call_arguments, call_values, without_texts
-from xdit_core.engine.cancellation import Cancellation, Cancelled, evaluated, store_of_group
+from xdit_core.engine.cancellation import Cancellation, Cancelled, store_of_group
 from xdit_core.engine.clock import Clock, seconds_of
 from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.engine.loading import load_pipeline
@@ -37,6 +37,7 @@ from xdit_core.observe.trace import Trace
 from xdit_core.observe.weaving import watching
 from xdit_core.parallel.mesh import Mesh
 from xdit_core.parallel.patch_tensor import materialized
+from xdit_core.parallel.placements import evaluated
 from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
 from xdit_core.planning.requests import plan_of_request
@@ -60,19 +61,17 @@ BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser
 AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of the strategies
 
 
-class _Elsewhere(Exception):
-    """Raised to leave the pipeline on a rank that does not make the output."""
+class _Left(Exception):
+    """Raised to leave the pipeline before its end.
 
+    Args:
+        latents: the result, if latents were asked for and are complete.
+        failure: why there is no result; None on a rank that does not make it.
+    """
 
-class _Latents(Exception):
-    """Raised to leave the pipeline when its latents are complete."""
-
-
-class _NotFinite(Exception):
-    """Raised to leave the pipeline when its result holds no finite numbers."""
-
-
-CANCELLED = "the request was cancelled."
+    def __init__(self, latents: torch.Tensor | None = None, failure: XditError | None = None) -> None:
+        super().__init__()
+        self.latents, self.failure = latents, failure
 
 
 Progress = Callable[[int, int], None]
@@ -149,9 +148,9 @@ class Engine:
         self._clock = Clock(device)
         self.broken = False
         self._shows = self.owner and observer.overrides("step_latents")
-        self._cancellation = Cancellation(
-            plan, mesh.rank, store_of_group() if plan.world > 1 else None, self._shows, self.rank.waiting
-        )
+        store = store_of_group() if plan.ranks_of_a_picture > 1 else None
+        owner = plan.owner_of(mesh.rank)
+        self._cancellation = Cancellation(mesh.rank, owner, store, self._shows, self.rank.waiting)
 
     @classmethod
     def from_pretrained(
@@ -382,18 +381,9 @@ class Engine:
                     output.latents = self._finite(materialized(result), "the latents")
                 elif self.owner:
                     output.images = list(result)
-            except _Elsewhere:
+            except _Left as left:
                 self.pipe.maybe_free_model_hooks()
-            except _Latents as leaving:
-                self.pipe.maybe_free_model_hooks()
-                (output.latents,) = leaving.args
-            except _NotFinite as leaving:
-                self.pipe.maybe_free_model_hooks()
-                output.failure = XditError(*leaving.args)
-            except Cancelled:
-                materialized(self._cancellation.latents)  # as at the end: so all that was sent is received
-                self.pipe.maybe_free_model_hooks()
-                output.failure = RequestCancelled(CANCELLED)
+                output.latents, output.failure = left.latents, left.failure
             last = evaluated(self._cancellation.latents) if self._shows and output.failure is None else None
             if last is not None:
                 self.rank.observer.step_latents(self._state.step, last)
@@ -431,16 +421,16 @@ class Engine:
         if not self._clock.has("decoding"):  # else the pipeline decodes in parts
             self._clock.mark("denoised", "decoding")
         if self._wants_latents:
-            raise _Latents(latents)
+            raise _Left(latents)
         self.rank.observer.latents(latents)
         if self.decode is None:
             raise UsageError("the pipeline has no VAE to decode with; use output_type=latent.")
         if not self.owner and not self.plan.wraps.get("decode"):
-            raise _Elsewhere
+            raise _Left
         self.rank.observer.status(Status(Phase.DECODING))
         result = self.decode(latents, *args, **kwargs)
         if result is None:
-            raise _Elsewhere
+            raise _Left
         self._finite(result[0] if isinstance(result, tuple) else result.sample, "the decoded picture")
         return result  # on all ranks that decoded: the pipeline may decode in several calls
 
@@ -448,16 +438,17 @@ class Engine:
         """Check that a tensor holds finite numbers, since the picture would otherwise be black.
 
         Raises:
-            _NotFinite: some values are not finite.
+            _Left: some values are not finite.
         """
         if not torch.isfinite(x).all():
             dtype = str(self.rank.dtype).removeprefix("torch.")
             other = "bfloat16 or float32" if self.rank.dtype == torch.float16 else "float32"
             mend = "" if self.rank.dtype == torch.float32 else f"use dtype={other}, or "
-            raise _NotFinite(
+            sentence = (
                 f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take a "
                 "lower guidance, more steps or another scheduler."
             )
+            raise _Left(failure=XditError(sentence))
         return x
 
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> StepLoop:
@@ -473,7 +464,11 @@ class Engine:
 
     def _before_step(self, done: int) -> None:
         """Leave the pipeline if the request is cancelled; else show the latents of the step before the last."""
-        latents = self._cancellation.checkpoint()
+        try:
+            latents = self._cancellation.checkpoint()
+        except Cancelled:
+            materialized(self._cancellation.latents)  # as at the end: so all that was sent is received
+            raise _Left(failure=RequestCancelled()) from None
         if latents is not None and self.owner and done > 1:
             self.rank.observer.step_latents(done - 1, latents)
 

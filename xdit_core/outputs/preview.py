@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xdit_core.parallel.patch_tensor import PatchTensor
+from xdit_core.parallel.placements import evaluated
 
 
 class Preview:
@@ -30,9 +30,7 @@ class Preview:
 
     def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """Show the latents; the pipeline calls this after each step."""
-        last: Any = self._last
-        if isinstance(last, PatchTensor):
-            last = last.rows(0, last.bounds[-1]) if last.placement.evaluates else None
+        last = evaluated(self._last)
         if last is not None and step > 0:
             self.show(step - 1, last)
         self._last = values["latents"]

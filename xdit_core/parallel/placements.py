@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -29,6 +30,19 @@ class PatchPlacement:
     def report(self, op: str) -> None:
         """An operation, say ``aten.mean.default``, is about to materialize a patch tensor."""
         self.materialized[op] += 1
+
+
+def evaluated(latents: Any) -> torch.Tensor | None:
+    """Return the values of latents where this rank has them, without an exchange.
+
+    A patch that is under way is waited for.
+
+    Args:
+        latents: a tensor, a patch tensor or None.
+    """
+    if isinstance(latents, PatchTensor):
+        latents = latents.rows(0, latents.bounds[-1]) if latents.placement.evaluates else None
+    return latents if isinstance(latents, torch.Tensor) else None
 
 
 class LocalPlacement(PatchPlacement):

@@ -40,6 +40,22 @@ def structure_of(plan: Plan) -> dict[str, Any]:
     return {"axes": axes, **{name: getattr(plan, name) for name in STRUCTURE}}
 
 
+def check_names(changes: Mapping[str, Any], what: str) -> None:
+    """Refuse settings that a request cannot change.
+
+    Args:
+        what: takes the settings, for the message.
+
+    Raises:
+        UsageError: names them.
+    """
+    if unknown := sorted(set(changes) - PER_REQUEST - {"call"}):
+        raise UsageError(
+            f"{what} does not take {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other "
+            "arguments of the pipeline in call={...}; the rest is decided by the plan."
+        )
+
+
 def plan_of_request(
     plan: Plan,
     spec: ModelSpec,
@@ -61,12 +77,7 @@ def plan_of_request(
         UsageError: an argument that is unknown or decided by the plan, or of a wrong type.
         PlanRefused: what this model or these strategies cannot do, or what needs an engine of its own.
     """
-    unknown = sorted(set(changes) - PER_REQUEST - {"call"})
-    if unknown:
-        raise UsageError(
-            f"generate does not take {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other "
-            "arguments of the pipeline in call={...}; the rest is decided by the plan."
-        )
+    check_names(changes, "generate")
     if changes.get("seed") == "random" and plan.world > 1:
         raise UsageError("seed=random would be another number on every rank; give all of them the same number.")
     call = changes.get("call") or {}

@@ -141,7 +141,7 @@ def answer_requests(plan: Plan, place: RankEnv, control: int, beat: HeartbeatWri
     from xdit_core.registry.registry import Registry
     from xdit_core.worker.service import Reporter, serve
 
-    reporter = Reporter(link, Registry().model(plan.model)[0].latents.frame_dim)
+    reporter = Reporter(link, plan.owns(place.rank), Registry().model(plan.model)[0].latents.frame_dim)
     engine = Engine(plan, progress=False, observer=combined((beat, reporter)))
     serve(engine, link, reporter, beat)
     engine.close()

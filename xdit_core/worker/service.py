@@ -34,11 +34,12 @@ class Reporter(Observer):
 
     Args:
         control: where to.
+        owner: this rank owns pictures.
         frame_dim: as of ``PreviewMap``.
     """
 
-    def __init__(self, control: ControlLink, frame_dim: int | None = None) -> None:
-        self.control, self.request = control, ""
+    def __init__(self, control: ControlLink, owner: bool, frame_dim: int | None = None) -> None:
+        self.control, self.request, self._owner = control, "", owner
         self.engine: Engine | None = None
         self._previews, self._map = 0, PreviewMap(frame_dim)
         self._grid, self._steps = (1, 1), 1
@@ -66,21 +67,20 @@ class Reporter(Observer):
     def job_started(self, job: Job) -> None:
         """Report that a prompt is encoded."""
         self._job, self._latents = job, None
-        if self.engine is not None and self.engine.owner:
-            self.tell("encoding", prompt=job.index, numbers=[job.numbers.start, job.numbers.stop])
+        if self._owner:
+            self.tell("encoding", prompt=job.index, numbers=bounds(job.numbers))
 
     def step_done(self, step: int, steps: int) -> None:
         """Report a step."""
         self._steps = steps
-        if self.engine is not None and self.engine.owner and self._job is not None:
-            numbers = [self._job.numbers.start, self._job.numbers.stop]
-            self.tell("step", prompt=self._job.index, numbers=numbers, step=step, steps=steps)
+        if self._owner and self._job is not None:
+            self.tell("step", prompt=self._job.index, numbers=bounds(self._job.numbers), step=step, steps=steps)
 
     def step_latents(self, step: int, latents: torch.Tensor) -> None:
         """Report a preview, if this is one of the steps that are shown."""
         before, self._latents = self._latents, latents
         last = self._steps - 2  # the steps behind it are told when the picture is nearly there
-        if self._job is None or self.engine is None or not 0 < step <= last:
+        if self._job is None or not 0 < step <= last:
             return
         shown = min(self._previews, last)
         if step * (shown + 1) // (last + 1) == (step - 1) * (shown + 1) // (last + 1):
@@ -107,8 +107,7 @@ class Reporter(Observer):
             # numpy, with which the parts of several ranks are joined, has no bfloat16
             latents = output.latents.float() if output.latents.dtype == torch.bfloat16 else output.latents
             data = base64.b64encode(save({"latents": latents.cpu().contiguous()})).decode()
-            numbers = [output.numbers.start, output.numbers.stop]
-            self.tell("latents", prompt=output.index, numbers=numbers, safetensors=data, seconds=seconds)
+            self.tell("latents", prompt=output.index, numbers=bounds(output.numbers), safetensors=data, seconds=seconds)
             return
         for i, (number, picture) in enumerate(zip(output.numbers, output.images or (), strict=False)):
             frames = picture if isinstance(picture, list) else [picture]
@@ -123,6 +122,11 @@ class Reporter(Observer):
             if self._latents is not None and i < len(self._latents):
                 self._map.learn(self._latents[i], frames[0], self._grid)
         self._latents = None
+
+
+def bounds(numbers: range) -> list[int]:
+    """The first of some pictures, and the one behind the last, for JSON."""
+    return [numbers.start, numbers.stop]
 
 
 def png(picture: Any) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
-from xdit_launcher.arguments import names_in
 from xdit_launcher.backends.supervise import supervise
 from xdit_launcher.cluster import host_facts
 from xdit_launcher.cluster.fleet import Fleet
@@ -209,10 +208,11 @@ def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -
         actors, names = start_actors(ray, group, plan.world, settings.wait)
         count = Counter(names)
         hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
-        with (
-            Fleet(hosts, lambda i, deliver: ActorConnection(actors[i], i, deliver)) as fleet,
-            started_on(fleet, plan, folder, names_in(settings.env), settings.rdzv or None, serving) as started,
-        ):
+
+        def connect() -> Fleet:
+            return Fleet(hosts, lambda i, deliver: ActorConnection(actors[i], i, deliver))
+
+        with started_on(connect, plan, folder, settings, serving) as started:
             yield started
     finally:
         if group is not None:

@@ -6,15 +6,16 @@ A batch job runs ``python -m xdit_launcher.backends.slurm FOLDER`` with the plan
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,6 @@ from xdit_core.errors import UsageError, XditError
 from xdit_core.filesystem import atomically
 from xdit_core.printable import printable
 from xdit_core.settings import build
-from xdit_launcher.arguments import names_in
 from xdit_launcher.backends.supervise import supervise
 from xdit_launcher.cluster import host_facts, hosts
 from xdit_launcher.cluster.connection import PipeConnection
@@ -191,14 +191,11 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     return supervise(plan, ranks(plan, folder, settings))
 
 
-@contextlib.contextmanager
-def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -> Iterator[StartedOnHosts]:
+def ranks(
+    plan: Plan, folder: Path, settings: Settings, serving: bool = False
+) -> AbstractContextManager[StartedOnHosts]:
     """Start the ranks of a plan on the nodes of this allocation; see `xdit_launcher.cluster.run.started_on`."""
-    with (
-        connect(settings) as fleet,
-        started_on(fleet, plan, folder, names_in(settings.env), settings.rdzv or None, serving) as started,
-    ):
-        yield started
+    return started_on(partial(connect, settings), plan, folder, settings, serving)
 
 
 def connect(settings: Settings) -> Fleet:

@@ -6,17 +6,17 @@ stdin ends it.
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import user_path
-from xdit_launcher.arguments import names_in
 from xdit_launcher.backends.supervise import supervise
 from xdit_launcher.cluster import hosts as machines
 from xdit_launcher.cluster.connection import PipeConnection
@@ -122,14 +122,11 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
     return supervise(plan, ranks(plan, folder, settings))
 
 
-@contextlib.contextmanager
-def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -> Iterator[StartedOnHosts]:
+def ranks(
+    plan: Plan, folder: Path, settings: Settings, serving: bool = False
+) -> AbstractContextManager[StartedOnHosts]:
     """Start the ranks of a plan on the hosts; see `xdit_launcher.cluster.run.started_on`."""
-    with (
-        connect(settings) as fleet,
-        started_on(fleet, plan, folder, names_in(settings.env), settings.rdzv or None, serving) as started,
-    ):
-        yield started
+    return started_on(partial(connect, settings), plan, folder, settings, serving)
 
 
 def explain(code: int, last_lines: Sequence[str], host: str, heard: bool) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xdit_core.errors import UsageError
 from xdit_core.filesystem import write_text
 from xdit_core.records import join_words
 from xdit_core.worker.rendezvous import COLUMNS_VARIABLE
+from xdit_launcher.arguments import names_in
 from xdit_launcher.backends.base import StartedRanks
 from xdit_launcher.cluster import placement
 from xdit_launcher.cluster.checks import check_hosts, variables_to_pass
@@ -31,34 +32,47 @@ if TYPE_CHECKING:
     from xdit_launcher.cluster.fleet import Fleet
 
 
+class FleetSettings(Protocol):
+    """What the settings of a backend with a fleet say of the ranks."""
+
+    @property
+    def env(self) -> str:
+        """Names of variables to pass on, with commas between them."""
+
+    @property
+    def rdzv(self) -> str | None:
+        """``[HOST:]PORT`` at which the ranks meet, "" for any."""
+
+
 @contextlib.contextmanager
 def started_on(
-    fleet: Fleet, plan: Plan, folder: Path, env: Sequence[str] = (), rdzv: str | None = None, serving: bool = False
+    connect: Callable[[], Fleet], plan: Plan, folder: Path, settings: FleetSettings, serving: bool = False
 ) -> Iterator[StartedOnHosts]:
-    """Start the ranks of a plan on a fleet; they end with the context.
+    """Start the ranks of a plan on a fleet; they and the fleet end with the context.
 
     Args:
+        connect: makes the fleet.
         folder: the run folder here; the hosts make one of the same name.
-        env: names of variables to pass on.
-        rdzv: ``[HOST:]PORT`` at which the ranks meet.
+        settings: of the backend.
         serving: the ranks answer requests instead of drawing what the plan says.
 
     Raises:
         UsageError: something would not work; says what, before any rank starts.
     """
-    variables = variables_to_pass(env)
-    write_text(folder / "plan.json", plan.to_json(), "runs")
-    started = StartedOnHosts(fleet, plan, folder)
-    try:
-        with fleet.suspension.installed():
-            facts, problems = check_hosts(fleet, plan)
-            if problems:
-                raise UsageError(*problems)
-            place_ranks(fleet, plan, facts)
-            start_ranks(fleet, plan, folder, variables, rdzv, facts, serving)
-            yield started
-    finally:
-        started.stop()
+    with connect() as fleet:
+        variables = variables_to_pass(names_in(settings.env))
+        write_text(folder / "plan.json", plan.to_json(), "runs")
+        started = StartedOnHosts(fleet, plan, folder)
+        try:
+            with fleet.suspension.installed():
+                facts, problems = check_hosts(fleet, plan)
+                if problems:
+                    raise UsageError(*problems)
+                place_ranks(fleet, plan, facts)
+                start_ranks(fleet, plan, folder, variables, settings.rdzv or None, facts, serving)
+                yield started
+        finally:
+            started.stop()
 
 
 class StartedOnHosts(StartedRanks):

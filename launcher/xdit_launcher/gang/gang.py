@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
+from xdit_core.engine.pretrained import names_of, steps_observer
 from xdit_core.errors import RequestCancelled, UsageError, XditError
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.requests import PER_REQUEST
+from xdit_core.planning.requests import check_names
 from xdit_core.settings import RunSettings, convert, fields_of, without_random
 from xdit_launcher.backends import registry
 from xdit_launcher.gang.job import Event, GangEnded, GangRequest, Job, RequestFailed, Result
@@ -61,8 +61,7 @@ class Gang:
     ) -> None:
         if plan is None:
             backend, values = registry.choose(on, {}, dict(settings or {}))
-            names = [n.strip() for n in plugins.split(",") if n.strip()] if isinstance(plugins, str) else list(plugins)
-            plan = make_plan(names, values, devices=backend.devices())
+            plan = make_plan(names_of(plugins), values, devices=backend.devices())
         if backend is None:
             raise UsageError("a gang of a plan needs the backend that starts its ranks.")
         backend.check(plan)
@@ -134,8 +133,11 @@ class Gang:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         job = self.submit(prompts, **settings)
+        observer = steps_observer(progress, rank=0)
         try:
-            show_progress(job, progress)
+            for event in job.events():
+                if event.kind == "step" and observer is not None:
+                    observer.step_done(event.step, event.steps)
             results = job.result()
         except KeyboardInterrupt:
             job.cancel()
@@ -156,7 +158,7 @@ class Gang:
             GangEnded: the ranks have ended.
         """
         chosen = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        request = GangRequest(chosen, checked(self.plan, chosen, settings), previews)
+        request = GangRequest(chosen, checked(chosen, settings), previews)
         job = Job(str(next(self._ids)), request, seeds_of(self.plan, request.settings), self._look)
         with self._wake:
             if self._state == "ended" or self._stop:
@@ -232,7 +234,6 @@ class Gang:
                 with self._wake:
                     self._state = "ready"
                     self._wake.notify_all()
-            statuses = ranks.statuses()
             if cause := watch.look(ranks.statuses, idle=self._state == "ready" and answer is None):
                 return ranks.report(cause)
             if answer is not None:
@@ -242,7 +243,7 @@ class Gang:
                     answer.finish()
                     answer = None
                 elif answer.torn():
-                    return ranks.report(answer.cause(statuses))
+                    return ranks.report(answer.cause(ranks.statuses()))
             if self._stop and answer is None:
                 farewell(ranks)
                 return []
@@ -261,7 +262,7 @@ class Gang:
                 request = {"request": job.id, "prompts": job.request.prompts, "settings": job.request.settings}
                 ranks.send({**request, "previews": job.request.previews})
                 return Answer(job, self.plan.world)
-            job.add("cancelled", error=RequestCancelled("the request was cancelled."))
+            job.add("cancelled", error=RequestCancelled())
 
 
 class Answer:
@@ -318,7 +319,7 @@ class Answer:
             end = next(iter(failed.values()))
             self.job.add("failed", error=RequestFailed(str(end["error"]), bool(end["refused"])))
         elif self._cancelled or any(end["outcome"] == "cancelled" for end in self.ends.values()):
-            self.job.add("cancelled", error=RequestCancelled("the request was cancelled."))
+            self.job.add("cancelled", error=RequestCancelled())
         else:
             self.job.add("done")
 
@@ -332,7 +333,7 @@ def farewell(ranks: StartedRanks) -> None:
     ranks.finish()
 
 
-def checked(plan: Plan, prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def checked(prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a request, as the ranks take them: what is wrong with them alone is refused here.
 
     Raises:
@@ -340,11 +341,7 @@ def checked(plan: Plan, prompts: Sequence[Any], settings: Mapping[str, Any]) -> 
     """
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
-    if unknown := sorted(set(settings) - PER_REQUEST - {"call"}):
-        raise UsageError(
-            f"a request does not take {', '.join(unknown)}; it takes {', '.join(sorted(PER_REQUEST))}, and other "
-            "arguments of the pipeline in call={...}; the rest is decided by the plan."
-        )
+    check_names(settings, "a request")
     kinds = fields_of(RunSettings)
     values = without_random({k: v for k, v in settings.items() if v is not None})
     converted = {k: convert(k, v, kinds[k]) if k in kinds else v for k, v in values.items()}
@@ -363,34 +360,9 @@ def checked(plan: Plan, prompts: Sequence[Any], settings: Mapping[str, Any]) -> 
 
 def seeds_of(plan: Plan, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The seeds of the pictures of each prompt of a request; the ranks refuse a list of another length."""
-    seeds = tuple(settings.get("seed", plan.run.seed))
-    if len(seeds) != 1:
-        return seeds
-    return tuple(seeds[0] + i for i in range(int(settings.get("images", plan.run.images))))
-
-
-def show_progress(job: Job, progress: Callable[[int, int], None] | bool | None) -> None:
-    """Follow a request to its end, and show its steps.
-
-    Args:
-        progress: as of `Gang.generate`.
-    """
-    wanted = "ipykernel" in sys.modules if progress is None else bool(progress)
-    bar: Any = None
-    with contextlib.ExitStack() as stack:
-        for event in job.events():
-            if event.kind != "step" or not wanted:
-                continue
-            if callable(progress):
-                progress(event.step, event.steps)
-                continue
-            if bar is None:
-                from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-                bar = stack.enter_context(tqdm(total=event.steps))
-            if event.step <= bar.n:
-                bar.reset(total=event.steps)
-            bar.update(event.step - bar.n)
+    run = replace(plan.run, seed=tuple(settings.get("seed", plan.run.seed)))
+    images = int(settings.get("images", run.images)) if len(run.seed) == 1 else len(run.seed)
+    return tuple(map(run.seed_of, range(images)))
 
 
 __all__ = ["Event", "Gang", "GangEnded", "GangRequest", "Job", "RequestFailed", "Result"]

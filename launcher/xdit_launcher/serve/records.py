@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-QUEUED, RUNNING, DONE, FAILED, CANCELLED = STATUSES = ("queued", "running", "done", "failed", "cancelled")
-ENDED = (DONE, FAILED, CANCELLED)
+from xdit_launcher.gang.job import ENDS
+
+DONE, FAILED, CANCELLED = ENDED = ENDS
+QUEUED, RUNNING = "queued", "running"
+STATUSES = (QUEUED, RUNNING, *ENDED)
 
 
 @dataclass(frozen=True)
