@@ -81,7 +81,7 @@ def test_watching_a_scheduler(cls):
     scheduler, steps = cls(), []
     scheduler.set_timesteps(4)
     signature = inspect.signature(scheduler.step)
-    with watched(scheduler, lambda: steps.append(1)):
+    with watched(scheduler, lambda result: steps.append(result)):
         assert isinstance(scheduler, cls) and type(scheduler).__name__ == cls.__name__
         assert inspect.signature(scheduler.step) == signature
         other = copy.deepcopy(scheduler)

@@ -260,7 +260,7 @@ def test_what_waits_is_there_for_the_next_server(setting):
     first.accept()
     first.gang(0, 1)
     attached, waits = first.accept(attached=True), first.accept()
-    threading.Thread(target=first.close).start()
+    threading.Thread(target=first.dispatcher.drain).start()
     until(lambda: first.store.find(attached).status == "cancelled")
     assert "the server is ending" in first.store.find(attached).error
     assert first.store.find(waits).status == "queued"
