@@ -161,12 +161,16 @@ def fill(
 ) -> Any:
     """Replace the denoisers without values by denoisers with values.
 
+    Args:
+        shapes: the denoisers without values, which get them unless LoRA adapters were put onto them.
+
     Raises:
         ModelError: a tensor is missing or has another shape; a LoRA does not fit.
     """
     deltas: dict[str, Deltas] = load_loras(pipe, shapes, loras) if loras else {}
     for name, part in parts.items():
-        pipe.register_modules(**{name: load_part(spec, part, blocks, changes, deltas.get(name, {}))})
+        model = part.make() if loras else shapes[name]
+        pipe.register_modules(**{name: load_part(spec, part, model, blocks, changes, deltas.get(name, {}))})
     return pipe
 
 
@@ -209,15 +213,19 @@ def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, Non
     return absent
 
 
-def load_part(spec: ModelSpec, part: Part, blocks: range, changes: Sequence[Change], deltas: Deltas) -> nn.Module:
+def load_part(
+    spec: ModelSpec, part: Part, model: nn.Module, blocks: range, changes: Sequence[Change], deltas: Deltas
+) -> nn.Module:
     """The denoiser with ``Absent`` in place of the blocks that other stages hold; of a sharded parameter only the shard
     is read.
+
+    Args:
+        model: what the part makes, without values.
 
     Raises:
         ModelError: the adapter does not fit the denoiser; or the source lacks a tensor that this rank needs, or has one
             of another shape.
     """
-    model = part.make()
     check_adapter(spec, model)
     start = 0
     for block_list in spec.trunk.blocks:

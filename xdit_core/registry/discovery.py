@@ -4,6 +4,7 @@ other. Without torch."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -48,7 +49,25 @@ class InstalledPlugins:
 
 
 def installed(group: str) -> InstalledPlugins:
-    """The entry points of a group, by name."""
+    """The entry points of a group, by name; they are read again only where something was installed or removed."""
+    return read_entry_points(group, tuple((folder, changed(folder)) for folder in sys.path))
+
+
+def changed(folder: str) -> int:
+    """When a folder of ``sys.path`` was changed, in nanoseconds; 0 if there is no such folder."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=8)
+def read_entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> InstalledPlugins:
+    """Read the entry points of a group.
+
+    Args:
+        folders: those of ``sys.path`` and when they were changed, by which the result is remembered.
+    """
     plugins: dict[str, list[InstalledPlugin]] = {}
     notices: list[str] = []
     for distribution in metadata.distributions():

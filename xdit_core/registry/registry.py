@@ -36,7 +36,6 @@ class Registry:
         self.manager.add_hookspecs(hookspecs)
         self.extra = dict(extra or {})
         self.extra_models = dict(extra_models or {})
-        self._installed: dict[str, dict[str, list[InstalledPlugin]]] = {}  # by group, looked up once
         self._origins: dict[str, tuple[str, str]] = {}
 
     def installed(self, group: str) -> dict[str, list[InstalledPlugin]]:
@@ -44,9 +43,7 @@ class Registry:
 
         A name that several distributions have stands for all of them; it is refused when it is selected.
         """
-        if group not in self._installed:
-            self._installed[group] = installed(group).plugins
-        return self._installed[group]
+        return installed(group).plugins
 
     def names(self, group: str) -> list[str]:
         """Names that can be selected."""

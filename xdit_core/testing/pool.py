@@ -3,6 +3,7 @@ starts in some milliseconds, where an interpreter of its own would take ten seco
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from xdit_core.testing.loaded import keep_loaded_models
 
 PRELOADED = (
     "xdit_core.testing.runs",
@@ -31,6 +34,8 @@ class PoolError(RuntimeError):
 def serve(link: Connection) -> None:
     """Loop of one worker: join a gloo group, run a function, leave, answer."""
     torch.set_num_threads(1)
+    keep_loaded_models()
+    gc.freeze()  # the libraries: to look through them again and again would take a quarter of the time
     os.environ.setdefault(
         "GLOO_SOCKET_IFNAME", "lo"
     )  # here and not in the parent, whose other children may talk to other machines

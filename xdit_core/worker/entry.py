@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -143,6 +144,7 @@ def answer_requests(plan: Plan, place: RankEnv, control: int, beat: HeartbeatWri
 
     reporter = Reporter(link, plan.owns(place.rank), Registry().model(plan.model)[0].latents.frame_dim)
     engine = Engine(plan, progress=False, observer=combined((beat, reporter)))
+    gc.freeze()  # what stays need not be looked through: with the libraries that would stop a step for a second
     serve(engine, link, reporter, beat)
     engine.close()
     if dist.is_initialized():
@@ -163,6 +165,7 @@ def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folde
 
     write = Writer(plan, rank, progress, beat, folder, files.kept)
     engine = Engine(plan, progress=False, observer=combined((beat, progress, write)))
+    gc.freeze()  # as above
     record = recording(engine.recorder, record_path(folder, rank))
     with record, tracing(engine.trace, engine.rank, folder):
         for output in engine.generate_all(plan.run.prompt, skip=files.skipped(plan)):

@@ -17,5 +17,5 @@ def with_docstrings(module: str, arguments: Sequence[str]) -> None:
     """
     if sys.flags.optimize < 2:
         return
-    os.environ["PYTHONOPTIMIZE"] = "1"
+    os.environ.pop("PYTHONOPTIMIZE", None)  # not 1 either: nothing is compiled for that, and torch takes long
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
