@@ -1,35 +1,25 @@
-"""Real clusters: hosts over ssh, Slurm and Ray on this machine; manifests; and a backend of somebody else's."""
+"""Hosts over ssh on this machine; manifests; and a backend of somebody else's."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from click.testing import Result
-from PIL import Image
 
-from helpers.launcher import FAULTY, slurm_cluster
+from helpers.launcher import FAULTY
 from helpers.launcher.cluster import Cluster, cluster, missing
-from helpers.launcher.slurm_cluster import slurm
+from helpers.launcher.typed import SMALL, USP, pixels, rank_of, xdit
 from xdit_core import RequestCancelled
-from xdit_core.testing.beats import step_of
 from xdit_launcher import Gang
 from xdit_launcher.gang.job import GangEnded
-
-USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
-SMALL = ("model=emoji", "device=cpu", "steps=3", "red heart")
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +28,6 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(missing())
     with cluster(tmp_path_factory.mktemp("hosts"), [FAULTY]) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def slurm_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    if slurm_cluster.missing():
-        pytest.skip(slurm_cluster.missing())
-    with slurm(tmp_path_factory.mktemp("slurm")) as env:
-        yield env
-
-
-def xdit(
-    folder: Path, *words: str, before: tuple[str, ...] = (), env: dict[str, str] | None = None, **more: str
-) -> Any:
-    """The command as a user types it."""
-    command = [*before, sys.executable, "-P", "-m", "xdit_launcher.cli", *words]
-    return subprocess.run(
-        command, cwd=folder, env={**(env or os.environ), **more}, capture_output=True, text=True, timeout=120
-    )
-
-
-def pixels(path: Path) -> bytes:
-    return Image.open(path).tobytes()
 
 
 @pytest.mark.slow
@@ -78,19 +46,12 @@ def test_a_gang_over_two_hosts(hosts: Cluster, tmp_path: Path) -> None:
         assert gang.generate("red heart", steps=3).pictures == first.pictures
         job = gang.submit("red heart", steps=4000)
         next(event for event in job.events(timeout=60) if event.kind == "step")
-        worker = next(p for p in psutil.process_iter(["cmdline", "environ"]) if runs_rank(p, 1, tmp_path))
-        worker.kill()
+        rank_of(tmp_path, 1).kill()
         with pytest.raises(GangEnded, match=r"rank 1 of 2 on beta failed at"):
             job.result(timeout=60)
     with Gang(["usp"], settings) as here:
         assert here.generate("red heart", steps=3).pictures == first.pictures
     assert not hosts.left()
-
-
-def runs_rank(process: psutil.Process, rank: int, folder: Path) -> bool:
-    """Whether a process is this rank of a run whose folder is in ``folder``."""
-    words, environ = process.info["cmdline"] or [], process.info["environ"] or {}
-    return str(folder) in " ".join(words) and environ.get("RANK") == str(rank) and "xdit_core.worker" in words
 
 
 @pytest.mark.slow
@@ -181,138 +142,6 @@ def test_doctor(hosts: Cluster, tmp_path: Path) -> None:
     )
     alone = xdit(tmp_path, "doctor")
     assert alone.returncode == 0 and alone.stdout.endswith("all is well.\n")
-
-
-@pytest.mark.slow
-def test_slurm(slurm_env: dict[str, str], tmp_path: Path) -> None:
-    words = ("--on", "slurm", *USP, *SMALL)
-    inside = xdit(tmp_path, *words, "out=a.png", before=("salloc", "--quiet", "--nodes=2"), env=slurm_env)
-    assert inside.returncode == 0 and inside.stdout.startswith("a.png  "), inside.stderr
-    assert "usp.ulysses=2 spans 2 machines" in inside.stderr
-    outside = xdit(tmp_path, *words, "--nnodes", "2", "slurm.wait=yes", "out=b.png", env=slurm_env)
-    assert outside.returncode == 0 and "batch job" in outside.stderr, outside.stderr
-    (log,) = tmp_path.glob("runs/*/slurm.out")
-    assert "b.png  " in log.read_text()
-    assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
-    shown = xdit(
-        tmp_path, *words, "--nnodes", "2", "--dry-run", "slurm.options=--partition=all --time=5", env=slurm_env
-    ).stdout
-    for part in (
-        "#SBATCH --nodes=2",
-        "#SBATCH --partition=all",
-        "#SBATCH --time=5",
-        "-m xdit_launcher.backends.slurm ",
-    ):
-        assert part in shown
-    unsure = xdit(tmp_path, *(w for w in words if w != "device=cpu"), env=slurm_env)
-    assert unsure.returncode == 2 and "this machine has no GPU and the nodes may have some" in unsure.stderr
-    spaced = xdit(
-        tmp_path, *words, "runs=a folder", "slurm.options=--comment='a b'", "slurm.wait=yes", "out=c.png", env=slurm_env
-    )
-    assert spaced.returncode == 0 and (tmp_path / "c.png").exists(), spaced.stderr
-    refused = xdit(tmp_path, *words, "slurm.options=--partition=none", env=slurm_env)
-    assert refused.returncode == 2 and "Slurm refuses the job" in refused.stderr and "partition" in refused.stderr
-    many = xdit(tmp_path, *words, "--nnodes", "3", before=("salloc", "--quiet", "--nodes=2"), env=slurm_env)
-    assert many.returncode == 2 and "--nnodes 3 but the allocation has 2 nodes" in many.stderr
-
-
-@pytest.mark.slow
-def test_slurm_failures(slurm_env: dict[str, str], tmp_path: Path) -> None:
-    path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    words = ("--on", "slurm", "--plugins", "usp,faulty", "usp.ulysses=2", "faulty.how=kill", "faulty.rank=1", *SMALL)
-    done = xdit(tmp_path, *words, before=("salloc", "--quiet", "--nodes=2"), env=slurm_env, PYTHONPATH=path)
-    assert done.returncode == 137 and "rank 1 of 2 on n2 failed at: step 2 of 3" in done.stderr, done.stderr
-    batch = xdit(tmp_path, *words, "--nnodes", "2", env=slurm_env, PYTHONPATH=path)
-    number = batch.stderr.partition("batch job ")[2].partition(";")[0]
-    folder = max(tmp_path.glob("runs/*"))
-
-    def state() -> str:
-        shown = subprocess.run(["scontrol", "show", "job", number], env=slurm_env, capture_output=True, text=True)
-        return shown.stdout.partition("JobState=")[2].partition(" ")[0]
-
-    command = [sys.executable, "-P", "-m", "xdit_launcher.cli", "--on", "slurm", "slurm.wait=yes"]
-    command += ["model=emoji", "device=cpu", "steps=4000", "a"]
-    long = subprocess.Popen(command, cwd=tmp_path, env=slurm_env, stderr=subprocess.PIPE, text=True)
-    assert long.stderr
-    line = next(text for text in long.stderr if text.startswith("batch job "))
-    long.send_signal(signal.SIGINT)
-    assert "is cancelled" in long.stderr.read() and long.wait(30) == 130
-    queue = ["squeue", "-h", "-j", line.split()[2].strip(";"), "-t", "R,PD"]
-    assert not subprocess.run(queue, env=slurm_env, capture_output=True, text=True).stdout.strip()
-    end = time.monotonic() + 60
-    while state() not in ("FAILED", "COMPLETED", "CANCELLED") and time.monotonic() < end:
-        time.sleep(0.5)
-    assert state() == "FAILED"
-    assert "rank 1 of 2 on n2 failed at: step 2 of 3" in (folder / "slurm.out").read_text()
-
-
-@pytest.mark.slow
-def test_the_agent_of_a_slurm_node_is_killed(slurm_env: dict[str, str], tmp_path: Path) -> None:
-    command = ["salloc", "--quiet", "--nodes=2", sys.executable, "-P", "-m", "xdit_launcher.cli", "--on", "slurm", *USP]
-    command += ["model=emoji", "device=cpu", "steps=4000", "timeout=300", "a"]
-    run = subprocess.Popen(command, cwd=tmp_path, env=slurm_env, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
-    while not all(map(step_of, [*tmp_path.glob("runs/*/rank1.beat")] or [Path(os.devnull)])):
-        assert time.monotonic() < end and run.poll() is None
-        time.sleep(0.1)
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            agent = entry.name.isdigit() and "xdit_launcher.node.agent" in (entry / "cmdline").read_text()
-            if agent and "SLURMD_NODENAME=n2\0" in (entry / "environ").read_text(errors="replace"):
-                os.kill(int(entry.name), signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == 1 and "rank 1 of 2 on n2 failed at: " in err, err
-    assert "it was lost with its host: " in err
-
-
-@pytest.fixture
-def ray_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray = shutil.which("ray", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert ray
-    path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", path)
-    folder = tmp_path_factory.mktemp("r", numbered=True)
-    start = [
-        ray,
-        "start",
-        "--head",
-        "--num-cpus=2",
-        "--port=0",
-        "--include-dashboard=false",
-        "--object-store-memory=100000000",
-    ]
-    subprocess.run(start, check=True, capture_output=True, cwd=folder)
-    yield
-    subprocess.run([ray, "stop", "--force"], capture_output=True)
-
-
-@pytest.mark.slow
-def test_ray(ray_cluster: None, tmp_path: Path) -> None:
-    done = xdit(tmp_path, "--on", "ray", *USP, *SMALL)
-    assert done.returncode == 0 and done.stdout.startswith("out.png  "), done.stderr
-    assert "warning" not in done.stderr  # both actors are on one machine
-    words = ("--on", "ray", "--plugins", "usp,faulty", "usp.ulysses=2", "faulty.rank=1", *SMALL)
-    failed = xdit(tmp_path, *words, "faulty.how=kill")
-    assert failed.returncode == 137 and "rank 1 of 2 on " in failed.stderr and "killed by signal 9" in failed.stderr
-    many = xdit(tmp_path, "--on", "ray", "--plugins", "usp", "usp.ulysses=4", "usp.ring=1", *SMALL)
-    assert (
-        many.returncode == 2
-        and "4 processes need 4 CPUs and the Ray cluster has 2 on 1 node; lower the degrees" in many.stderr
-    )
-    spread = xdit(tmp_path, "--on", "ray", "ray.strategy=STRICT_SPREAD", "ray.wait=3", *USP, *SMALL)
-    assert spread.returncode == 2 and "Ray found no place for 2 actors with STRICT_SPREAD within 3 s" in spread.stderr
-    shown = xdit(tmp_path, "--on", "ray", "--dry-run", *USP, *SMALL)
-    assert "2 actors with 1 CPU each, placed with PACK" in shown.stdout
-    nothing = xdit(tmp_path, "--on", "ray", "ray.cpus=0", *USP, *SMALL)
-    assert nothing.returncode == 2 and "ray.cpus=0 is too small" in nothing.stderr
-
-
-def test_no_ray_cluster(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    done = xdit(tmp_path, "--on", "ray", "ray.address=127.0.0.1:1", *USP, *SMALL)
-    assert done.returncode == 2 and "no Ray cluster answers at ray.address=127.0.0.1:1" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["PyTorchJob", "JobSet"])

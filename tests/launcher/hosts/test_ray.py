@@ -1,0 +1,81 @@
+"""A real Ray on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.launcher import FAULTY
+from helpers.launcher.typed import SMALL, USP, rank_of, xdit
+from xdit_launcher import Gang
+from xdit_launcher.gang.job import GangEnded
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    pytest.importorskip("ray")
+    ray = shutil.which("ray", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert ray
+    path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    start = [
+        ray,
+        "start",
+        "--head",
+        "--num-cpus=2",
+        "--port=0",
+        "--include-dashboard=false",
+        "--object-store-memory=100000000",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", path)
+        subprocess.run(start, check=True, capture_output=True, cwd=tmp_path_factory.mktemp("r", numbered=True))
+        yield
+    subprocess.run([ray, "stop", "--force"], capture_output=True)
+
+
+@pytest.mark.slow
+def test_ray(ray_cluster: None, tmp_path: Path) -> None:
+    done = xdit(tmp_path, "--on", "ray", *USP, *SMALL)
+    assert done.returncode == 0 and done.stdout.startswith("out.png  "), done.stderr
+    assert "warning" not in done.stderr  # both actors are on one machine
+    words = ("--on", "ray", "--plugins", "usp,faulty", "usp.ulysses=2", "faulty.rank=1", *SMALL)
+    failed = xdit(tmp_path, *words, "faulty.how=kill")
+    assert failed.returncode == 137 and "rank 1 of 2 on " in failed.stderr and "killed by signal 9" in failed.stderr
+    many = xdit(tmp_path, "--on", "ray", "--plugins", "usp", "usp.ulysses=4", "usp.ring=1", *SMALL)
+    assert (
+        many.returncode == 2
+        and "4 processes need 4 CPUs and the Ray cluster has 2 on 1 node; lower the degrees" in many.stderr
+    )
+    spread = xdit(tmp_path, "--on", "ray", "ray.strategy=STRICT_SPREAD", "ray.wait=3", *USP, *SMALL)
+    assert spread.returncode == 2 and "Ray found no place for 2 actors with STRICT_SPREAD within 3 s" in spread.stderr
+    shown = xdit(tmp_path, "--on", "ray", "--dry-run", *USP, *SMALL)
+    assert "2 actors with 1 CPU each, placed with PACK" in shown.stdout
+    nothing = xdit(tmp_path, "--on", "ray", "ray.cpus=0", *USP, *SMALL)
+    assert nothing.returncode == 2 and "ray.cpus=0 is too small" in nothing.stderr
+
+
+def test_no_ray_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done = xdit(tmp_path, "--on", "ray", "ray.address=127.0.0.1:1", *USP, *SMALL)
+    assert done.returncode == 2 and "no Ray cluster answers at ray.address=127.0.0.1:1" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_gang_of_actors(ray_cluster: None, tmp_path: Path) -> None:
+    """It answers requests; a killed rank ends it with the report."""
+    settings = {"model": "emoji", "device": "cpu", "threads": 1, "usp.ulysses": 2, "usp.ring": 1}
+    with Gang(["usp"], {**settings, "runs": str(tmp_path / "runs")}, on="ray") as gang:
+        first, second = (gang.generate("red heart", steps=2, seed=5) for _ in range(2))
+        assert first.pictures == second.pictures
+        job = gang.submit("red heart", steps=4000)
+        next(event for event in job.events(timeout=60) if event.kind == "step")
+        rank_of(tmp_path, 1).kill()
+        with pytest.raises(GangEnded, match=r"rank 1 of 2 on .* failed at(.|\n)*killed by signal 9"):
+            job.result(timeout=60)
