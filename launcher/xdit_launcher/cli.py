@@ -292,6 +292,13 @@ def verify(
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--data", default="serve-data", show_default=True, metavar="DIR", help="Where jobs and results are kept.")
 @click.option("--keys", metavar="FILE", help="Keys of clients, one a line; or the variable XDIT_API_KEYS.")
+@click.option(
+    "--replicas",
+    default="1",
+    show_default=True,
+    metavar="N",
+    help="Gangs that answer requests, each with all ranks of the plan; 1..4 for as many as the queue needs.",
+)
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -300,6 +307,7 @@ def serve(
     port: int,
     data: str,
     keys: str | None,
+    replicas: str,
     words: tuple[str, ...],
     plugins: tuple[str, ...],
     config: str | None,
@@ -319,7 +327,7 @@ def serve(
         if (error.name or "").split(".")[0] not in SERVE_PACKAGES:
             raise
         raise UsageError(f"serve needs {error.name}; install it: pip install 'xdit[serve]'.") from error
-    ctx.exit(command.serve(chosen, values, on, host, port, data, keys))
+    ctx.exit(command.serve(chosen, values, on, host, port, data, keys, replicas))
 
 
 @cli.command(cls=RunCommand)

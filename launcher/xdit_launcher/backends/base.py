@@ -11,6 +11,9 @@ A backend is a module or another object with
   ``settings`` is None;
 - ``check(plan, settings)`` (optional): raise a `UsageError` for what can be known before anything is written or
   started;
+- ``beside(plan, settings, number, count) -> Settings`` (optional): the settings with which the ranks of one of several
+  gangs of the same plan are started, so that they do not get in each other's way; raise a `UsageError` if there is no
+  room for so many. A backend without this function has one gang at a time;
 - ``devices(settings) -> int | None`` (optional): how many processes suit the machines; None: as many as suit this one;
 - ``show(plan, settings, words) -> list[str]`` (optional): lines that a dry run shows; ``words`` are those of the
   command line;
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,6 +127,25 @@ class Backend:
             )
         context: AbstractContextManager[StartedRanks] = function(plan, folder, self.settings, serving=True)
         return context
+
+    def beside(self, plan: Plan, number: int, count: int) -> Backend:
+        """The backend of one of several gangs of the same plan.
+
+        Args:
+            number: counts them from 0.
+            count: how many there are.
+
+        Raises:
+            UsageError: the backend cannot start several, or has no room for so many.
+        """
+        if count == 1:
+            return self
+        function = getattr(self.module, "beside", None)
+        if function is None:
+            raise UsageError(
+                f"the backend {self.name} starts one gang; leave out --replicas, or use --on local or --on ray."
+            )
+        return replace(self, settings=function(plan, self.settings, number, count))
 
     def connect(self) -> Fleet:
         """Agents on the machines.

@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +48,15 @@ class Settings:
     rdzv: str | None = field(
         default=None, metadata={"help": "HOST:PORT: an address of machine 0, and a free port there"}
     )
+    devices: str = field(default="", metadata={"help": "numbers of the GPUs to use, such as 0,1; default: all"})
+    sharing: int = field(default=1, metadata={"help": "runs of this size on this machine, which divide its cores"})
 
 
 def devices(settings: Settings) -> int | None:
     """How many processes suit all machines, None for as many as suit this one."""
-    each = machine.cuda_devices() or machine.cores()
+    each = len(numbers(settings)) or machine.cuda_devices() or machine.cores()
+    if settings.devices and not settings.nnodes:
+        return each
     return settings.nnodes * each if settings.nnodes and settings.nnodes > 1 else None
 
 
@@ -65,9 +69,44 @@ def check(plan: Plan, settings: Settings) -> None:
     """
     node = Node.of(settings)
     ranks = node.ranks(plan.world)
-    NodeShare(Path(), ranks, plan.world, node.address, node.port).check(plan.device)
+    if settings.sharing < 1:
+        raise UsageError(f"local.sharing={settings.sharing} is too small; give 1 or more.")
+    NodeShare(Path(), ranks, plan.world, node.address, node.port, devices=numbers(settings)).check(plan.device)
     if any(plan.owns(rank) for rank in ranks):
         results.check_writable(plan)
+
+
+def numbers(settings: Settings) -> tuple[int, ...]:
+    """The GPUs to use; none given means all.
+
+    Raises:
+        UsageError: they are no numbers.
+    """
+    parts = [part.strip() for part in settings.devices.split(",")] if settings.devices else []
+    if not all(part.isdecimal() and len(part) < 5 for part in parts) or len(set(parts)) < len(parts):
+        raise UsageError(f"local.devices={settings.devices} is not a list of GPUs; write numbers such as 0,1.")
+    return tuple(int(part) for part in parts)
+
+
+def beside(plan: Plan, settings: Settings, number: int, count: int) -> Settings:
+    """The settings for one of several gangs on this machine: each has GPUs of its own, or its part of the cores.
+
+    Raises:
+        UsageError: there are too few GPUs, or the ranks are on several machines.
+    """
+    if settings.nnodes:
+        raise UsageError("gangs beside each other are on one machine with --on local; leave out --nnodes.")
+    settings = replace(settings, sharing=settings.sharing * count)
+    gpus = numbers(settings) or tuple(range(machine.cuda_devices()))
+    if plan.device == "cpu" or not gpus:
+        return settings
+    if count * plan.world > len(gpus):
+        raise UsageError(
+            f"{count} gangs of {plan.world} ranks need {count * plan.world} GPUs and there are {len(gpus)}; lower "
+            "--replicas or the degrees."
+        )
+    own = gpus[number * plan.world : (number + 1) * plan.world]
+    return replace(settings, devices=",".join(map(str, own)))
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
@@ -107,7 +146,7 @@ def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -
     for line in placement.warnings(plan, [Node(k, node.count).ranks(plan.world) for k in range(node.count)]):
         say(line)
     write_text(folder / "plan.json", plan.to_json(), "runs")
-    started = StartedHere(plan, folder, node, serving)
+    started = StartedHere(plan, folder, node, serving, numbers(settings), settings.sharing)
     try:
         with started.suspension.installed():
             started.start()
@@ -123,11 +162,22 @@ class StartedHere(StartedRanks):
         plan, folder: what they run, and their run folder.
         node: this machine among those of the run.
         serving: they answer requests.
+        gpus: numbers of the GPUs to use; none given means all of them.
+        sharing: how many runs of this size are on this machine.
     """
 
     cause_patience = CAUSE_PATIENCE
 
-    def __init__(self, plan: Plan, folder: Path, node: Node, serving: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        node: Node,
+        serving: bool = False,
+        gpus: tuple[int, ...] = (),
+        sharing: int = 1,
+    ) -> None:
+        self._gpus, self._sharing = gpus, sharing
         self.plan, self.folder, self.node, self.elsewhere = plan, folder, node, node.count > 1
         self._workers: Workers = {}
         self._controls: Controls | None = {} if serving else None
@@ -143,7 +193,17 @@ class StartedHere(StartedRanks):
         plan, node = self.plan, self.node
         with node.server(2 * plan.world) as server, duplicates(1, 2) as screen:
             port = server.getsockname()[1] if server else node.port
-            share = NodeShare(self.folder, node.ranks(plan.world), plan.world, node.address, port, plan.run.threads)
+            ranks, threads = node.ranks(plan.world), plan.run.threads
+            share = NodeShare(
+                self.folder,
+                ranks,
+                plan.world,
+                node.address,
+                port,
+                threads,
+                devices=self._gpus,
+                sharing=self._sharing,
+            )
             processes.spawn(share, self._workers, server, screen, self._controls)
 
     def look(self) -> RankStatuses:

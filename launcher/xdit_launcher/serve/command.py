@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from xdit_core import machine
 from xdit_core.errors import UsageError, XditError
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
@@ -24,6 +25,7 @@ from xdit_launcher.serve.api.app import Guard, make_app
 from xdit_launcher.serve.api.common import Server
 from xdit_launcher.serve.auth import Keys, check_host
 from xdit_launcher.serve.dispatcher import Dispatcher
+from xdit_launcher.serve.gangs.replicas import Replicas
 from xdit_launcher.serve.housekeeping import Housekeeping
 from xdit_launcher.serve.limits import RequestCheck, take_settings
 from xdit_launcher.serve.operations import Log, Metrics
@@ -42,6 +44,7 @@ def serve(
     port: int,
     data: str,
     keys_file: str | None,
+    replicas: str = "1",
 ) -> int:
     """Serve a model until a signal ends the server.
 
@@ -52,6 +55,7 @@ def serve(
         host, port: where to listen; port 0 takes a free one.
         data: folder of jobs and results.
         keys_file: file with keys of clients, None if there is none.
+        replicas: how many gangs answer, as ``2`` or ``1..4``.
 
     Returns:
         The exit code.
@@ -60,14 +64,22 @@ def serve(
         XditError: nothing was started; says why.
     """
     limits, values = take_settings(values)
+    count = Replicas.parse(replicas)
     keys = Keys(keys_file)
     check_host(host, keys)
     values.setdefault("runs", f"{data.rstrip('/')}/runs")
-    plan = make_plan(plugins, values, devices=on.devices())
-    on.check(plan)
+    devices = on.devices()
+    if count.most > 1:
+        devices = max(1, (devices or machine.cuda_devices() or machine.cores()) // count.most)
+    plan = make_plan(plugins, values, devices=devices)
+    beside = [on.beside(plan, number, count.most) for number in range(count.most)]
+    for backend in beside:
+        backend.check(plan)
     log, metrics = Log(), Metrics()
     with listening(host, port) as end, contextlib.closing(Store(data)) as store:
-        dispatcher = Dispatcher(store, lambda: started(plan, on), limits, log, metrics)
+        dispatcher = Dispatcher(
+            store, lambda number: started(plan, beside[number]), limits, log, metrics, replicas=count
+        )
         server = Server(dispatcher, RequestCheck(plan, limits), keys, store.secret(), time.time())
         logging.getLogger("uvicorn.error").addHandler(Passed(log))
         config = uvicorn.Config(
@@ -119,7 +131,7 @@ class Http(uvicorn.Server):
         yield
 
     async def run(self, end: socket.socket) -> None:  # type: ignore[override]
-        """Serve until a signal has come and the running job has ended.
+        """Serve until a signal has come and the running jobs have ended.
 
         Args:
             end: a socket that is bound.

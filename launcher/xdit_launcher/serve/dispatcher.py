@@ -1,4 +1,7 @@
-"""One thread owns the gang: it takes jobs out of the queue, follows them, and starts another gang when one ends."""
+"""One queue before several gangs: takes jobs, hands each to a gang that is free, and tells whoever watches.
+
+`xdit_launcher.serve.gangs.runner` has the threads that own the gangs.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import contextlib
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from xdit_core.errors import RequestCancelled, UsageError, XditError
 from xdit_core.printable import printable
-from xdit_launcher.gang.job import Event, GangEnded, RequestFailed
+from xdit_launcher.gang.job import Event, GangEnded
 from xdit_launcher.serve.events import (
     CLOSING,
     AnyGang,
@@ -24,59 +27,77 @@ from xdit_launcher.serve.events import (
     waiting_of,
 )
 from xdit_launcher.serve.fairness import FairQueue, Pace
+from xdit_launcher.serve.gangs.replicas import Replicas
+from xdit_launcher.serve.gangs.runner import BUSY, IDLE, STARTING, STATES, Runner
 from xdit_launcher.serve.limits import ApiError, ServeSettings
-from xdit_launcher.serve.media import files_of
-from xdit_launcher.serve.operations import Log, Metrics, announce
-from xdit_launcher.serve.records import CANCELLED, DONE, ENDED, FAILED, QUEUED, RUNNING, NewFile, NewJob, StoredJob
+from xdit_launcher.serve.operations import Labels, Log, Metrics, announce
+from xdit_launcher.serve.records import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, NewFile, NewJob, StoredJob
 from xdit_launcher.serve.store import Store
 
 POLL = 0.5  # seconds between two looks at a gang that has nothing to do
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another gang is started
 TRIES = 2  # gangs that may end while they draw a job
 BY_CLIENT = "the client cancelled the job."
 
 
 class Dispatcher:
-    """The queue and the gang. Every public method may be called from any thread.
+    """The queue and its gangs. Every public method may be called from any thread.
 
     Args:
         store: of the jobs.
-        start_gang: starts a gang; raises XditError if it cannot.
+        start_gang: starts the gang of a number, which counts from 0; raises XditError if it cannot.
         limits: of the server.
         log, metrics: where to say what happens.
+        replicas: how many gangs there are.
     """
 
     def __init__(
-        self, store: Store, start_gang: Callable[[], AnyGang], limits: ServeSettings, log: Log, metrics: Metrics
+        self,
+        store: Store,
+        start_gang: Callable[[int], AnyGang],
+        limits: ServeSettings,
+        log: Log,
+        metrics: Metrics,
+        replicas: Replicas | None = None,
     ) -> None:
         self.store, self.limits, self.log, self.metrics = store, limits, log, metrics
-        self._start_gang = start_gang
         self._wake = threading.Condition(threading.RLock())
         self._queue, self._pace = FairQueue(), Pace()
-        self._current: Current | None = None
-        self._gang: AnyGang | None = None
+        self._running: dict[str, Current] = {}  # by id of the job
         self._watchers = Watchers()
         self._draining = self._ended = self._hurried = False
+        replicas = replicas or Replicas()
+        self._runners = [
+            Runner(number, self, start_gang, spare=number >= replicas.least, idle=limits.idle)
+            for number in range(replicas.most)
+        ]
         announce(metrics)
         metrics.gauge("xdit_queue_jobs", "jobs that wait", lambda: float(len(self._queue)))
-        metrics.gauge("xdit_running_jobs", "jobs that are drawn", lambda: float(self._current is not None))
-        metrics.gauge("xdit_ready", "1 if the ranks answer", lambda: float(self.ready))
-        metrics.gauge("xdit_gang_load_seconds", "of the model", lambda: getattr(self._gang, "load_seconds", 0.0))
+        metrics.gauge("xdit_running_jobs", "jobs that are drawn", lambda: float(len(self._running)))
+        metrics.gauge("xdit_ready", "1 if a gang answers", lambda: float(self.ready))
+        metrics.gauge("xdit_gangs", "gangs by state: resting, starting, idle, busy", self._gangs_by_state)
+        metrics.gauge("xdit_gang_load_seconds", "of the model, by gang", self._load_seconds)
         waiting = store.recover()
         for job in store.waiting():
             self._queue.add(waiting_of(job))
         self.log.write("store opened", folder=store.folder, waiting=waiting)
-        self._thread = threading.Thread(target=self._run, name="xdit-dispatcher", daemon=True)
 
     def start(self) -> None:
         """Begin to answer jobs."""
-        self._thread.start()
+        for runner in self._runners:
+            runner.start()
 
     @property
     def ready(self) -> bool:
         """Whether there is a gang that answers, and new jobs are taken."""
-        gang = self._gang
-        return gang is not None and gang.alive and not self._draining
+        return not self._draining and any(runner.answers for runner in self._runners)
+
+    def _gangs_by_state(self) -> dict[Labels, float]:
+        counts = Counter(runner.state for runner in self._runners)
+        return {(("state", state),): float(counts[state]) for state in STATES}
+
+    def _load_seconds(self) -> dict[Labels, float]:
+        gangs = {runner.number: runner.gang for runner in self._runners}
+        return {(("gang", str(number)),): gang.load_seconds for number, gang in gangs.items() if gang is not None}
 
     def accept(
         self, new: NewJob, inputs: tuple[NewFile, ...] = (), watch: Watch | None = None
@@ -109,7 +130,7 @@ class Dispatcher:
                     f"{len(self._queue)} jobs wait already, which is the most that this server takes; try again later.",
                     429,
                     code="queue_full",
-                    retry_after=self._pace.seconds(self._queue.next_work) or 5,
+                    retry_after=self._pace.until_end([self._queue.next_work], self._rests()) or 5,
                 )
             try:
                 job, is_new = self.store.accept(new, inputs)
@@ -121,7 +142,7 @@ class Dispatcher:
             if watch is not None:
                 self._watchers.add(job.id, watch)
             self.metrics.count("xdit_jobs_total", outcome="accepted")
-            self._queue.add(waiting_of(job), self._current.job.key if self._current else None)
+            self._queue.add(waiting_of(job), {current.job.key for current in self._running.values()})
             self._wake.notify_all()
         self.log.write(
             "job accepted", job=job.id, kind=job.kind, key=job.key or None, prompt=str(job.request["prompt"])[:200]
@@ -131,18 +152,20 @@ class Dispatcher:
     def standing(self, job: StoredJob) -> dict[str, Any]:
         """Position in the queue, estimate of the seconds until the end, and progress of a job."""
         with self._wake:
-            if self._current is not None and self._current.job.id == job.id:
-                return {"position": 0, "estimate": self._current.rest(self._pace), "progress": self._current.progress}
+            if current := self._running.get(job.id):
+                return {"position": 0, "estimate": current.rest(self._pace), "progress": current.progress}
             order = self._queue.order()
             ids = [waiting.id for waiting in order]
             if job.id not in ids:
                 return {"position": None, "estimate": None, "progress": None}
             position = ids.index(job.id) + 1
-            ahead = [self._pace.seconds(waiting.work) for waiting in order[:position]]
-            rest = self._current.rest(self._pace) if self._current else 0.0
-        known = [seconds for seconds in (*ahead, rest) if seconds is not None]
-        estimate = round(sum(known), 1) if len(known) == len(ahead) + 1 else None
+            estimate = self._pace.until_end([waiting.work for waiting in order[:position]], self._rests())
         return {"position": position, "estimate": estimate, "progress": None}
+
+    def _rests(self) -> list[float]:
+        """Seconds until each gang that answers is free."""
+        rests = [current.rest(self._pace) or 0.0 for current in self._running.values()]
+        return rests + [0.0] * (sum(runner.answers for runner in self._runners) - len(rests))
 
     @contextlib.contextmanager
     def watching(self, id: str, loop: asyncio.AbstractEventLoop) -> Iterator[Watch]:
@@ -163,8 +186,8 @@ class Dispatcher:
 
     def _snapshot(self, id: str) -> list[JobEvent]:
         """What is known of a job, as events."""
-        current = self._current
-        if current is not None and current.job.id == id:
+        current = self._running.get(id)
+        if current is not None:
             events = [JobEvent(RUNNING), *([current.step] if current.step else []), *current.previews]
             return [*events, *([JobEvent(CLOSING)] if self._ended else [])]
         job = self.store.find(id)
@@ -186,21 +209,14 @@ class Dispatcher:
         """End a job as soon as possible; it is not an error if it has ended."""
         with self._wake:
             if self._queue.remove(id):
-                self._end(id, CANCELLED, reason)
-            elif self._current is not None and self._current.job.id == id:
-                self._stop_current(reason)
-
-    def _stop_current(self, reason: str, expired: bool = False) -> None:
-        current = self._current
-        if current is not None and current.cancelled is None:
-            current.cancelled, current.expired = reason, expired
-            if current.asked is not None:
-                current.asked.cancel()
+                self.end(id, CANCELLED, reason)
+            elif current := self._running.get(id):
+                current.stop(reason)
 
     def forget(self, id: str) -> None:
         """End a job if it has not ended, and forget it with its files."""
         with self._wake:
-            running = self._current is not None and self._current.job.id == id
+            running = id in self._running
             self.cancel(id)
             if running:
                 self.store.hide(id)
@@ -208,7 +224,7 @@ class Dispatcher:
                 self.store.remove(id)
 
     def drain(self) -> None:
-        """Take no new job and begin no other; the running one goes on. Whoever waits on a connection is told."""
+        """Take no new job and begin no other; those that are drawn go on. Whoever waits on a connection is told."""
         with self._wake:
             self._draining = True
             for waiting in self._queue.order():
@@ -221,18 +237,21 @@ class Dispatcher:
         self._hurried = True
 
     def wait(self, seconds: float) -> bool:
-        """Wait, after `drain`, until the running job has ended and the ranks are gone.
+        """Wait, after `drain`, until the running jobs have ended and the ranks are gone.
 
         Returns:
             Whether that happened in time. What still runs is drawn again by the next server.
         """
         end = time.monotonic() + seconds
-        while self._thread.is_alive() and self._gang is not None and time.monotonic() < end and not self._hurried:
-            self._thread.join(0.1)
+        while time.monotonic() < end and not self._hurried:
+            runner = next((runner for runner in self._runners if runner.has_gang), None)
+            if runner is None:
+                break
+            runner.join(0.1)
         with self._wake:
             self._ended = True
             self._watchers.close()
-        return self._current is None
+        return not self._running
 
     def expire(self) -> None:
         """End the jobs whose deadline has passed."""
@@ -240,121 +259,67 @@ class Dispatcher:
         with self._wake:
             for id in self._queue.expired(now):
                 self._queue.remove(id)
-                self._end(id, FAILED, "the deadline passed while the job waited.")
-            deadline = self._current.job.deadline if self._current else None
-            if deadline is not None and deadline < now:
-                self._stop_current("the deadline passed while the job was drawn.", expired=True)
+                self.end(id, FAILED, "the deadline passed while the job waited.")
+            for current in self._running.values():
+                if current.job.deadline is not None and current.job.deadline < now:
+                    current.stop("the deadline passed while the job was drawn.", expired=True)
 
-    # What follows runs in the thread of the dispatcher.
+    # What follows is for the runners; see `xdit_launcher.serve.gangs.runner.Desk`.
 
-    def _run(self) -> None:
-        pause = FIRST_PAUSE
-        while not self._draining:
+    @property
+    def draining(self) -> bool:
+        """Whether no further job is to be begun."""
+        return self._draining
+
+    def wait_until_needed(self, runner: Runner) -> bool:
+        """Wait until the gang of a runner is needed; that of a spare one, until more jobs wait than gangs are free.
+
+        Returns:
+            False if the server ends instead.
+        """
+        with self._wake:
+            self._wake.wait_for(lambda: self._draining or not runner.spare or self._needs_more())
+            if not self._draining:
+                runner.state = STARTING
+        return not self._draining
+
+    def _needs_more(self) -> bool:
+        free = sum(runner.state in (STARTING, IDLE) for runner in self._runners)
+        return len(self._queue) > free
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the server ends."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._draining, seconds)
+
+    def take(self, runner: Runner) -> Current | None:
+        """The next job; None if there was none for a moment. The first gang that is free gets it, so that spare ones
+        can end."""
+        with self._wake:
+            earlier = any(other.state == IDLE and other.answers for other in self._runners[: runner.number])
+            waiting = None if earlier or self._draining else self._queue.take()
+            if waiting is None:
+                self._wake.wait(POLL)
+                return None
             try:
-                gang = self._start_gang()
-            except XditError as error:
-                self.log.write("the ranks could not be started", "error", error=error, pause=pause)
-            except Exception as error:
-                self.log.unexpected("the ranks could not be started", error, pause=pause)
-            else:
-                self.metrics.count("xdit_gang_starts_total")
-                self.log.write("the ranks are ready", load_seconds=gang.load_seconds)
-                try:
-                    if self._serve(gang):
-                        pause = FIRST_PAUSE
-                except Exception as error:  # such as a disk that cannot be read: jobs wait in memory
-                    self.log.unexpected("jobs could not be read", error, pause=pause)
-                if not self._draining:
-                    self.metrics.count("xdit_gang_ends_total")
-                    self.log.write("the ranks have ended", "error", error=gang.error, pause=pause)
-            with self._wake:
-                self._wake.wait_for(lambda: self._draining, pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                job = self.store.find(waiting.id)
+            except sqlite3.Error:
+                self._queue.add(waiting)
+                raise
+            if job is None:
+                return None
+            runner.state = BUSY
+            self._wake.notify_all()  # the next gang may take the next job
+            current = self._running[job.id] = Current(job, waiting.work)
+            return current
 
-    def _serve(self, gang: AnyGang) -> bool:
-        """Answer jobs while the gang lives.
-
-        Returns:
-            Whether it has answered one.
-        """
-        self._gang, answered = gang, False
-        try:
-            while gang.alive:
-                with self._wake:
-                    if self._draining:
-                        break
-                    waiting = self._queue.take()
-                    if waiting is None:
-                        self._wake.wait(POLL)
-                        continue
-                    try:
-                        job = self.store.find(waiting.id)
-                    except sqlite3.Error:
-                        self._queue.add(waiting)
-                        raise
-                    if job is None:
-                        continue
-                    current = self._current = Current(job, waiting.work)
-                try:
-                    answered = self._answer(gang, current) or answered
-                except Exception as error:  # such as a full disk: the job ends, and the server goes on
-                    self.log.unexpected("a job could not be finished", error, job=job.id)
-                    reason = f"the result could not be stored ({type(error).__name__})."
-                    try:
-                        self._end(job.id, FAILED, reason)
-                    except (OSError, sqlite3.Error):  # a later server draws it again
-                        self._watchers.tell(job.id, JobEvent(FAILED, {"error": reason, "refused": False}))
-                finally:
-                    with self._wake:
-                        self._current = None
-        finally:
-            gang.close()
-            self._gang = None
-        return answered
-
-    def _answer(self, gang: AnyGang, current: Current) -> bool:
-        """Draw a job.
-
-        Returns:
-            Whether the gang has answered it, in whatever way.
-        """
-        job, begun = current.job, time.time()
-        self.store.start(job.id)
-        self._watchers.tell(job.id, JobEvent(RUNNING))
+    def begin(self, current: Current) -> None:
+        """Store that a job is drawn now, and tell whoever watches."""
+        self.store.start(current.job.id)
+        self._watchers.tell(current.job.id, JobEvent(RUNNING))
         self._publish_positions()
-        if job.started is None:
-            self.metrics.observe("xdit_job_seconds", begun - job.created, phase="wait")
-        settings = dict(job.request["settings"])
-        try:
-            asked = gang.submit([job.request["prompt"]], previews=int(job.request.get("previews", 0)), **settings)
-            with self._wake:
-                current.asked = asked
-                if current.cancelled is not None:
-                    asked.cancel()
-            for event in asked.events():
-                self._take(current, event)
-            results = asked.result()
-        except RequestCancelled:
-            reason = current.cancelled or "the ranks were ended."
-            self._end(job.id, FAILED if current.expired else CANCELLED, reason)
-        except RequestFailed as error:
-            self._end(job.id, FAILED, str(error), refused=error.refused)
-        except UsageError as error:
-            self._end(job.id, FAILED, str(error), refused=True)
-        except GangEnded as error:
-            self._gang_ended(current, error)
-            return False
-        else:
-            seconds = results[0].seconds
-            files = tuple(files_of(results, job.request, job.about))
-            taken = time.time() - begun
-            self._pace.measured(current.work, taken)
-            for phase, value in {**seconds, "run": taken}.items():
-                self.metrics.observe("xdit_job_seconds", value, phase=phase)
-            self._end(job.id, DONE, seconds=seconds, files=files)
-        return True
 
-    def _take(self, current: Current, event: Event) -> None:
+    def tell(self, current: Current, event: Event) -> None:
         """Keep what happened, and tell whoever watches."""
         with self._wake:
             told = current.take(event)
@@ -363,22 +328,45 @@ class Dispatcher:
         if event.kind == "step":
             self.metrics.count("xdit_steps_total")
 
-    def _gang_ended(self, current: Current, error: GangEnded) -> None:
+    def measured(self, current: Current, seconds: Mapping[str, float]) -> None:
+        """A job was drawn in so many seconds, by phase; ``run`` is all of it."""
+        self._pace.measured(current.work, seconds["run"])
+        for phase, value in seconds.items():
+            self.metrics.observe("xdit_job_seconds", value, phase=phase)
+
+    def release(self, current: Current) -> None:
+        """A job is not drawn any more."""
+        with self._wake:
+            if self._running.get(current.job.id) is current:
+                del self._running[current.job.id]
+
+    def lost(self, current: Current, error: GangEnded) -> None:
         """The ranks ended while they had this job: it is tried once more."""
         job, first_line = current.job, printable((str(error.args[0]).splitlines() or [""])[0])
         if current.cancelled is not None:
-            self._end(job.id, FAILED if current.expired else CANCELLED, current.cancelled)
+            self.end(job.id, FAILED if current.expired else CANCELLED, current.cancelled)
         elif current.started and job.tries + 1 >= TRIES:
-            self._end(job.id, FAILED, f"the ranks ended {TRIES} times while they drew this job: {first_line}")
+            self.end(job.id, FAILED, f"the ranks ended {TRIES} times while they drew this job: {first_line}")
         else:
             with self._wake:
                 self.store.requeue(job.id, blamed=current.started)
-                self._current = None
+                self.release(current)
                 self._queue.add(waiting_of(job))
                 self._publish_positions()
+                self._wake.notify_all()
             self.log.write("job waits again", "warning", job=job.id, error=first_line)
 
-    def _end(
+    def broken(self, current: Current, error: Exception) -> None:
+        """The end of a job could not be stored: say so, and go on."""
+        id = current.job.id
+        self.log.unexpected("a job could not be finished", error, job=id)
+        reason = f"the result could not be stored ({type(error).__name__})."
+        try:
+            self.end(id, FAILED, reason)
+        except (OSError, sqlite3.Error):  # a later server draws it again
+            self._watchers.tell(id, JobEvent(FAILED, {"error": reason, "refused": False}))
+
+    def end(
         self,
         id: str,
         status: str,

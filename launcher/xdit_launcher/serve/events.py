@@ -100,6 +100,22 @@ class Current:
     started: bool = False
     step: JobEvent | None = None
     previews: list[JobEvent] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def has(self, asked: Job) -> None:
+        """A gang has it."""
+        with self._lock:
+            self.asked = asked
+            if self.cancelled is not None:
+                asked.cancel()
+
+    def stop(self, reason: str, expired: bool = False) -> None:
+        """End it as soon as possible."""
+        with self._lock:
+            if self.cancelled is None:
+                self.cancelled, self.expired = reason, expired
+                if self.asked is not None:
+                    self.asked.cancel()
 
     @property
     def fraction(self) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict, deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 WEIGHT = 0.3  # of the newest measurement
@@ -51,13 +53,13 @@ class FairQueue:
         order = self.order()
         return order[0].work if order else 0.0
 
-    def add(self, job: Waiting, running: str | None = None) -> None:
+    def add(self, job: Waiting, running: Collection[str] = ()) -> None:
         """Add a job.
 
         Args:
-            running: key of the job that is drawn.
+            running: keys of the jobs that are drawn.
         """
-        active = {waiting.key for waiting in self._jobs.values()} | ({running} if running is not None else set())
+        active = {waiting.key for waiting in self._jobs.values()} | set(running)
         if job.key not in active:
             level = min((self._got.get(key, 0.0) for key in active), default=0.0)
             self._got = {key: value for key, value in self._got.items() if key in active}
@@ -133,3 +135,20 @@ class Pace:
     def seconds(self, work: float) -> float | None:
         """How long so much work will take, None if nothing was measured yet."""
         return None if self._seconds_per_work is None else self._seconds_per_work * work
+
+    def until_end(self, ahead: Sequence[float], rests: Sequence[float]) -> float | None:
+        """How long it will take until the last of several jobs has ended, None if nothing was measured yet.
+
+        Args:
+            ahead: the work of each, in the order in which they are drawn.
+            rests: seconds for which each gang still draws what it has; none if there is no gang yet.
+        """
+        rate = self._seconds_per_work
+        if rate is None:
+            return None
+        free, end = list(rests) or [0.0], 0.0
+        heapq.heapify(free)
+        for work in ahead:
+            end = free[0] + rate * work
+            heapq.heapreplace(free, end)
+        return round(end, 1)

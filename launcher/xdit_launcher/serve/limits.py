@@ -44,6 +44,9 @@ class ServeSettings:
     results_gib: float = field(default=10.0, metadata={"help": "GiB of results that are kept; the oldest go first"})
     results_days: float = field(default=30.0, metadata={"help": "days for which ended jobs are kept"})
     grace: float = field(default=300.0, metadata={"help": "seconds that a running job has when the server is ended"})
+    idle: float = field(
+        default=300.0, metadata={"help": "seconds without a job after which a gang beyond the least number ends"}
+    )
     call: str = field(
         default="",
         metadata={"help": "further arguments of the pipeline that clients may give as numbers, such as clip_skip,mu"},

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,9 @@ import pytest
 from helpers.launcher.served import Served
 
 pytest.importorskip("fastapi")
+
+from helpers.launcher.fake_gangs import Setting
+from xdit_launcher.serve.gangs import runner
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, words: tuple[str, ...]) -> 
 def http(server: Served) -> Iterator[Any]:
     with server.http() as client:
         yield client
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Setting]]:
+    """Makes dispatchers over gangs that draw nothing."""
+    monkeypatch.setattr(runner, "FIRST_PAUSE", 0.01)
+    made = []
+
+    def make(replicas: str = "1", **limits: Any) -> Setting:
+        made.append(Setting(tmp_path / "data", replicas, **limits))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()

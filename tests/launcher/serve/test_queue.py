@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 
@@ -10,15 +9,11 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from xdit_core.errors import UsageError, XditError
-from xdit_launcher.gang.job import GangEnded, GangRequest, Job, Picture, RequestFailed
-from xdit_launcher.serve import dispatcher as module
-from xdit_launcher.serve.dispatcher import Dispatcher
+from helpers.launcher.fake_gangs import until
+from xdit_launcher.gang.job import RequestFailed
 from xdit_launcher.serve.fairness import FairQueue, Pace, Waiting
 from xdit_launcher.serve.housekeeping import Housekeeping
-from xdit_launcher.serve.limits import ApiError, ServeSettings
-from xdit_launcher.serve.operations import Log, Metrics
-from xdit_launcher.serve.records import NewJob
+from xdit_launcher.serve.limits import ApiError
 from xdit_launcher.serve.store import Store
 
 
@@ -39,10 +34,10 @@ def test_shares_are_of_work_and_an_idle_key_saves_nothing_up():
     queue.add(Waiting("b2", 2, "b", work=1.0))
     queue.add(Waiting("b3", 3, "b", work=1.0))
     assert [queue.take().id for _ in range(4)] == ["a0", "b2", "b3", "a1"]
-    queue.add(Waiting("a4", 4, "a"), running="a")
-    queue.add(Waiting("c5", 5, "c"), running="a")  # c begins where a stands, and not with what a had got
-    queue.add(Waiting("a6", 6, "a"), running="a")
-    queue.add(Waiting("c7", 7, "c"), running="a")
+    queue.add(Waiting("a4", 4, "a"), running=("a",))
+    queue.add(Waiting("c5", 5, "c"), running=("a",))  # c begins where a stands, and not with what a had got
+    queue.add(Waiting("a6", 6, "a"), running=("a",))
+    queue.add(Waiting("c7", 7, "c"), running=("a",))
     assert [job.id for job in queue.order()] == ["a4", "c5", "a6", "c7"]
 
 
@@ -53,120 +48,6 @@ def test_estimates_follow_what_was_measured():
     assert pace.seconds(5.0) == 10.0
     pace.measured(10.0, 40.0)
     assert 10.0 < pace.seconds(5.0) < 20.0
-
-
-class FakeGang:
-    """A gang whose requests the test answers."""
-
-    load_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.alive, self.error = True, None
-        self.jobs: list[Job] = []
-
-    def submit(self, prompts, *, previews=0, **settings):
-        if "wrong" in settings:
-            raise UsageError("wrong is not taken; leave it out.")
-        job = Job(str(len(self.jobs)), GangRequest(tuple(prompts), settings, previews), (0,), self._look)
-        job.add("started")
-        self.jobs.append(job)
-        return job
-
-    def _look(self):
-        job = self.jobs[-1]
-        if job.cancel_wanted:
-            from xdit_core.errors import RequestCancelled
-
-            job.add("cancelled", error=RequestCancelled("the request was cancelled."))
-
-    def done(self, number):
-        job = self.jobs[number]
-        job._pictures[0, 0] = Picture((PNG,))
-        job.add("done")
-
-    def die(self):
-        self.alive, self.error = False, GangEnded("rank 1 was killed\nmore lines")
-        self.jobs[-1].add("failed", error=self.error)
-
-    def close(self):
-        self.alive = False
-
-
-def _png() -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = _png()
-
-
-class Setting:
-    """A dispatcher over a store in a folder, with all gangs that it started."""
-
-    def __init__(self, folder, **limits):
-        self.gangs: list[FakeGang] = []
-        self.refusals = 0
-        self.store = Store(str(folder))
-        self.log = io.StringIO()
-        self.dispatcher = Dispatcher(
-            self.store, self._start, ServeSettings(**{"queue": 10, **limits}), Log(self.log), Metrics()
-        )
-        self.dispatcher.start()
-
-    def _start(self):
-        if self.refusals:
-            self.refusals -= 1
-            raise XditError("no weights.")
-        self.gangs.append(FakeGang())
-        return self.gangs[-1]
-
-    def accept(self, key="", **more):
-        settings = more.pop("settings", {})
-        return self.dispatcher.accept(NewJob(key, "job", {"prompt": "x", "settings": settings}, **more))[0].id
-
-    def gang(self, number, jobs=0):
-        """The gang of a number, when it has got so many jobs."""
-        until(lambda: len(self.gangs) > number and len(self.gangs[number].jobs) >= jobs)
-        return self.gangs[number]
-
-    def ended(self, id):
-        until(lambda: self.store.find(id).ended is not None)
-        return self.store.find(id)
-
-    def close(self):
-        self.dispatcher.drain()
-        if self.gangs:
-            self.gangs[-1].alive = False
-            for job in self.gangs[-1].jobs:
-                if not job.ended:
-                    job.cancel()
-        self.dispatcher.wait(10)
-        self.dispatcher._thread.join(10)
-        self.store.close()
-
-
-def until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def setting(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
-    made = []
-
-    def make(**limits):
-        made.append(Setting(tmp_path / "data", **limits))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 def test_a_gang_that_ends_is_replaced_and_its_job_tried_once_more(setting):
