@@ -95,6 +95,7 @@ def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> Non
     with screens(place) as progress:
         progress.show("starting")
         beat.status(Status(Phase.IMPORTING, "torch"))
+        gc.disable()  # imports make nothing but what stays, and looking through it takes a fifth of their time
         take_device(plan, place)
         import torch.distributed as dist
 
@@ -142,14 +143,22 @@ def answer_requests(plan: Plan, place: RankEnv, control: int, beat: HeartbeatWri
     from xdit_core.registry.registry import Registry
     from xdit_core.worker.service import Reporter, serve
 
+    exempt_from_collection()
     reporter = Reporter(link, plan.owns(place.rank), Registry().model(plan.model)[0].latents.frame_dim)
     engine = Engine(plan, progress=False, observer=combined((beat, reporter)))
-    gc.freeze()  # what stays need not be looked through: with the libraries that would stop a step for a second
+    exempt_from_collection()
     serve(engine, link, reporter, beat)
     engine.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     beat.status(Status(Phase.DONE))
+
+
+def exempt_from_collection() -> None:
+    """Collect garbage again, but not among what is there now: with the libraries and the model, that would stop a step
+    for up to a second."""
+    gc.freeze()
+    gc.enable()
 
 
 def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folder: Path, files: FilesThere) -> Writer:
@@ -161,11 +170,12 @@ def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folde
     from xdit_core.observe.recording import record_path, recording
     from xdit_core.observe.trace_files import tracing
 
+    exempt_from_collection()
     progress.show(f"loading {plan.model}")
 
     write = Writer(plan, rank, progress, beat, folder, files.kept)
     engine = Engine(plan, progress=False, observer=combined((beat, progress, write)))
-    gc.freeze()  # as above
+    exempt_from_collection()
     record = recording(engine.recorder, record_path(folder, rank))
     with record, tracing(engine.trace, engine.rank, folder):
         for output in engine.generate_all(plan.run.prompt, skip=files.skipped(plan)):
