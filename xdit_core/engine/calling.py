@@ -14,22 +14,41 @@ from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
 from xdit_core.planning.signatures import argument_names
+from xdit_core.points.request import Job
 from xdit_core.settings import RunSettings
 
 
-def call_arguments(run: RunSettings, spec: ModelSpec, numbers: range) -> dict[str, Any]:
-    """Return the shared settings as arguments of the pipeline's ``__call__``, for some of the pictures of a prompt."""
+def call_arguments(run: RunSettings, spec: ModelSpec, job: Job, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shared settings and what to draw as arguments of the pipeline's ``__call__``.
+
+    Args:
+        configs: of the pipeline's components, by name.
+    """
+    numbers = job.numbers
     named = {
         key: word
         for key, word in argument_names(spec).items()
         if key not in ("images", "seed", "output_type", spec.request.subject)
     }
     images = argument_names(spec)["images"]
-    pictures = {images: len(numbers)} if images else {}
+    texts = [job.texts[i] for i in numbers] if job.texts else [job.prompt]
+    each, subject = len(numbers) // len(texts), argument_names(spec)[spec.request.subject]
+    subjects: Any = texts
+    if spec.request.encode_subject:
+        subjects = [label for text in texts for label in spec.request.encode_subject(configs, text, each)]
+    elif len(texts) == 1:
+        subjects = texts[0]
+    pictures = {images: each} if images else {}
     settings = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
+    negative = named.get("negative")
+    if len(texts) > 1 and negative in settings:  # not all pipelines repeat it for each text
+        settings[negative] = [job.negatives[i] if job.negatives else run.negative for i in numbers]
+    elif job.negatives and negative:
+        settings[negative] = job.negatives[numbers.start]
     generators = [torch.Generator("cpu").manual_seed(run.seed_of(i) % 2**64) for i in numbers]
     latent = run.output_type == "latent" and spec.request.latent_output
-    return {**settings, **pictures, "generator": generators, "output_type": "latent" if latent else "pil"}
+    output = {"output_type": "latent" if latent else "pil"}
+    return {**settings, subject: subjects, **pictures, "generator": generators, **output}
 
 
 def call_values(more: Mapping[str, Any], numbers: range, images: int) -> dict[str, Any]:

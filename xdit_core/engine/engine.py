@@ -40,8 +40,7 @@ from xdit_core.parallel.patch_tensor import materialized
 from xdit_core.parallel.placements import evaluated
 from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
-from xdit_core.planning.requests import plan_of_request
-from xdit_core.planning.signatures import argument_names
+from xdit_core.planning.requests import plan_of_request, texts_of
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.branches import watched
 from xdit_core.points.compose import OwnedWrap, compose
@@ -284,7 +283,7 @@ class Engine:
     @torch.no_grad()
     def generate_all(
         self,
-        prompts: Sequence[str | None],
+        prompts: Sequence[str | Sequence[str] | None],
         skip: Collection[tuple[int, int]] = (),
         cancelled: Callable[[], bool] | None = None,
         **changes: Any,
@@ -292,7 +291,8 @@ class Engine:
         """Draw ``images`` pictures of each prompt. Every rank of the plan must call it with the same arguments.
 
         Args:
-            prompts: what to draw; ``[None]`` if embeddings in ``call`` say so.
+            prompts: what to draw; ``[None]`` if embeddings in ``call`` say so. A list of texts in place of a prompt has
+                one for each picture, which are drawn together; ``negative`` may be such a list too.
             skip: pictures that are not drawn, as (index of the prompt, number of the picture). The other pictures of a
                 prompt may come in several outputs.
             cancelled: asked before each step, on ranks that own pictures, whether the request is to end; all ranks
@@ -314,9 +314,10 @@ class Engine:
             raise XditError(
                 "an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine."
             )
-        asked = plan_of_request(self.plan, self.rank.spec, self._registry, type(self.pipe).__name__, prompts, changes)
+        texts, negatives, changes = texts_of(prompts, changes)
+        asked = plan_of_request(self.plan, self.rank.spec, self._registry, type(self.pipe).__name__, texts, changes)
         run, more = asked.run, asked.call
-        jobs = jobs_for([prompt or "" for prompt in prompts], run.images, skip)
+        jobs = jobs_for(prompts, run.images, skip, negatives)
         self.rank.slow.clear()
         self._cancellation.begin(cancelled)
         calls = self._state.calls
@@ -356,11 +357,7 @@ class Engine:
         """Run one call of the pipeline."""
         self._clock.start()
         run, spec, output = request.run, self.rank.spec, Output(job.prompt, job.index, job.numbers)
-        asks = spec.request
-        subject: Any = job.prompt
-        if asks.encode_subject:
-            subject = asks.encode_subject(self._configs, job.prompt, len(job.numbers))
-        texts = {**call_arguments(run, spec, job.numbers), argument_names(spec)[asks.subject]: subject}
+        texts = call_arguments(run, spec, job, self._configs)
         arguments = {**without_texts(texts, request.more), **call_values(request.more, job.numbers, run.images)}
         side = self.plan.facts.pixels_per_token
         grid = ((run.height or 0) // side, (run.width or 0) // side)

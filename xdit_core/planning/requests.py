@@ -56,6 +56,41 @@ def check_names(changes: Mapping[str, Any], what: str) -> None:
         )
 
 
+def texts_of(
+    prompts: Sequence[str | Sequence[str] | None], changes: Mapping[str, Any]
+) -> tuple[list[str | None], tuple[str, ...], dict[str, Any]]:
+    """Take apart prompts of which each picture has a text of its own.
+
+    Args:
+        prompts: each a text, a list with a text for each picture, or None.
+        changes: as of `plan_of_request`; ``negative`` may be a list where prompts are.
+
+    Returns:
+        All texts; what to keep out of each picture, () if that is the same for all; and the changes for one text.
+
+    Raises:
+        UsageError: the lists are not of one length, or that is not the number of pictures.
+    """
+    lists = [prompt for prompt in prompts if prompt is not None and not isinstance(prompt, str)]
+    if not lists:
+        return [prompt for prompt in prompts if prompt is None or isinstance(prompt, str)], (), dict(changes)
+    negative, seed, images = changes.get("negative"), changes.get("seed"), len(lists[0])
+    given = {len(part) for part in (*lists, *(x for x in (negative, seed) if isinstance(x, (list, tuple))))}
+    one_seed = isinstance(seed, (list, tuple)) and len(seed) == 1
+    if len(lists) < len(prompts) or not images or (given - {1} if one_seed else given) != {images}:
+        raise UsageError("a list of texts has one for each picture; give all prompts, negative and seed equally many.")
+    if changes.get("images", images) != images:
+        raise UsageError(f"there are {images} texts for images={changes['images']}; leave out images=.")
+    negatives = tuple(negative) if isinstance(negative, (list, tuple)) else ()
+    texts = [text for part in lists for text in part]
+    if not all(isinstance(text, str) and text.strip() for text in texts) or not all(
+        isinstance(text, str) for text in negatives
+    ):
+        raise UsageError("a list of texts holds something that is no text; give what each picture shows.")
+    one = {"negative": negatives[0]} if negatives else {}
+    return [*texts], negatives, {**changes, "images": images, **one}
+
+
 def plan_of_request(
     plan: Plan,
     spec: ModelSpec,

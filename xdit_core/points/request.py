@@ -20,11 +20,15 @@ class Job:
         prompt: what to draw.
         index: which of the request's prompts.
         numbers: which of its pictures. Picture ``i`` has the seed ``RunSettings.seed_of(i)`` on every rank.
+        texts: for pictures that each have a text of their own, the texts of all the pictures; ``prompt`` is the first.
+        negatives: likewise what to keep out of each.
     """
 
     prompt: str
     index: int
     numbers: range
+    texts: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
 
 
 @dataclass
@@ -72,16 +76,28 @@ class Request:
 RunRequest = Callable[[Request], list[Output]]
 
 
-def jobs_for(prompts: Sequence[str], images: int, skip: Collection[tuple[int, int]] = ()) -> tuple[Job, ...]:
+def jobs_for(
+    prompts: Sequence[str | Sequence[str] | None],
+    images: int,
+    skip: Collection[tuple[int, int]] = (),
+    negatives: Sequence[str] = (),
+) -> tuple[Job, ...]:
     """A job for each prompt; without the pictures to skip, which are (prompt, picture), a job for each run of numbers
-    that is left."""
+    that is left.
+
+    Args:
+        prompts: each a text, a text for each picture, or None where embeddings say what to draw.
+        negatives: what to keep out of each picture, where they differ.
+    """
     jobs = []
-    for index, prompt in enumerate(prompts):
+    for index, subject in enumerate(prompts):
+        texts = () if subject is None or isinstance(subject, str) else tuple(subject)
+        prompt = texts[0] if texts else str(subject or "")
         start = 0
         for number in range(images + 1):
             if number == images or (index, number) in skip:
                 if start < number:
-                    jobs.append(Job(prompt, index, range(start, number)))
+                    jobs.append(Job(prompt, index, range(start, number), texts, tuple(negatives)))
                 start = number + 1
     return tuple(jobs)
 
