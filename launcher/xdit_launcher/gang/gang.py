@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, overload
 from xdit_core.engine.pretrained import names_of, steps_observer
 from xdit_core.errors import RequestCancelled, UsageError, XditError
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.requests import check_names
+from xdit_core.planning.requests import check_names, texts_of
 from xdit_core.settings import RunSettings, convert, fields_of, without_random
 from xdit_launcher.backends import registry
+from xdit_launcher.gang.batch import Batch, next_batch
 from xdit_launcher.gang.job import Event, GangEnded, GangRequest, Job, RequestFailed, Result
 from xdit_launcher.node.root_cause import RootCause
 from xdit_launcher.node.watching import Watch
@@ -45,6 +46,8 @@ class Gang:
             the defaults of every request.
         on: name of the backend that starts the ranks; by default this machine.
         plan: instead of the three, a plan that exists, with its ``backend``.
+        batch: the most pictures that are drawn together: requests that wait and differ only in prompt, negative prompt
+            and seeds become one call of the pipeline.
 
     Raises:
         XditError: the plan is refused, or the ranks could not be started; all that is known is in the sentence.
@@ -58,6 +61,7 @@ class Gang:
         on: str | None = None,
         plan: Plan | None = None,
         backend: Backend | None = None,
+        batch: int = 1,
     ) -> None:
         if plan is None:
             backend, values = registry.choose(on, {}, dict(settings or {}))
@@ -66,11 +70,11 @@ class Gang:
             raise UsageError("a gang of a plan needs the backend that starts its ranks.")
         backend.check(plan)
         self.plan, self.load_seconds = plan, 0.0
-        self._backend = backend
+        self._backend, self._batch = backend, batch
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._queue: deque[Job] = deque()
-        self._current: Job | None = None
+        self._current: Batch | None = None
         self._error: XditError | None = None
         self._ranks: StartedRanks | None = None
         self._state = "starting"  # then "ready", at last "ended"
@@ -131,7 +135,7 @@ class Gang:
         Raises:
             RequestFailed, RequestCancelled, GangEnded: as of ``Job.result``.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts: list[str | Sequence[str]] = [prompt] if isinstance(prompt, str) else list(prompt)
         job = self.submit(prompts, **settings)
         observer = steps_observer(progress, rank=0)
         try:
@@ -144,11 +148,12 @@ class Gang:
             raise
         return results[0] if isinstance(prompt, str) else results
 
-    def submit(self, prompts: str | Sequence[str], *, previews: int = 0, **settings: Any) -> Job:
+    def submit(self, prompts: str | Sequence[str | Sequence[str]], *, previews: int = 0, **settings: Any) -> Job:
         """Put a request in the queue.
 
         Args:
-            prompts: what to draw, a prompt or several.
+            prompts: what to draw, a prompt or several. A list of texts in place of a prompt has one for each picture,
+                which are drawn together; ``negative`` may be such a list too.
             previews: how many previews of each picture are wanted.
             settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
                 the pipeline.
@@ -205,15 +210,15 @@ class Gang:
     def _end(self, error: XditError | None) -> None:
         with self._wake:
             self._error, self._state, self._ranks = error, "ended", None
-            jobs = [*([self._current] if self._current else []), *self._queue]
+            batches = [*([self._current] if self._current else []), *(Batch([job]) for job in self._queue)]
             self._queue.clear()
             self._current = None
             self._wake.notify_all()
-        for job in jobs:
-            if error is None or job.cancel_wanted:
-                job.add("cancelled", error=RequestCancelled("the gang was closed."))
+        for batch in batches:
+            if error is None or batch.unwanted:
+                batch.end("cancelled", RequestCancelled("the gang was closed."))
             else:
-                job.add("failed", error=GangEnded(*error.args))
+                batch.end("failed", GangEnded(*error.args))
 
     def _serve(self, ranks: StartedRanks, watch: Watch) -> list[str]:
         """Pass requests on until the gang is closed.
@@ -228,7 +233,7 @@ class Gang:
                 if "ready" in message:
                     ready.add(rank)
                     self.load_seconds = max(self.load_seconds, message["ready"])
-                elif answer is not None and message.get("id") == answer.job.id:
+                elif answer is not None and message.get("id") == answer.batch.id:
                     answer.take(rank, message)
             if self._state == "starting" and len(ready) == self.plan.world:
                 with self._wake:
@@ -237,10 +242,12 @@ class Gang:
             if cause := watch.look(ranks.statuses, idle=self._state == "ready" and answer is None):
                 return ranks.report(cause)
             if answer is not None:
-                if answer.job.cancel_wanted or self._stop:
+                if answer.batch.unwanted or self._stop:
                     answer.cancel(ranks)
                 if answer.ended:
-                    answer.finish()
+                    again = answer.finish()
+                    with self._wake:
+                        self._queue.extendleft(reversed(again))
                     answer = None
                 elif answer.torn():
                     return ranks.report(answer.cause(ranks.statuses()))
@@ -251,30 +258,25 @@ class Gang:
                 answer = self._next(ranks)
 
     def _next(self, ranks: StartedRanks) -> Answer | None:
-        """Begin the next request of the queue; one that was cancelled meanwhile never begins."""
-        while True:
-            with self._wake:
-                self._current = job = self._queue.popleft() if self._queue else None
-            if job is None:
-                return None
-            if not job.cancel_wanted:
-                job.add("started")
-                request = {"request": job.id, "prompts": job.request.prompts, "settings": job.request.settings}
-                ranks.send({**request, "previews": job.request.previews})
-                return Answer(job, self.plan.world)
-            job.add("cancelled", error=RequestCancelled())
+        """Begin the next request of the queue, with those that fit it."""
+        with self._wake:
+            self._current = batch = next_batch(self._queue, self._batch)
+        if batch is None:
+            return None
+        ranks.send(batch.begin())
+        return Answer(batch, self.plan.world)
 
 
 class Answer:
-    """What the ranks have said of the request that they answer.
+    """What the ranks have said of the requests that they answer.
 
     Args:
-        job: the request.
+        batch: the requests.
         world: number of ranks.
     """
 
-    def __init__(self, job: Job, world: int) -> None:
-        self.job, self.world = job, world
+    def __init__(self, batch: Batch, world: int) -> None:
+        self.batch, self.world = batch, world
         self.ends: dict[int, Mapping[str, Any]] = {}
         self._cancelled = False
         self._heard = time.monotonic()
@@ -285,13 +287,13 @@ class Answer:
         if message["event"] == "end":
             self.ends[rank] = message
         else:
-            self.job.take(message)
+            self.batch.take(message)
 
     def cancel(self, ranks: StartedRanks) -> None:
         """Tell the ranks once that the request is cancelled."""
         if not self._cancelled:
             self._cancelled = True
-            ranks.send({"cancel": self.job.id})
+            ranks.send({"cancel": self.batch.id})
 
     @property
     def ended(self) -> bool:
@@ -312,16 +314,23 @@ class Answer:
         known = statuses[rank]
         return RootCause(rank, known.host, known.status, f"{end['error']} (on this rank only)", 1, known.log)
 
-    def finish(self) -> None:
-        """Every rank has come to the end: say how."""
+    def finish(self) -> list[Job]:
+        """Every rank has come to the end: say how.
+
+        Returns:
+            Requests to draw again one by one, because one of them may have made all fail.
+        """
         failed = self.failures()
+        if failed and len(self.batch.jobs) > 1:
+            return list(self.batch.apart())
         if failed:
             end = next(iter(failed.values()))
-            self.job.add("failed", error=RequestFailed(str(end["error"]), bool(end["refused"])))
+            self.batch.end("failed", RequestFailed(str(end["error"]), bool(end["refused"])))
         elif self._cancelled or any(end["outcome"] == "cancelled" for end in self.ends.values()):
-            self.job.add("cancelled", error=RequestCancelled())
+            self.batch.end("cancelled", RequestCancelled())
         else:
-            self.job.add("done")
+            self.batch.end("done")
+        return []
 
 
 def farewell(ranks: StartedRanks) -> None:
@@ -339,7 +348,8 @@ def checked(prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, An
     Raises:
         UsageError: there is no prompt, or a setting is unknown or of a wrong type.
     """
-    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+    texts, negatives, settings = texts_of(prompts, settings)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UsageError('there is no prompt; write what to draw, such as "red heart".')
     check_names(settings, "a request")
     kinds = fields_of(RunSettings)
@@ -355,6 +365,7 @@ def checked(prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, An
             raise UsageError(
                 f"call= holds something that cannot be sent to the ranks ({error}); give numbers, words, lists or None."
             ) from error
+    converted |= {"negative": negatives} if negatives else {}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in converted.items()}
 
 

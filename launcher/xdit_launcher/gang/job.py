@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,12 +37,12 @@ class GangRequest:
     """What a gang is asked for.
 
     Args:
-        prompts: what to draw.
+        prompts: what to draw: each a text, or a list with a text for each picture.
         settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call``, as of ``Engine.generate``.
         previews: how many previews of each picture are wanted.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str | Sequence[str], ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
 
@@ -100,7 +100,7 @@ class Result:
     """What one prompt gave.
 
     Args:
-        prompt: what was drawn.
+        prompt: what was drawn; of a list of texts the first.
         pictures: in order of their numbers.
         latents: safetensors with the tensor ``latents``, if latents were asked for.
         seconds: of encode, denoise and decode, the longest of all ranks.
@@ -125,6 +125,9 @@ class Job:
         request: what was asked for.
         seeds: of the pictures of each prompt.
         look: called when something is wanted of the gang.
+
+    Attributes:
+        alone: not to be drawn together with other requests.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class Job:
     ) -> None:
         self._look = look
         self.id, self.request, self.seeds = id, request, seeds
-        self.cancel_wanted = False
+        self.cancel_wanted = self.alone = False
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._pictures: dict[tuple[int, int], Picture] = {}
@@ -203,7 +206,7 @@ class Job:
         with self._changed:
             return [
                 Result(
-                    prompt,
+                    prompt if isinstance(prompt, str) else prompt[0],
                     [picture for (p, _), picture in sorted(self._pictures.items()) if p == index],
                     joined_latents([part for _, part in sorted(self._latents.get(index, []))]),
                     self._seconds.get(index, {}),
