@@ -67,3 +67,11 @@ def test_what_is_refused(tmp_path_factory, prompts, changes, sentence):
         with pytest.raises(UsageError, match=sentence):
             engine.generate_all(prompts, **changes)
         assert engine.generate("a red fox").latents is not None
+
+
+def test_the_bundled_model():
+    """Its prompts are encoded by the adapter."""
+    with Engine.from_pretrained("emoji", device="cpu", steps=3, output_type="latent") as engine:
+        together = engine.generate_all([["red heart", "rocket"]], seed=[4, 9])[0].latents
+        for i, (text, seed) in enumerate((("red heart", 4), ("rocket", 9))):
+            assert_close(together[i : i + 1], engine.generate(text, seed=seed).latents)

@@ -33,11 +33,12 @@ def call_arguments(run: RunSettings, spec: ModelSpec, job: Job, configs: Mapping
     images = argument_names(spec)["images"]
     texts = [job.texts[i] for i in numbers] if job.texts else [job.prompt]
     each, subject = len(numbers) // len(texts), argument_names(spec)[spec.request.subject]
-    subjects: Any = texts
-    if spec.request.encode_subject:
-        subjects = [label for text in texts for label in spec.request.encode_subject(configs, text, each)]
-    elif len(texts) == 1:
-        subjects = texts[0]
+    encode = spec.request.encode_subject
+    values: list[Any] = [encode(configs, text, each) for text in texts] if encode else texts
+    if len(values) == 1:
+        subjects = values[0]
+    else:
+        subjects = [x for value in values for x in (value if isinstance(value, list) else [value])]
     pictures = {images: each} if images else {}
     settings = {word: value for key, word in named.items() if word and (value := getattr(run, key, None)) is not None}
     negative = named.get("negative")
