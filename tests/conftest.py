@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,12 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the quick tests."""
+    """Mark the quick tests, and those that wait for processes: with ``-n 2`` one worker of pytest runs all of these,
+    which share hosts and ports, and the other one all that computes."""
+    launcher = Path(__file__).parent / "launcher"
     for item in items:
+        if launcher in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("launcher"))
         if item.nodeid.startswith(QUICK):
             item.add_marker(pytest.mark.quick)
 

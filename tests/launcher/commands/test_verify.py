@@ -43,12 +43,11 @@ def test_serial_is_equal_to_itself(launch: Launch, tiny: tuple[str, ...]) -> Non
 
 
 def test_displaced(launch: Launch, tiny: tuple[str, ...]) -> None:
-    """Stages and shards against the same patches in one process; pictures of several ranks and their guidance
-    halves."""
+    """Stages and shards against the same patches in one process; pictures of several ranks."""
     run = launch(
         "verify",
         "--plugins",
-        "pipefusion,cfg,dp",
+        "pipefusion,dp",
         "pipefusion.layers=1,3",
         "dp.degree=2",
         *tiny,
