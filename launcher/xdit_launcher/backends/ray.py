@@ -26,6 +26,8 @@ from xdit_launcher.node.sockets import probe_port
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
+_users: list[Settings] = []  # of the connection of this process
+_users_lock = threading.Lock()
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -138,6 +140,25 @@ def connected(settings: Settings) -> Any:
     return ray
 
 
+@contextlib.contextmanager
+def connection(settings: Settings) -> Iterator[Any]:
+    """The module ``ray``, connected to the cluster; it is left with the last context. An actor stays connected.
+
+    Raises:
+        UsageError: as of `connected`.
+    """
+    ray = connected(settings)
+    with _users_lock:
+        _users.append(settings)
+    try:
+        yield ray
+    finally:
+        with _users_lock:
+            _users.pop()
+            if not _users and ray.get_runtime_context().worker.mode == ray.SCRIPT_MODE:
+                ray.shutdown()
+
+
 def probe_cluster(address: str) -> None:
     """Find out at once whether anybody answers at an address; Ray itself would try for minutes.
 
@@ -159,13 +180,12 @@ def bundle(plan: Plan, settings: Settings, total: Mapping[str, float]) -> dict[s
     return {"CPU": settings.cpus, **({"GPU": 1.0} if gpu else {})}
 
 
-def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
-    """Reserve a placement group and wait until it is ready.
+def check_room(ray: Any, plan: Plan, settings: Settings, each: Mapping[str, float]) -> None:
+    """Make sure that the cluster has what the ranks need.
 
     Raises:
-        UsageError: the cluster does not have what is needed, or not now.
+        UsageError: it does not.
     """
-    each = bundle(plan, settings, ray.cluster_resources())
     total, nodes = ray.cluster_resources(), sum(1 for node in ray.nodes() if node["Alive"])
     for name, amount in each.items():
         if amount * plan.world > total.get(name, 0):
@@ -179,18 +199,38 @@ def reserve(ray: Any, plan: Plan, settings: Settings) -> Any:
         plan, total.get("GPU", 0) > 0, f"the Ray cluster has {total.get('GPU', 0):g}"
     ):
         raise UsageError(problem)
+
+
+@contextlib.contextmanager
+def reserved(ray: Any, plan: Plan, settings: Settings) -> Iterator[Any]:
+    """A placement group with a bundle for each rank; it ends with the context.
+
+    In an actor that is in such a group itself, as a replica of Ray Serve is, it is that one.
+
+    Raises:
+        UsageError: the cluster does not have what is needed, or not now.
+    """
+    each = bundle(plan, settings, ray.cluster_resources())
+    own = ray.util.get_current_placement_group()
+    if own is not None and own.bundle_specs == [each] * plan.world:
+        yield own
+        return
+    check_room(ray, plan, settings, each)
     group = ray.util.placement_group([each] * plan.world, strategy=settings.strategy)
     try:
-        ray.get(group.ready(), timeout=settings.wait)
-    except ray.exceptions.GetTimeoutError as error:
-        free = ray.available_resources()
-        ray.util.remove_placement_group(group)
-        have = ", ".join(f"{free.get(name, 0):g} {name}s free" for name in each)
-        raise UsageError(
-            f"Ray found no place for {plan.world} actors with {settings.strategy} within {settings.wait:g} s ({have}); "
-            "wait for other work to end, choose another ray.strategy=, or give a larger ray.wait=."
-        ) from error
-    return group
+        try:
+            ray.get(group.ready(), timeout=settings.wait)
+        except ray.exceptions.GetTimeoutError as error:
+            free = ray.available_resources()
+            have = ", ".join(f"{free.get(name, 0):g} {name}s free" for name in each)
+            raise UsageError(
+                f"Ray found no place for {plan.world} actors with {settings.strategy} within {settings.wait:g} s "
+                f"({have}); wait for other work to end, choose another ray.strategy=, or give a larger ray.wait=."
+            ) from error
+        yield group
+    finally:
+        with contextlib.suppress(Exception):
+            ray.util.remove_placement_group(group)
 
 
 def start(plan: Plan, folder: Path, settings: Settings) -> int:
@@ -201,10 +241,7 @@ def start(plan: Plan, folder: Path, settings: Settings) -> int:
 @contextlib.contextmanager
 def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -> Iterator[StartedOnHosts]:
     """Start the ranks of a plan on the cluster; see `xdit_launcher.cluster.run.started_on`."""
-    ray = connected(settings)
-    group = None
-    try:
-        group = reserve(ray, plan, settings)
+    with connection(settings) as ray, reserved(ray, plan, settings) as group:
         actors, names = start_actors(ray, group, plan.world, settings.wait)
         count = Counter(names)
         hosts = [Host(name, slots=1, sharing=count[name]) for name in names]
@@ -214,11 +251,6 @@ def ranks(plan: Plan, folder: Path, settings: Settings, serving: bool = False) -
 
         with started_on(connect, plan, folder, settings, serving) as started:
             yield started
-    finally:
-        if group is not None:
-            with contextlib.suppress(Exception):
-                ray.util.remove_placement_group(group)
-        ray.shutdown()
 
 
 def start_actors(ray: Any, group: Any, world: int, seconds: float) -> tuple[list[Any], list[str]]:

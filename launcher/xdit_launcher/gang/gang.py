@@ -338,7 +338,7 @@ def farewell(ranks: StartedRanks) -> None:
     ranks.send({"stop": True})
     end = time.monotonic() + FAREWELL
     while time.monotonic() < end and any(s.code is None for s in ranks.statuses().values()):
-        time.sleep(TICK)
+        ranks.messages(TICK)  # agents on other machines tell in them that a rank has ended
     ranks.finish()
 
 

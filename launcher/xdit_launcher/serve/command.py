@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from xdit_core import machine
 from xdit_core.errors import UsageError, XditError
-from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
 from xdit_launcher.backends.base import Backend
-from xdit_launcher.gang.gang import Gang
-from xdit_launcher.gang.job import RequestFailed
 from xdit_launcher.printing import print_lines
 from xdit_launcher.serve.api.app import Guard, make_app
 from xdit_launcher.serve.api.common import Server
 from xdit_launcher.serve.auth import Keys, check_host
 from xdit_launcher.serve.dispatcher import Dispatcher
 from xdit_launcher.serve.gangs.replicas import Replicas
+from xdit_launcher.serve.gangs.start import gangs
 from xdit_launcher.serve.housekeeping import Housekeeping
 from xdit_launcher.serve.limits import RequestCheck, take_settings
 from xdit_launcher.serve.operations import Log, Metrics
@@ -33,7 +34,6 @@ from xdit_launcher.serve.store import Store
 
 CONNECTIONS_END = 5  # seconds for answers that are being sent when the server ends
 BACKLOG = 2048
-WARM_UP_STEPS = 2
 
 
 def serve(
@@ -67,19 +67,19 @@ def serve(
     count = Replicas.parse(replicas)
     keys = Keys(keys_file)
     check_host(host, keys)
-    values.setdefault("runs", f"{data.rstrip('/')}/runs")
+    values.setdefault("runs", str(Path(data).absolute() / "runs"))
     devices = on.devices()
     if count.most > 1:
         devices = max(1, (devices or machine.cuda_devices() or machine.cores()) // count.most)
     plan = make_plan(plugins, values, devices=devices)
-    beside = [on.beside(plan, number, count.most) for number in range(count.most)]
-    for backend in beside:
-        backend.check(plan)
+    name = f"xdit-{hashlib.sha256(str(Path(data).absolute()).encode()).hexdigest()[:8]}"
     log, metrics = Log(), Metrics()
-    with listening(host, port) as end, contextlib.closing(Store(data)) as store:
-        dispatcher = Dispatcher(
-            store, lambda number: started(plan, beside[number]), limits, log, metrics, replicas=count
-        )
+    with (
+        listening(host, port) as end,
+        gangs(plan, on, count, limits, name) as source,
+        contextlib.closing(Store(data)) as store,
+    ):
+        dispatcher = Dispatcher(store, source, limits, log, metrics)
         server = Server(dispatcher, RequestCheck(plan, limits), keys, store.secret(), time.time())
         logging.getLogger("uvicorn.error").addHandler(Passed(log))
         config = uvicorn.Config(
@@ -94,23 +94,6 @@ def serve(
             asyncio.run(Http(config, server).run(end))
         log.write("the server has ended", waiting=store.counts()["queued"])
     return 0
-
-
-def started(plan: Plan, on: Backend) -> Gang:
-    """Start a gang and let it draw once, so that it is known to answer, and has learnt to make previews.
-
-    Raises:
-        XditError: it could not be started, or ended with its first picture.
-    """
-    gang = Gang(plan=plan, backend=on)
-    try:
-        if plan.run.prompt:
-            with contextlib.suppress(RequestFailed):  # a model may refuse so few steps; clients are told if it is more
-                gang.generate(plan.run.prompt[0], progress=False, steps=WARM_UP_STEPS, images=1, seed=0)
-    except BaseException:
-        gang.close()
-        raise
-    return gang
 
 
 class Http(uvicorn.Server):
@@ -140,6 +123,7 @@ class Http(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_end(ending))
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGUSR1, self._renew)
         self._served.dispatcher.start()
         serving = asyncio.create_task(self.serve(sockets=[end]))
         while not self.started and not serving.done():
@@ -164,6 +148,9 @@ class Http(uvicorn.Server):
             ending.set()
 
         return end
+
+    def _renew(self) -> None:
+        threading.Thread(target=self._served.dispatcher.renew, name="xdit-renewal", daemon=True).start()
 
     def _reload(self) -> None:
         log = self._served.dispatcher.log

@@ -11,14 +11,13 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xdit_core.printable import printable
 from xdit_launcher.gang.job import Event, GangEnded
 from xdit_launcher.serve.events import (
     CLOSING,
-    AnyGang,
     Current,
     JobEvent,
     Watch,
@@ -27,7 +26,7 @@ from xdit_launcher.serve.events import (
     waiting_of,
 )
 from xdit_launcher.serve.fairness import FairQueue, Pace
-from xdit_launcher.serve.gangs.replicas import Replicas
+from xdit_launcher.serve.gangs.replicas import Gangs
 from xdit_launcher.serve.gangs.runner import BUSY, IDLE, STARTING, STATES, Runner
 from xdit_launcher.serve.limits import ApiError, ServeSettings
 from xdit_launcher.serve.operations import Labels, Log, Metrics, announce
@@ -35,6 +34,7 @@ from xdit_launcher.serve.records import CANCELLED, ENDED, FAILED, QUEUED, RUNNIN
 from xdit_launcher.serve.store import Store
 
 POLL = 0.5  # seconds between two looks at a gang that has nothing to do
+RENEWAL = 0.1  # seconds between two looks at a gang that is renewed
 TRIES = 2  # gangs that may end while they draw a job
 BY_CLIENT = "the client cancelled the job."
 
@@ -44,20 +44,18 @@ class Dispatcher:
 
     Args:
         store: of the jobs.
-        start_gang: starts the gang of a number, which counts from 0; raises XditError if it cannot.
+        gangs: starts them.
         limits: of the server.
         log, metrics: where to say what happens.
-        replicas: how many gangs there are.
     """
 
     def __init__(
         self,
         store: Store,
-        start_gang: Callable[[int], AnyGang],
+        gangs: Gangs,
         limits: ServeSettings,
         log: Log,
         metrics: Metrics,
-        replicas: Replicas | None = None,
     ) -> None:
         self.store, self.limits, self.log, self.metrics = store, limits, log, metrics
         self._wake = threading.Condition(threading.RLock())
@@ -65,16 +63,17 @@ class Dispatcher:
         self._running: dict[str, Current] = {}  # by id of the job
         self._watchers = Watchers()
         self._draining = self._ended = self._hurried = False
-        replicas = replicas or Replicas()
+        self._gangs = gangs
         self._runners = [
-            Runner(number, self, start_gang, spare=number >= replicas.least, idle=limits.idle)
-            for number in range(replicas.most)
+            Runner(number, self, gangs.start, spare=number >= gangs.replicas.least, idle=limits.idle)
+            for number in range(gangs.replicas.most)
         ]
         announce(metrics)
         metrics.gauge("xdit_queue_jobs", "jobs that wait", lambda: float(len(self._queue)))
         metrics.gauge("xdit_running_jobs", "jobs that are drawn", lambda: float(len(self._running)))
         metrics.gauge("xdit_ready", "1 if a gang answers", lambda: float(self.ready))
         metrics.gauge("xdit_gangs", "gangs by state: resting, starting, idle, busy", self._gangs_by_state)
+        metrics.gauge("xdit_gangs_loaded", "gangs that are loaded", self._loaded)
         metrics.gauge("xdit_gang_load_seconds", "of the model, by gang", self._load_seconds)
         waiting = store.recover()
         for job in store.waiting():
@@ -94,6 +93,28 @@ class Dispatcher:
     def _gangs_by_state(self) -> dict[Labels, float]:
         counts = Counter(runner.state for runner in self._runners)
         return {(("state", state),): float(counts[state]) for state in STATES}
+
+    def _loaded(self) -> float:
+        running = self._gangs.running()
+        return float(sum(runner.answers for runner in self._runners) if running is None else running)
+
+    def renew(self) -> None:
+        """Start other gangs in the place of all that run, one after the other; jobs go on, and none is lost."""
+        self.log.write("all gangs are renewed")
+        try:
+            if self._gangs.renew():
+                return
+            for runner in self._runners:
+                gang = runner.gang
+                if gang is None:
+                    continue
+                with self._wake:
+                    runner.stale = True
+                    self._wake.notify_all()
+                while not self._draining and (runner.gang is gang or runner.state == STARTING):
+                    self.pause(RENEWAL)
+        except Exception as error:
+            self.log.unexpected("the gangs could not be renewed", error)
 
     def _load_seconds(self) -> dict[Labels, float]:
         gangs = {runner.number: runner.gang for runner in self._runners}

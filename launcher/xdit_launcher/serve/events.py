@@ -6,16 +6,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from xdit_core.errors import XditError
-from xdit_launcher.gang.job import Event, Job
+from xdit_launcher.gang.job import Event, Result
 from xdit_launcher.serve.fairness import Pace, Waiting
 from xdit_launcher.serve.records import ENDED, StoredJob
 
 CLOSING = "closing"  # kind of the last event of a watcher when the server ends
+
+
+class AnyJob(Protocol):
+    """What a dispatcher needs of a ``Job``."""
+
+    def cancel(self) -> None:
+        """End it as soon as possible."""
+
+    def events(self) -> Iterator[Event]:
+        """Yield what happens, from the beginning to the end."""
+
+    def result(self) -> list[Result]:
+        """Wait for the end, and return what each prompt gave."""
 
 
 class AnyGang(Protocol):
@@ -31,7 +44,7 @@ class AnyGang(Protocol):
     def error(self) -> XditError | None:
         """Why the ranks have ended."""
 
-    def submit(self, prompts: Any, *, previews: int = 0, **settings: Any) -> Job:
+    def submit(self, prompts: Any, *, previews: int = 0, **settings: Any) -> AnyJob:
         """Put a request in the queue."""
 
     def close(self) -> None:
@@ -94,7 +107,7 @@ class Current:
 
     job: StoredJob
     work: float
-    asked: Job | None = None
+    asked: AnyJob | None = None
     cancelled: str | None = None
     expired: bool = False
     started: bool = False
@@ -102,7 +115,7 @@ class Current:
     previews: list[JobEvent] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def has(self, asked: Job) -> None:
+    def has(self, asked: AnyJob) -> None:
         """A gang has it."""
         with self._lock:
             self.asked = asked

@@ -66,25 +66,26 @@ class Setting:
 
     def __init__(self, folder, replicas="1", **limits):
         self.gangs: list[FakeGang] = []
-        self.refusals = 0
+        self.refusals, self.replicas = 0, Replicas.parse(replicas)
         self.store = Store(str(folder))
         self.log = io.StringIO()
         self.dispatcher = Dispatcher(
-            self.store,
-            self._start,
-            ServeSettings(**{"queue": 10, **limits}),
-            Log(self.log),
-            Metrics(),
-            Replicas.parse(replicas),
+            self.store, self, ServeSettings(**{"queue": 10, **limits}), Log(self.log), Metrics()
         )
         self.dispatcher.start()
 
-    def _start(self, number):
+    def start(self, number):
         if self.refusals:
             self.refusals -= 1
             raise XditError("no weights.")
         self.gangs.append(FakeGang())
         return self.gangs[-1]
+
+    def running(self):
+        return None
+
+    def renew(self):
+        return False
 
     def accept(self, key="", **more):
         settings = more.pop("settings", {})

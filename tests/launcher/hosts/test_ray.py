@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from helpers.launcher import FAULTY
+from helpers.launcher.served import Served, ended, wait_for
 from helpers.launcher.typed import SMALL, USP, rank_of, xdit
 from xdit_launcher import Gang
 from xdit_launcher.gang.job import GangEnded
@@ -79,3 +82,45 @@ def test_a_gang_of_actors(ray_cluster: None, tmp_path: Path) -> None:
         rank_of(tmp_path, 1).kill()
         with pytest.raises(GangEnded, match=r"rank 1 of 2 on .* failed at(.|\n)*killed by signal 9"):
             job.result(timeout=60)
+
+
+def replicas() -> list[psutil.Process]:
+    """The processes of the replicas of Ray Serve."""
+    found = psutil.process_iter(["name"])
+    return [process for process in found if process.info["name"].startswith("ray::ServeReplica")]
+
+
+@pytest.mark.slow
+def test_replicas_come_with_jobs_and_every_job_ends_though_one_is_killed(ray_cluster: None, tmp_path: Path) -> None:
+    """Jobs that wait bring a second replica, one of both is killed, later one goes, and a signal replaces the other."""
+    pytest.importorskip("ray.serve")
+    words = ("--on", "ray", "--replicas", "1..2", *SMALL[:2], "steps=30", "threads=1", "serve.idle=2")
+    served = Served(tmp_path / "work", *words).ready()
+    try:
+        with served.http() as client:
+
+            def draw(**more: int) -> str:
+                return str(client.post("/v1/jobs", json={"prompt": "rocket", "seed": 5, **more}).json()["id"])
+
+            def loaded(count: int) -> bool:
+                return f"xdit_gangs_loaded {count}\n" in client.get("/metrics").text and len(replicas()) == count
+
+            ids = [draw() for _ in range(7)]
+            wait_for(lambda: loaded(2), served.log)
+            replicas()[0].kill()
+            jobs = [ended(client, id) for id in ids]
+            assert [job["status"] for job in jobs] == ["done"] * 7, served.log()
+            assert len({client.get(job["results"][0]["url"]).content for job in jobs}) == 1
+            assert served.events("job waits again")
+            wait_for(lambda: loaded(1), served.log)
+            (first,) = replicas()
+            long = draw(steps=100)
+            wait_for(lambda: (client.get(f"/v1/jobs/{long}").json()["progress"] or {}).get("step"))
+            client.delete(f"/v1/jobs/{long}")
+            assert ended(client, long)["status"] == "cancelled"
+            served.process.send_signal(signal.SIGUSR1)
+            wait_for(lambda: loaded(1) and replicas() != [first], served.log)
+            assert ended(client, draw())["status"] == "done"
+        assert served.end() == 0
+    finally:
+        served.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 
 import psutil
 import pytest
@@ -77,6 +78,24 @@ def test_spare_gangs_start_when_jobs_wait_and_end_when_none_come(setting):
     until(lambda: (gangs(all, "idle"), gangs(all, "resting")) == (1, 2))
     assert '"the ranks were not needed any more"' in all.log.getvalue() and all.gangs[0].alive
     assert not all.gangs[1].alive and "\nxdit_gang_ends_total " not in all.dispatcher.metrics.text()
+
+
+def test_gangs_are_renewed_one_after_the_other_and_finish_their_jobs(setting):
+    all = setting("2")
+    until(lambda: gangs(all, "idle") == 2)
+    id = all.accept()
+    until(lambda: gangs(all, "busy") == 1)
+    first, second = list(all.gangs)
+    renewal = threading.Thread(target=all.dispatcher.renew)
+    renewal.start()
+    drawing, other = (first, second) if first.jobs else (second, first)
+    until(lambda: not other.alive or not drawing.jobs[0].ended)
+    drawing.done(0)
+    renewal.join(30)
+    until(lambda: gangs(all, "idle") == 2)
+    assert all.ended(id).status == "done" and all.store.find(id).tries == 0
+    assert len(all.gangs) == 4 and not first.alive and not second.alive
+    assert "\nxdit_gang_ends_total " not in all.dispatcher.metrics.text()
 
 
 def test_a_server_with_two_gangs_of_which_one_is_killed(tmp_path, words):

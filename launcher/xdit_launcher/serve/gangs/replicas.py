@@ -1,10 +1,12 @@
-"""How many gangs of the same plan answer requests. Without torch."""
+"""How many gangs of the same plan answer requests, and where they come from. Without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from xdit_core.errors import UsageError
+from xdit_launcher.serve.events import AnyGang
 
 MOST = 10_000
 
@@ -30,3 +32,28 @@ class Replicas:
                 f"--replicas {text} is not a number of gangs; write 2, or 1..4 for as many as the queue needs."
             )
         return Replicas(*numbers)
+
+
+class Gangs(Protocol):
+    """Where the gangs of a server come from."""
+
+    @property
+    def replicas(self) -> Replicas:
+        """How many of them the dispatcher starts."""
+
+    def start(self, number: int) -> AnyGang:
+        """Start the gang of a number, which counts from 0.
+
+        Raises:
+            XditError: it could not be started.
+        """
+
+    def running(self) -> int | None:
+        """How many there are, None if that is known from what `start` gave."""
+
+    def renew(self) -> bool:
+        """Put fresh gangs in the place of all that run, one after the other.
+
+        Returns:
+            False if whoever owns what `start` gave must do it.
+        """

@@ -78,6 +78,9 @@ class Runner:
         start_gang: starts the gang of a number; raises XditError if it cannot.
         spare: its gang runs only while it is needed.
         idle: seconds without a job after which a spare gang ends.
+
+    Attributes:
+        stale: another gang is to be started once the present one has drawn its job.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Runner:
     ) -> None:
         self.number, self.spare = number, spare
         self.gang: AnyGang | None = None
-        self.state = RESTING
+        self.state, self.stale = RESTING, False
         self._desk, self._start_gang, self._longest_idle = desk, start_gang, idle
         self._thread = threading.Thread(target=self._run, name=f"xdit-runner-{number}", daemon=True)
 
@@ -130,8 +133,10 @@ class Runner:
                         pause = FIRST_PAUSE
                 except Exception as error:  # such as a disk that cannot be read: jobs wait in memory
                     desk.log.unexpected("jobs could not be read", error, gang=self.number, pause=pause)
-                if retired:
-                    desk.log.write("the ranks were not needed any more", gang=self.number)
+                if retired or self.stale:
+                    why = "are started again" if self.stale else "were not needed any more"
+                    desk.log.write(f"the ranks {why}", gang=self.number)
+                    self.stale = False
                     continue
                 if not desk.draining:
                     desk.metrics.count("xdit_gang_ends_total")
@@ -149,7 +154,7 @@ class Runner:
         desk, answered, retired = self._desk, False, False
         self.gang, since = gang, time.monotonic()
         try:
-            while gang.alive and not desk.draining:
+            while gang.alive and not desk.draining and not self.stale:
                 self.state = IDLE
                 current = desk.take(self)
                 if current is None:
