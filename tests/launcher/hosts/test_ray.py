@@ -94,7 +94,17 @@ def replicas() -> list[psutil.Process]:
 def test_replicas_come_with_jobs_and_every_job_ends_though_one_is_killed(ray_cluster: None, tmp_path: Path) -> None:
     """Jobs that wait bring a second replica, one of both is killed, later one goes, and a signal replaces the other."""
     pytest.importorskip("ray.serve")
-    words = ("--on", "ray", "--replicas", "1..2", *SMALL[:2], "steps=30", "threads=1", "serve.idle=2")
+    words = (
+        "--on",
+        "ray",
+        "--replicas",
+        "1..2",
+        *SMALL[:2],
+        "steps=80",
+        "threads=1",
+        "serve.idle=2",
+        "serve.steps=9000",
+    )
     served = Served(tmp_path / "work", *words).ready()
     try:
         with served.http() as client:
@@ -105,19 +115,23 @@ def test_replicas_come_with_jobs_and_every_job_ends_though_one_is_killed(ray_clu
             def loaded(count: int) -> bool:
                 return f"xdit_gangs_loaded {count}\n" in client.get("/metrics").text and len(replicas()) == count
 
-            ids = [draw() for _ in range(7)]
-            wait_for(lambda: loaded(2), served.log)
+            def step(id: str) -> int:
+                return (client.get(f"/v1/jobs/{id}").json()["progress"] or {}).get("step") or 0
+
+            long = [draw(steps=9000) for _ in range(2)]
+            wait_for(lambda: loaded(2) and all(map(step, long)), served.log)
+            ids = [draw() for _ in range(4)]
+            for id in long:
+                client.delete(f"/v1/jobs/{id}")
+            wait_for(lambda: all(map(step, ids[:2])), served.log)
             replicas()[0].kill()
             jobs = [ended(client, id) for id in ids]
-            assert [job["status"] for job in jobs] == ["done"] * 7, served.log()
+            assert [job["status"] for job in jobs] == ["done"] * 4, served.log()
             assert len({client.get(job["results"][0]["url"]).content for job in jobs}) == 1
             assert served.events("job waits again")
+            assert [ended(client, id)["status"] for id in long] == ["cancelled"] * 2
             wait_for(lambda: loaded(1), served.log)
             (first,) = replicas()
-            long = draw(steps=100)
-            wait_for(lambda: (client.get(f"/v1/jobs/{long}").json()["progress"] or {}).get("step"))
-            client.delete(f"/v1/jobs/{long}")
-            assert ended(client, long)["status"] == "cancelled"
             served.process.send_signal(signal.SIGUSR1)
             wait_for(lambda: loaded(1) and replicas() != [first], served.log)
             assert ended(client, draw())["status"] == "done"
