@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,6 @@ from xdit_launcher.node.sockets import probe_port
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
 
-_users: list[Settings] = []  # of the connection of this process
-_users_lock = threading.Lock()
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -142,21 +141,18 @@ def connected(settings: Settings) -> Any:
 
 @contextlib.contextmanager
 def connection(settings: Settings) -> Iterator[Any]:
-    """The module ``ray``, connected to the cluster; it is left with the last context. An actor stays connected.
+    """The module ``ray``, connected to the cluster; whoever has connected this process leaves the cluster at the end.
 
     Raises:
         UsageError: as of `connected`.
     """
+    was_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     ray = connected(settings)
-    with _users_lock:
-        _users.append(settings)
     try:
         yield ray
     finally:
-        with _users_lock:
-            _users.pop()
-            if not _users and ray.get_runtime_context().worker.mode == ray.SCRIPT_MODE:
-                ray.shutdown()
+        if not was_connected:
+            ray.shutdown()
 
 
 def probe_cluster(address: str) -> None:
@@ -286,14 +282,15 @@ def start_actors(ray: Any, group: Any, world: int, seconds: float) -> tuple[list
 
 def devices(settings: Settings) -> int | None:
     """GPUs of the cluster, or its CPUs."""
-    ray = connected(settings)
-    total = ray.cluster_resources()
+    with connection(settings) as ray:
+        total = ray.cluster_resources()
     return int(total.get("GPU", 0) or total.get("CPU", 0) // max(settings.cpus, 1)) or None
 
 
 def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
     """Lines for a dry run."""
-    each = bundle(plan, settings, connected(settings).cluster_resources())
+    with connection(settings) as ray:
+        each = bundle(plan, settings, ray.cluster_resources())
     return [
         f"{plan.world} actors with {', '.join(f'{n:g} {name}' for name, n in each.items())} each, placed with "
         f"{settings.strategy}"

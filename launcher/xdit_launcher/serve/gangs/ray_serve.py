@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEPLOYMENT = "gang"
 LOOK = 0.5  # seconds between two looks at the replicas
-HEALTH: Mapping[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
+HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 30.0  # seconds between two questions, and for an answer
 UPSCALE_DELAY = 2.0  # seconds for which more jobs must be there than replicas
 PATIENCE = 3600.0  # seconds to wait for a replica
 
@@ -208,7 +208,8 @@ def serving(
         deployment = serve.deployment(
             name=DEPLOYMENT,
             **scale,
-            **HEALTH,
+            health_check_period_s=HEALTH_PERIOD,
+            health_check_timeout_s=HEALTH_TIMEOUT,
             max_ongoing_requests=1,
             graceful_shutdown_timeout_s=limits.grace,
             placement_group_bundles=[each] * plan.world,
