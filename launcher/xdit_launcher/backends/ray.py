@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,17 +140,16 @@ def connected(settings: Settings) -> Any:
 
 @contextlib.contextmanager
 def connection(settings: Settings) -> Iterator[Any]:
-    """The module ``ray``, connected to the cluster; whoever has connected this process leaves the cluster at the end.
+    """The module ``ray``, connected to the cluster, which is left at the end; an actor belongs to it and stays.
 
     Raises:
         UsageError: as of `connected`.
     """
-    was_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     ray = connected(settings)
     try:
         yield ray
     finally:
-        if not was_connected:
+        if ray.get_runtime_context().get_actor_id() is None:
             ray.shutdown()
 
 
@@ -282,15 +280,14 @@ def start_actors(ray: Any, group: Any, world: int, seconds: float) -> tuple[list
 
 def devices(settings: Settings) -> int | None:
     """GPUs of the cluster, or its CPUs."""
-    with connection(settings) as ray:
-        total = ray.cluster_resources()
+    ray = connected(settings)
+    total = ray.cluster_resources()
     return int(total.get("GPU", 0) or total.get("CPU", 0) // max(settings.cpus, 1)) or None
 
 
 def show(plan: Plan, settings: Settings, words: Sequence[str]) -> list[str]:
     """Lines for a dry run."""
-    with connection(settings) as ray:
-        each = bundle(plan, settings, ray.cluster_resources())
+    each = bundle(plan, settings, connected(settings).cluster_resources())
     return [
         f"{plan.world} actors with {', '.join(f'{n:g} {name}' for name, n in each.items())} each, placed with "
         f"{settings.strategy}"
