@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import random
 import re
 import signal
+import statistics
+import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -119,3 +124,22 @@ def test_a_server_with_two_gangs_of_which_one_is_killed(tmp_path, words):
 def test_a_backend_with_one_gang_says_so(say):
     done = say("serve", "--replicas", "2", "--on", "ssh", "--hosts", "a", "model=emoji")
     assert done.exit_code == 2 and "the backend ssh starts one gang; leave out --replicas" in done.stderr
+
+
+def test_the_simulation_waits_as_theory_says():
+    path = Path(__file__).parents[3] / "benchmarks" / "serve_simulation.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    simulation = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = simulation
+    spec.loader.exec_module(simulation)
+    measured, draw = simulation.Measured((1.0,), 0.0, 0.0), random.Random(1)
+
+    def mean(way, gangs):
+        jobs = simulation.through_front(simulation.arrivals(0.8 * gangs, 50_000, draw), 0.0)
+        return statistics.mean(way(jobs, gangs, measured, draw))
+
+    one, shorter, chance = (mean(way, 1) for _, way in simulation.WAYS)
+    theory = 0.8 / (2 * (1 - 0.8))  # Pollaczek and Khinchine, for jobs of one second
+    assert max(abs(value - theory) for value in (one, shorter, chance)) < 0.15 * theory
+    one, shorter, chance = (mean(way, 50) for _, way in simulation.WAYS)
+    assert one < 0.1 * shorter < 0.1 * chance and abs(chance - theory) < 0.15 * theory
