@@ -65,7 +65,7 @@ class Dispatcher:
         self._draining = self._ended = self._hurried = False
         self._gangs = gangs
         self._runners = [
-            Runner(number, self, gangs.start, spare=number >= gangs.replicas.least, idle=limits.idle)
+            Runner(number, self, gangs.start, number >= gangs.replicas.least, limits.idle, limits.at_once)
             for number in range(gangs.replicas.most)
         ]
         announce(metrics)
@@ -209,6 +209,8 @@ class Dispatcher:
         """What is known of a job, as events."""
         current = self._running.get(id)
         if current is not None:
+            if not current.started:
+                return [JobEvent(QUEUED, {"position": 0}), *([JobEvent(CLOSING)] if self._ended else [])]
             events = [JobEvent(RUNNING), *([current.step] if current.step else []), *current.previews]
             return [*events, *([JobEvent(CLOSING)] if self._ended else [])]
         job = self.store.find(id)
@@ -315,10 +317,11 @@ class Dispatcher:
 
     def take(self, runner: Runner) -> Current | None:
         """The next job; None if there was none for a moment. The first gang that is free gets it, so that spare ones
-        can end."""
+        can end; one that draws already leaves it to any that is free."""
         with self._wake:
-            earlier = any(other.state == IDLE and other.answers for other in self._runners[: runner.number])
-            waiting = None if earlier or self._draining else self._queue.take()
+            others = self._runners if runner.state == BUSY else self._runners[: runner.number]
+            better = any(other.state == IDLE and other.answers for other in others)
+            waiting = None if better or self._draining else self._queue.take()
             if waiting is None:
                 self._wake.wait(POLL)
                 return None
@@ -337,6 +340,8 @@ class Dispatcher:
     def begin(self, current: Current) -> None:
         """Store that a job is drawn now, and tell whoever watches."""
         self.store.start(current.job.id)
+        if current.job.started is None:
+            self.metrics.observe("xdit_job_seconds", time.time() - current.job.created, phase="wait")
         self._watchers.tell(current.job.id, JobEvent(RUNNING))
         self._publish_positions()
 

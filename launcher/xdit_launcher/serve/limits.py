@@ -35,6 +35,7 @@ class ServeSettings:
     queue: int = field(default=100, metadata={"help": "jobs that may wait; more are refused with status 429"})
     pixels: int = field(default=2048 * 2048, metadata={"help": "most pixels of a picture, or of a frame of a video"})
     frames: int = field(default=257, metadata={"help": "most frames of a video"})
+    batch: int = field(default=1, metadata={"help": "most pictures of jobs that fit together and are drawn at once"})
     steps: int = field(default=100, metadata={"help": "most denoising steps"})
     images: int = field(default=10, metadata={"help": "most pictures of a job"})
     prompt: int = field(default=4000, metadata={"help": "most characters of a prompt"})
@@ -51,6 +52,11 @@ class ServeSettings:
         default="",
         metadata={"help": "further arguments of the pipeline that clients may give as numbers, such as clip_skip,mu"},
     )
+
+    @property
+    def at_once(self) -> int:
+        """How many jobs a gang has at the same time: while a batch is drawn, the next one gathers."""
+        return 2 * self.batch if self.batch > 1 else 1
 
     @property
     def call_names(self) -> frozenset[str]:

@@ -33,9 +33,9 @@ class FakeGang:
         return job
 
     def _look(self):
-        job = self.jobs[-1]
-        if job.cancel_wanted:
-            job.add("cancelled", error=RequestCancelled("the request was cancelled."))
+        for job in self.jobs:
+            if job.cancel_wanted and not job.ended:
+                job.add("cancelled", error=RequestCancelled("the request was cancelled."))
 
     def done(self, number):
         job = self.jobs[number]
@@ -44,7 +44,9 @@ class FakeGang:
 
     def die(self):
         self.alive, self.error = False, GangEnded("rank 1 was killed\nmore lines")
-        self.jobs[-1].add("failed", error=self.error)
+        for job in self.jobs:
+            if not job.ended:
+                job.add("failed", error=self.error)
 
     def close(self):
         self.alive = False

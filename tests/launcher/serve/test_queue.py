@@ -60,6 +60,23 @@ def test_a_gang_that_ends_is_replaced_and_its_job_tried_once_more(setting):
     assert all.ended(other).status == "done" and all.store.find(other).tries == 0
 
 
+def test_a_gang_has_a_batch_and_the_next_one_at_the_same_time(setting):
+    all = setting(batch=2)
+    ids = [all.accept() for _ in range(6)]
+    gang = all.gang(0, 4)
+    assert [all.store.find(id).status for id in ids[4:]] == ["queued", "queued"]
+    gang.done(2)
+    assert all.ended(ids[2]).status == "done" and all.gang(0, 5) is gang
+    all.dispatcher.cancel(ids[1])
+    assert all.ended(ids[1]).status == "cancelled" and all.gang(0, 6) is gang
+    assert [all.store.find(ids[i]).status for i in (0, 3, 4, 5)] == ["running"] * 4
+    gang.die()
+    second = all.gang(1, 4)  # all that it had is tried once more
+    for number in range(4):
+        second.done(number)
+    assert {all.ended(ids[i]).status for i in (0, 3, 4, 5)} == {"done"}
+
+
 def test_a_job_that_ends_two_gangs_fails_with_the_reason_and_the_others_go_on(setting):
     all = setting()
     id, other = all.accept(), all.accept()

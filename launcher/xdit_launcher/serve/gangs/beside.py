@@ -24,20 +24,21 @@ class GangsBeside:
         plan: of each gang.
         on: the backend.
         replicas: how many there are.
+        batch: the most pictures that each draws together.
 
     Raises:
         UsageError: there is no room for so many.
     """
 
-    def __init__(self, plan: Plan, on: Backend, replicas: Replicas) -> None:
-        self.replicas, self._plan = replicas, plan
+    def __init__(self, plan: Plan, on: Backend, replicas: Replicas, batch: int = 1) -> None:
+        self.replicas, self._plan, self._batch = replicas, plan, batch
         self._backends = [on.beside(plan, number, replicas.most) for number in range(replicas.most)]
         for backend in self._backends:
             backend.check(plan)
 
     def start(self, number: int) -> AnyGang:
         """See `Gangs.start`."""
-        return started(self._plan, self._backends[number])
+        return started(self._plan, self._backends[number], self._batch)
 
     def running(self) -> int | None:
         """See `Gangs.running`."""
@@ -48,13 +49,13 @@ class GangsBeside:
         return False
 
 
-def started(plan: Plan, on: Backend) -> Gang:
+def started(plan: Plan, on: Backend, batch: int) -> Gang:
     """Start a gang and let it draw once, so that it is known to answer, and has learnt to make previews.
 
     Raises:
         XditError: it could not be started, or ended with its first picture.
     """
-    gang = Gang(plan=plan, backend=on)
+    gang = Gang(plan=plan, backend=on, batch=batch)
     try:
         if plan.run.prompt:
             with contextlib.suppress(RequestFailed):  # a model may refuse so few steps; clients are told if it is more

@@ -30,12 +30,13 @@ class Replica:
     Args:
         plan: as JSON.
         settings: of the backend ``ray``.
+        batch: the most pictures that are drawn together.
         generation: replicas of another one are replaced.
     """
 
-    def __init__(self, plan: str, settings: backend.Settings, generation: float) -> None:
+    def __init__(self, plan: str, settings: backend.Settings, batch: int, generation: float) -> None:
         self._closing = False
-        self._gang = started(Plan.from_json(plan), Backend("ray", backend, settings))
+        self._gang = started(Plan.from_json(plan), Backend("ray", backend, settings), batch)
         threading.Thread(target=self._watch, name="xdit-replica", daemon=True).start()
 
     def check_health(self) -> None:

@@ -197,7 +197,7 @@ def serving(
                 "autoscaling_config": {
                     "min_replicas": replicas.least,
                     "max_replicas": replicas.most,
-                    "target_ongoing_requests": 1,
+                    "target_ongoing_requests": limits.at_once,
                     "upscale_delay_s": UPSCALE_DELAY,
                     "downscale_delay_s": limits.idle,
                     "metrics_interval_s": 1.0,
@@ -210,7 +210,7 @@ def serving(
             **scale,
             health_check_period_s=HEALTH_PERIOD,
             health_check_timeout_s=HEALTH_TIMEOUT,
-            max_ongoing_requests=1,
+            max_ongoing_requests=limits.at_once,
             graceful_shutdown_timeout_s=limits.grace,
             placement_group_bundles=[each] * plan.world,
             placement_group_strategy=settings.strategy,
@@ -218,7 +218,7 @@ def serving(
         )(Replica)
 
         def deploy(generation: float) -> Any:
-            bound = deployment.bind(plan.to_json(), settings, generation)
+            bound = deployment.bind(plan.to_json(), settings, limits.batch, generation)
             target = serve.RunTarget(bound, name=name, route_prefix=None)
             return serve.run_many([target], wait_for_applications_running=False)[0]
 

@@ -16,6 +16,7 @@ from xdit_launcher.serve.operations import Log, Metrics
 from xdit_launcher.serve.records import CANCELLED, DONE, FAILED, NewFile
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another gang is started
+PLACE = 0.2  # seconds between two looks whether a gang that has all the jobs it can have still lives
 RESTING, STARTING, IDLE, BUSY = STATES = ("resting", "starting", "idle", "busy")
 
 
@@ -78,18 +79,27 @@ class Runner:
         start_gang: starts the gang of a number; raises XditError if it cannot.
         spare: its gang runs only while it is needed.
         idle: seconds without a job after which a spare gang ends.
+        at_once: how many jobs its gang has at the same time; what it cannot draw together waits there.
 
     Attributes:
         stale: another gang is to be started once the present one has drawn its job.
     """
 
     def __init__(
-        self, number: int, desk: Desk, start_gang: Callable[[int], AnyGang], spare: bool = False, idle: float = 0.0
+        self,
+        number: int,
+        desk: Desk,
+        start_gang: Callable[[int], AnyGang],
+        spare: bool = False,
+        idle: float = 0.0,
+        at_once: int = 1,
     ) -> None:
         self.number, self.spare = number, spare
         self.gang: AnyGang | None = None
         self.state, self.stale = RESTING, False
         self._desk, self._start_gang, self._longest_idle = desk, start_gang, idle
+        self._places = threading.Semaphore(at_once)
+        self._answered = False
         self._thread = threading.Thread(target=self._run, name=f"xdit-runner-{number}", daemon=True)
 
     def start(self) -> None:
@@ -128,8 +138,8 @@ class Runner:
                 desk.log.write("the ranks are ready", gang=self.number, load_seconds=gang.load_seconds)
                 retired = False
                 try:
-                    answered, retired = self._serve(gang)
-                    if answered:
+                    retired = self._serve(gang)
+                    if self._answered:
                         pause = FIRST_PAUSE
                 except Exception as error:  # such as a disk that cannot be read: jobs wait in memory
                     desk.log.unexpected("jobs could not be read", error, gang=self.number, pause=pause)
@@ -145,35 +155,59 @@ class Runner:
             desk.pause(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _serve(self, gang: AnyGang) -> tuple[bool, bool]:
+    def _serve(self, gang: AnyGang) -> bool:
         """Answer jobs while the gang lives.
 
         Returns:
-            Whether it has answered one, and whether it ended because it was not needed any more.
+            Whether it ended because it was not needed any more.
         """
-        desk, answered, retired = self._desk, False, False
-        self.gang, since = gang, time.monotonic()
+        desk, retired, since = self._desk, False, time.monotonic()
+        self.gang, self._answered = gang, False
+        followers: list[threading.Thread] = []
         try:
-            while gang.alive and not desk.draining and not self.stale:
-                self.state = IDLE
+            while self._has_place(gang):
+                followers = [thread for thread in followers if thread.is_alive()]
+                self.state = BUSY if followers else IDLE
                 current = desk.take(self)
-                if current is None:
-                    if self.spare and time.monotonic() - since > self._longest_idle:
-                        retired = True
-                        break
-                    continue
-                try:
-                    answered = self._answer(gang, current) or answered
-                except Exception as error:  # such as a full disk: the job ends, and the server goes on
-                    desk.broken(current, error)
-                finally:
-                    desk.release(current)
+                if current is not None:
+                    name = f"xdit-job-{current.job.id}"
+                    followers.append(threading.Thread(target=self._follow, args=(gang, current), name=name))
+                    followers[-1].start()
                     since = time.monotonic()
+                    continue
+                self._places.release()
+                if followers:
+                    since = time.monotonic()
+                elif self.spare and time.monotonic() - since > self._longest_idle:
+                    retired = True
+                    break
         finally:
+            for thread in followers:
+                thread.join()
             self.state = RESTING
             gang.close()
             self.gang = None
-        return answered, retired
+        return retired
+
+    def _has_place(self, gang: AnyGang) -> bool:
+        """Wait for a place for another job, which is then taken; False if the gang gets no more jobs."""
+        while gang.alive and not self._desk.draining and not self.stale:
+            if self._places.acquire(timeout=PLACE):
+                if gang.alive:  # the job that left the place may have ended with the gang
+                    return True
+                self._places.release()
+        return False
+
+    # What follows runs in a thread for each job.
+
+    def _follow(self, gang: AnyGang, current: Current) -> None:
+        try:
+            self._answered = self._answer(gang, current) or self._answered
+        except Exception as error:  # such as a full disk: the job ends, and the server goes on
+            self._desk.broken(current, error)
+        finally:
+            self._desk.release(current)
+            self._places.release()
 
     def _answer(self, gang: AnyGang, current: Current) -> bool:
         """Draw a job.
@@ -182,14 +216,14 @@ class Runner:
             Whether the gang has answered it, in whatever way.
         """
         desk, job, begun = self._desk, current.job, time.time()
-        desk.begin(current)
-        if job.started is None:
-            desk.metrics.observe("xdit_job_seconds", begun - job.created, phase="wait")
         settings = dict(job.request["settings"])
         try:
             asked = gang.submit([job.request["prompt"]], previews=int(job.request.get("previews", 0)), **settings)
             current.has(asked)
             for event in asked.events():
+                if event.kind == "started":
+                    begun = event.at
+                    desk.begin(current)
                 desk.tell(current, event)
             results = asked.result()
         except RequestCancelled:

@@ -32,4 +32,4 @@ def gangs(plan: Plan, on: Backend, replicas: Replicas, limits: ServeSettings, na
         with serving(plan, on.settings, replicas, limits, name) as deployed:
             yield deployed
     else:
-        yield GangsBeside(plan, on, replicas)
+        yield GangsBeside(plan, on, replicas, limits.batch)
