@@ -49,7 +49,7 @@ class Batch:
             The message to the ranks.
         """
         for job in self.jobs:
-            job.add("started")
+            job.add("started", together=len(self.jobs))
         first = self.jobs[0].request
         message = {"request": self.id, "prompts": first.prompts, "settings": first.settings, "previews": first.previews}
         if len(self.jobs) == 1:
@@ -77,10 +77,14 @@ class Batch:
                 own["safetensors"] = some_latents(message["safetensors"], a - low, b - low)
             job.take(own)
 
-    def end(self, kind: str, error: XditError | None = None) -> None:
-        """All that is left has ended."""
+    def end(self, kind: str, error: XditError | None = None, **more: Any) -> None:
+        """All that is left has ended.
+
+        Args:
+            more: of the event.
+        """
         for job in self._left:
-            job.add(kind, error=error)
+            job.add(kind, error=error, **more)
         self._left = []
 
     def apart(self) -> Iterator[Job]:

@@ -329,7 +329,7 @@ class Answer:
         elif self._cancelled or any(end["outcome"] == "cancelled" for end in self.ends.values()):
             self.batch.end("cancelled", RequestCancelled())
         else:
-            self.batch.end("done")
+            self.batch.end("done", peak=max(int(end.get("peak") or 0) for end in self.ends.values()))
         return []
 
 

@@ -60,6 +60,8 @@ class Event:
         step, steps: of the pipeline; ``step`` counts from 1.
         data: PNG of a preview; safetensors of latents; of a picture its PNG, of a video its first frame.
         text: why the request failed.
+        together: of ``started``: how many requests are drawn at once.
+        peak: of ``done``: the most memory in bytes that a rank has used so far.
     """
 
     kind: str
@@ -70,6 +72,8 @@ class Event:
     steps: int = 0
     data: bytes = b""
     text: str = ""
+    together: int = 0
+    peak: int = 0
 
 
 @dataclass

@@ -63,7 +63,7 @@ class Dispatcher:
         self._running: dict[str, Current] = {}  # by id of the job
         self._watchers = Watchers()
         self._draining = self._ended = self._hurried = False
-        self._gangs = gangs
+        self._gangs, self._peak = gangs, 0
         self._runners = [
             Runner(number, self, gangs.start, number >= gangs.replicas.least, limits.idle, limits.at_once)
             for number in range(gangs.replicas.most)
@@ -74,6 +74,7 @@ class Dispatcher:
         metrics.gauge("xdit_ready", "1 if a gang answers", lambda: float(self.ready))
         metrics.gauge("xdit_gangs", "gangs by state: resting, starting, idle, busy", self._gangs_by_state)
         metrics.gauge("xdit_gangs_loaded", "gangs that are loaded", self._loaded)
+        metrics.gauge("xdit_peak_bytes", "the most memory that a rank has used", lambda: float(self._peak))
         metrics.gauge("xdit_gang_load_seconds", "of the model, by gang", self._load_seconds)
         waiting = store.recover()
         for job in store.waiting():
@@ -353,6 +354,10 @@ class Dispatcher:
                 self._watchers.tell(current.job.id, told)
         if event.kind == "step":
             self.metrics.count("xdit_steps_total")
+        elif event.kind == "started":
+            self.metrics.count("xdit_jobs_begun_total", together=str(event.together or 1))
+        elif event.kind == "done":
+            self._peak = max(self._peak, event.peak)
 
     def measured(self, current: Current, seconds: Mapping[str, float]) -> None:
         """A job was drawn in so many seconds, by phase; ``run`` is all of it."""

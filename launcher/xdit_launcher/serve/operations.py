@@ -116,6 +116,7 @@ class Metrics:
 def announce(metrics: Metrics) -> None:
     """The counters of jobs and ranks."""
     metrics.counter("xdit_jobs_total", "jobs by outcome: accepted, queue_full, done, failed, cancelled")
+    metrics.counter("xdit_jobs_begun_total", "jobs that were begun, by how many were drawn at once")
     metrics.counter("xdit_steps_total", "denoising steps that were done")
     metrics.counter("xdit_gang_starts_total", "how often ranks were started")
     metrics.counter("xdit_gang_ends_total", "how often ranks ended by themselves")

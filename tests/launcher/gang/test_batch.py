@@ -113,6 +113,7 @@ def test_a_batch_that_fails_is_drawn_one_by_one() -> None:
     batch = next_batch(queue, 4)
     assert batch is not None and batch.jobs == tuple(jobs) and not queue
     message = batch.begin()
+    assert [event.together for event in jobs[0]._events] == [0, 3]
     assert message["prompts"] == [["prompt 1", "prompt 2", "prompt 3"]] and message["settings"]["seed"] == [1, 2, 3]
     jobs[1].cancel()
     assert not batch.unwanted and jobs[1].status == "cancelled"

@@ -86,6 +86,8 @@ def test_events_tell_the_story(gang: Gang) -> None:
     assert steps == [(prompt, step, 3) for prompt in (0, 1) for step in (1, 2, 3)]
     assert [picture.seed for result in job.result() for picture in result.pictures] == [5, 5]
     assert {"encode", "denoise", "decode"} <= set(job.result()[0].seconds)
+    ends = list(job.events())
+    assert ends[1].together == 1 and ends[-1].peak > 2**20
     assert kinds(job) == told and job.status == "done"  # again, from the beginning
 
 

@@ -192,6 +192,7 @@ def test_what_operators_ask_for(server: Served, http):
     lines = http.get("/metrics").text.splitlines()
     values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
     assert values['xdit_jobs_total{outcome="done"}'] >= 1 and values["xdit_ready"] == 1
+    assert values['xdit_jobs_begun_total{together="1"}'] >= 1 and values["xdit_peak_bytes"] > 2**20
     assert values["xdit_steps_total"] >= 3 and values['xdit_job_seconds_count{phase="denoise"}'] >= 1
     assert values['xdit_http_requests_total{method="POST",route="/v1/jobs",status="202"}'] >= 1
     logged = [line["prompt"] for line in server.events("job accepted")]
