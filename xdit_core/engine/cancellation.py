@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xdit_core.errors import XditError
 from xdit_core.parallel.placements import evaluated
 
 AHEAD = 2  # checkpoints from the owner's word to where it holds
@@ -29,6 +30,19 @@ GO_ON, END = b"go on", b"end"
 
 class Cancelled(Exception):
     """Raised to leave the pipeline at a checkpoint."""
+
+
+class Left(Exception):
+    """Raised to leave the pipeline before its end.
+
+    Args:
+        latents: the result, if latents were asked for and are complete.
+        failure: why there is no result; None on a rank that does not make it.
+    """
+
+    def __init__(self, latents: torch.Tensor | None = None, failure: XditError | None = None) -> None:
+        super().__init__()
+        self.latents, self.failure = latents, failure
 
 
 class Cancellation:

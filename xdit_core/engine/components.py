@@ -16,6 +16,7 @@ from torch import nn
 
 from xdit_core.checkpoints.weights import read_header, weight_files
 from xdit_core.errors import ModelError
+from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
 
@@ -124,3 +125,8 @@ def another_shape(origin: str, name: str, stored: tuple[int, ...], wanted: tuple
         f"{name} in {origin} has the shape {list(stored)}, and the config.json beside it asks for {list(wanted)}; "
         "the files belong to different models, fetch the model again."
     )
+
+
+def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
+    """Return the denoisers of the pipeline by name."""
+    return {name: part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None}

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from xdit_core.checkpoints.model_facts import INDEX
 from xdit_core.checkpoints.weights import read_json
 from xdit_core.engine.calling import Schedulers, StepLoop, call_arguments, call_values, without_texts
-from xdit_core.engine.cancellation import Cancellation, Cancelled, store_of_group
+from xdit_core.engine.cancellation import Cancellation, Cancelled, Left, store_of_group
 from xdit_core.engine.clock import Clock, seconds_of
+from xdit_core.engine.components import denoisers_of
 from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.engine.loading import load_pipeline
 from xdit_core.engine.noise import PictureStreams
@@ -40,7 +41,7 @@ from xdit_core.parallel.patch_tensor import materialized
 from xdit_core.parallel.placements import evaluated
 from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
-from xdit_core.planning.requests import plan_of_request, texts_of
+from xdit_core.planning.requests import check_single_call, plan_of_request, texts_of
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.branches import watched
 from xdit_core.points.compose import OwnedWrap, compose
@@ -58,19 +59,6 @@ from xdit_core.settings import ModelSettings, build, parse_loras
 
 BEFORE_VALUES = frozenset(("adapt", "shard"))  # phases that change the denoiser while its parameters have shapes only
 AFTER_WEAVING = frozenset(("offload",))  # phases that must see the forward of the strategies
-
-
-class _Left(Exception):
-    """Raised to leave the pipeline before its end.
-
-    Args:
-        latents: the result, if latents were asked for and are complete.
-        failure: why there is no result; None on a rank that does not make it.
-    """
-
-    def __init__(self, latents: torch.Tensor | None = None, failure: XditError | None = None) -> None:
-        super().__init__()
-        self.latents, self.failure = latents, failure
 
 
 Progress = Callable[[int, int], None]
@@ -310,31 +298,55 @@ class Engine:
             XditError: the result is not a number; or an earlier request failed, after which several ranks no longer
                 agree on what was sent.
         """
-        if self.broken:
-            raise XditError(
-                "an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine."
-            )
         texts, negatives, changes = texts_of(prompts, changes)
         asked = plan_of_request(self.plan, self.rank.spec, self._registry, type(self.pipe).__name__, texts, changes)
         run, more = asked.run, asked.call
         jobs = jobs_for(prompts, run.images, skip, negatives)
-        self.rank.slow.clear()
-        self._cancellation.begin(cancelled)
-        calls = self._state.calls
-        try:
-            lockstep = Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext()
-            with lockstep, self._schedulers.of_request(run.scheduler):
-                outputs = self._run(Request(jobs, run, more))
-        except BaseException as error:
-            refused = isinstance(error, (XditError, ValueError, TypeError)) and self._state.calls == calls
-            self.broken = self.plan.world > 1 and not refused
-            raise
+        lockstep = Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext()
+        with self._guarded(), lockstep, self._schedulers.of_request(run.scheduler):
+            self._cancellation.begin(cancelled)
+            outputs = self._run(Request(jobs, run, more))
         for output in outputs:
             if output.failure is not None:
                 if isinstance(output.failure, RequestCancelled):
                     output.failure.outputs = [o for o in outputs if o.failure is None]
                 raise output.failure
         return outputs
+
+    @torch.no_grad()
+    def predict(self, arguments: Mapping[str, torch.Tensor], grid: tuple[int, int] = (1, 1)) -> torch.Tensor:
+        """Call the denoiser once. Every rank of the plan must call it with the same arguments, and gets the prediction.
+
+        Args:
+            arguments: of the denoiser's forward, by name.
+            grid: rows and columns of tokens, where the latents are packed into tokens.
+
+        Raises:
+            UsageError: a strategy of the plan needs more than one call, or an argument is unknown.
+        """
+        check_single_call(self.plan)
+        denoiser = getattr(self.pipe, self.rank.spec.checkpoint.denoiser)
+        given = {name: tensor.to(self.rank.device) for name, tensor in arguments.items()}
+        with self._guarded(), self._around_job(1, grid):
+            self.rank.observer.status(Status(Phase.DENOISING))
+            prediction: torch.Tensor = materialized(denoiser(**given, return_dict=False)[0])
+        return prediction
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Surround a request: if it fails after a call of the denoiser, the engine is broken and refuses others."""
+        if self.broken:
+            raise XditError(
+                "an earlier request failed, and the ranks no longer agree on what was sent; make a new Engine."
+            )
+        self.rank.slow.clear()
+        calls = self._state.calls
+        try:
+            yield
+        except BaseException as error:
+            refused = isinstance(error, (XditError, ValueError, TypeError)) and self._state.calls == calls
+            self.broken = self.plan.world > 1 and not refused
+            raise
 
     def _one_by_one(self, request: Request) -> list[Output]:
         """Run the jobs of this rank."""
@@ -378,7 +390,7 @@ class Engine:
                     output.latents = self._finite(materialized(result), "the latents")
                 elif self.owner:
                     output.images = list(result)
-            except _Left as left:
+            except Left as left:
                 self.pipe.maybe_free_model_hooks()
                 output.latents, output.failure = left.latents, left.failure
             last = evaluated(self._cancellation.latents) if self._shows and output.failure is None else None
@@ -418,16 +430,16 @@ class Engine:
         if not self._clock.has("decoding"):  # else the pipeline decodes in parts
             self._clock.mark("denoised", "decoding")
         if self._wants_latents:
-            raise _Left(latents)
+            raise Left(latents)
         self.rank.observer.latents(latents)
         if self.decode is None:
             raise UsageError("the pipeline has no VAE to decode with; use output_type=latent.")
         if not self.owner and not self.plan.wraps.get("decode"):
-            raise _Left
+            raise Left
         self.rank.observer.status(Status(Phase.DECODING))
         result = self.decode(latents, *args, **kwargs)
         if result is None:
-            raise _Left
+            raise Left
         self._finite(result[0] if isinstance(result, tuple) else result.sample, "the decoded picture")
         return result  # on all ranks that decoded: the pipeline may decode in several calls
 
@@ -435,7 +447,7 @@ class Engine:
         """Check that a tensor holds finite numbers, since the picture would otherwise be black.
 
         Raises:
-            _Left: some values are not finite.
+            Left: some values are not finite.
         """
         if not torch.isfinite(x).all():
             dtype = str(self.rank.dtype).removeprefix("torch.")
@@ -445,7 +457,7 @@ class Engine:
                 f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take a "
                 "lower guidance, more steps or another scheduler."
             )
-            raise _Left(failure=XditError(sentence))
+            raise Left(failure=XditError(sentence))
         return x
 
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> StepLoop:
@@ -465,7 +477,7 @@ class Engine:
             latents = self._cancellation.checkpoint()
         except Cancelled:
             materialized(self._cancellation.latents)  # as at the end: so all that was sent is received
-            raise _Left(failure=RequestCancelled()) from None
+            raise Left(failure=RequestCancelled()) from None
         if latents is not None and self.owner and done > 1:
             self.rank.observer.step_latents(done - 1, latents)
 
@@ -481,11 +493,6 @@ class Engine:
                 self._owner_of(name).call("its close", built.close)
         self.rank.mesh.close()
         self.rank.observer.engine_closed()
-
-
-def denoisers_of(pipe: Any, spec: ModelSpec) -> dict[str, Any]:
-    """Return the denoisers of the pipeline by name."""
-    return {name: part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None}
 
 
 __all__ = ["Engine", "Output"]

@@ -1,6 +1,7 @@
 """A rank that answers requests: it takes them from its control connection, and reports what happens.
 
-Messages to a rank: ``{"request": ID, "prompts": [...], "settings": {...}, "previews": N}``, ``{"cancel": ID}`` and
+Messages to a rank: ``{"request": ID, "prompts": [...], "settings": {...}, "previews": N}`` to draw, ``{"request": ID,
+"arguments": SAFETENSORS, "grid": [ROWS, COLUMNS]}`` for one call of the denoiser, ``{"cancel": ID}`` and
 ``{"stop": true}``. Messages of a rank: ``{"ready": SECONDS}`` once, then for each request some of
 ``{"id": ID, "event": NAME, ...}`` and at last ``{"id": ID, "event": "end", "outcome": "done" | "failed" | "cancelled",
 ...}``. Every rank reports the end; the rest comes from the ranks that own pictures.
@@ -98,6 +99,20 @@ class Reporter(Observer):
         sigmas = getattr(scheduler, "sigmas", None)
         return None if hasattr(scheduler, "alphas_cumprod") or not isinstance(sigmas, torch.Tensor) else sigmas
 
+    def predicted(self, prediction: torch.Tensor) -> None:
+        """Report what one call of the denoiser gave.
+
+        Raises:
+            XditError: it is not a number.
+        """
+        from safetensors.torch import save
+
+        if not torch.isfinite(prediction).all():
+            raise XditError("the prediction came out as not a number or infinite; use dtype=bfloat16 or float32.")
+        if self._owner:
+            data = base64.b64encode(save({"prediction": prediction.cpu().contiguous()})).decode()
+            self.tell("prediction", prompt=0, number=0, safetensors=data)
+
     def output_done(self, output: Output) -> None:
         """Report finished pictures or latents, and let previews learn from them."""
         seconds = {name: round(value, 4) for name, value in output.seconds.items()}
@@ -165,7 +180,7 @@ def answer(engine: Engine, control: ControlLink, reporter: Reporter, message: Ma
     Raises:
         Exception: it failed such that the engine cannot be used again.
     """
-    request, settings = str(message["request"]), dict(message["settings"])
+    request, settings = str(message["request"]), dict(message.get("settings", {}))
     side, run = engine.plan.facts.pixels_per_token, engine.plan.run
     height, width = settings.get("height") or run.height or 0, settings.get("width") or run.width or 0
     reporter.begin(request, int(message.get("previews", 0)), (int(height) // side, int(width) // side))
@@ -184,7 +199,13 @@ def answer(engine: Engine, control: ControlLink, reporter: Reporter, message: Ma
         reporter.tell("end", outcome=outcome, seconds=seconds, peak=Progress.peak(), **more)
 
     try:
-        engine.generate_all(message["prompts"], cancelled=asked, **settings)
+        if "arguments" in message:
+            from safetensors.torch import load
+
+            rows, columns = message["grid"]
+            reporter.predicted(engine.predict(load(base64.b64decode(message["arguments"])), (rows, columns)))
+        else:
+            engine.generate_all(message["prompts"], cancelled=asked, **settings)
     except RequestCancelled:
         end("cancelled")
     except Exception as error:

@@ -51,6 +51,9 @@ class Batch:
         for job in self.jobs:
             job.add("started", together=len(self.jobs))
         first = self.jobs[0].request
+        if first.arguments:
+            data = base64.b64encode(first.arguments).decode()
+            return {"request": self.id, "arguments": data, "grid": first.grid}
         message = {"request": self.id, "prompts": first.prompts, "settings": first.settings, "previews": first.previews}
         if len(self.jobs) == 1:
             return message

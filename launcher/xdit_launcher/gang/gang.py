@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 from xdit_core.engine.pretrained import names_of, steps_observer
 from xdit_core.errors import RequestCancelled, UsageError, XditError
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.requests import check_names, texts_of
+from xdit_core.planning.requests import check_names, check_single_call, texts_of
 from xdit_core.settings import RunSettings, convert, fields_of, without_random
 from xdit_launcher.backends import registry
 from xdit_launcher.gang.batch import Batch, next_batch
@@ -164,7 +164,34 @@ class Gang:
         """
         chosen = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         request = GangRequest(chosen, checked(chosen, settings), previews)
-        job = Job(str(next(self._ids)), request, seeds_of(self.plan, request.settings), self._look)
+        return self._put(request, seeds_of(self.plan, request.settings))
+
+    def predict(self, arguments: bytes, grid: tuple[int, int] = (1, 1)) -> bytes:
+        """Call the denoiser once, and wait for what it predicts.
+
+        Args:
+            arguments: of its forward, as safetensors.
+            grid: rows and columns of tokens, where the latents are packed into tokens.
+
+        Returns:
+            Safetensors with the tensor ``prediction``.
+
+        Raises:
+            UsageError: a strategy of the plan needs more than one call.
+            RequestFailed, RequestCancelled, GangEnded: as of ``Job.result``.
+        """
+        check_single_call(self.plan)
+        job = self._put(GangRequest((), arguments=arguments, grid=grid), ())
+        job.result()
+        return next(event.data for event in job.events() if event.kind == "prediction")
+
+    def _put(self, request: GangRequest, seeds: tuple[int, ...]) -> Job:
+        """Put a request in the queue.
+
+        Raises:
+            GangEnded: the ranks have ended.
+        """
+        job = Job(str(next(self._ids)), request, seeds, self._look)
         with self._wake:
             if self._state == "ended" or self._stop:
                 raise GangEnded(*(self._error.args if self._error else ("the gang is closed; make a new one.",)))

@@ -40,11 +40,15 @@ class GangRequest:
         prompts: what to draw: each a text, or a list with a text for each picture.
         settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call``, as of ``Engine.generate``.
         previews: how many previews of each picture are wanted.
+        arguments: instead of all these, safetensors with the arguments of one call of the denoiser.
+        grid: of this call, rows and columns of tokens.
     """
 
     prompts: tuple[str | Sequence[str], ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
+    arguments: bytes = b""
+    grid: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,14 @@ class Event:
     """Something that happened to a request.
 
     Args:
-        kind: ``accepted``, ``started``, ``encoding``, ``step``, ``preview``, ``picture``, ``latents``, ``done``,
-            ``failed`` or ``cancelled``.
+        kind: ``accepted``, ``started``, ``encoding``, ``step``, ``preview``, ``picture``, ``latents``,
+            ``prediction``, ``done``, ``failed`` or ``cancelled``.
         at: ``time.time()``.
         prompt: index of the prompt that it is about.
         number: of the picture of this prompt.
         step, steps: of the pipeline; ``step`` counts from 1.
-        data: PNG of a preview; safetensors of latents; of a picture its PNG, of a video its first frame.
+        data: PNG of a preview; safetensors of latents or of a prediction; of a picture its PNG, of a video its first
+            frame.
         text: why the request failed.
         together: of ``started``: how many requests are drawn at once.
         peak: of ``done``: the most memory in bytes that a rank has used so far.
@@ -251,6 +256,8 @@ class Job:
             with self._changed:
                 self._latents.setdefault(prompt, []).append((start, data))
             self.add(kind, prompt=prompt, number=start, data=data)
+        elif kind == "prediction":
+            self.add(kind, data=base64.b64decode(message["safetensors"]))
         elif kind == "preview":
             data = base64.b64decode(message["png"])
             step, steps = int(message["step"]), int(message["steps"])
