@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from . import client
+from .arguments import FAMILIES
 from .client import Server, ServerError
 from .drawing import draw, edit
+from .model import load_model
 from .pictures import frames_of, image_of, png_of, png_of_mask
 
 MOST_SEED = 2**53 - 1  # a browser counts no further
@@ -201,3 +203,33 @@ class Edit(Node):
         if mask is not None:
             files.append(("mask", png_of_mask(mask)))
         return (image_of(edit(Server(server, key_variable), fields, files)),)
+
+
+class LoadModel(Node):
+    """A model whose denoiser runs in a gang."""
+
+    DESCRIPTION = "Loads a denoiser onto several ranks of xdit, for ComfyUI's samplers. Needs xdit in ComfyUI's Python."
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """Names, types and defaults of the inputs."""
+        return {
+            "required": {
+                "family": (list(FAMILIES), {"default": "flux", "tooltip": "kind of the model"}),
+                "path": text("folder or hub id of a checkpoint of diffusers; empty is the usual one"),
+                "plugins": text("strategies that divide a single call of the denoiser", default="usp"),
+                "settings": text("as on the command line, such as usp.ulysses=2 lora=style.safetensors"),
+            }
+        }
+
+    def run(self, family: str, path: str, plugins: str, settings: str) -> tuple[Any]:
+        """Load.
+
+        Returns:
+            MODEL.
+
+        Raises:
+            ModelError, XditError: a sentence that says what to do.
+        """
+        return (load_model(family, path.strip(), plugins, settings),)

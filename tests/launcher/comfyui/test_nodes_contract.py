@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
-from helpers.launcher.comfy import NODES
+from helpers.launcher.real_comfyui import NODES
 from helpers.launcher.scripted import STEPS, drawn, scripted
 from helpers.launcher.served import wait_for
 from helpers.models.tiny import saved

@@ -24,14 +24,16 @@ class ComfyUI:
         source: folder of ComfyUI.
         folder: where it works.
         python: that has what ComfyUI needs.
+        more: content of a file with further nodes.
     """
 
-    def __init__(self, source: Path, folder: Path, python: str = sys.executable, **env: str) -> None:
+    def __init__(self, source: Path, folder: Path, python: str = sys.executable, more: str = "", **env: str) -> None:
         import httpx
 
         for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / "custom_nodes" / NODES.name).symlink_to(NODES)
+        (folder / "custom_nodes" / "nodes_of_the_test.py").write_text(more or "NODE_CLASS_MAPPINGS = {}\n")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
