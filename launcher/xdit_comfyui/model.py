@@ -62,7 +62,9 @@ def start_gang(family: str, path: str, plugins: str, settings: str, folder: Path
         XditError: the plan is refused, or the ranks do not start.
     """
     try:
+        from xdit_core.planning.planner import make_plan
         from xdit_core.planning.requests import check_single_call
+        from xdit_launcher.backends import registry
         from xdit_launcher.gang.gang import Gang
     except ImportError as error:
         raise ModelError(f"xdit is not in ComfyUI's Python ({error}); run pip install xdit with it.") from error
@@ -74,13 +76,10 @@ def start_gang(family: str, path: str, plugins: str, settings: str, folder: Path
             raise ModelError(f"{name}= cannot be set in a workflow; leave it out.")
     place = {"model": family, **({"model.path": path} if path else {}), "runs": str(folder)}
     names = [name.strip() for name in plugins.split(",") if name.strip()]
-    gang = Gang(names, {**place, **{name: value for name, _, value in words}})
-    try:
-        check_single_call(gang.plan)
-    except BaseException:
-        gang.close()
-        raise
-    return gang
+    backend, values = registry.choose(None, {}, {**place, **{name: value for name, _, value in words}})
+    plan = make_plan(names, values, devices=backend.devices())
+    check_single_call(plan)
+    return Gang(plan=plan, backend=backend)
 
 
 class GangDenoiser(nn.Module):
