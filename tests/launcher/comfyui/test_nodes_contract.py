@@ -14,8 +14,8 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
-from helpers.launcher.real_comfyui import NODES
-from helpers.launcher.scripted import STEPS, drawn, scripted
+from helpers.comfyui.real_comfyui import NODES
+from helpers.comfyui.scripted import STEPS, drawn, scripted
 from helpers.launcher.served import wait_for
 from helpers.models.tiny import saved
 from xdit_comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS

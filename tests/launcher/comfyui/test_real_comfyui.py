@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from helpers.launcher import real_comfyui
-from helpers.launcher.real_comfyui import NODES, ComfyUI, Messages
+from helpers.comfyui import real_comfyui
+from helpers.comfyui.real_comfyui import NODES, ComfyUI, Messages
 from helpers.launcher.served import Served, wait_for
 from helpers.models.tiny import saved
 

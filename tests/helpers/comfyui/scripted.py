@@ -23,6 +23,7 @@ from xdit_launcher.serve.api.common import Server
 from xdit_launcher.serve.auth import Keys
 from xdit_launcher.serve.command import listening
 from xdit_launcher.serve.dispatcher import Dispatcher
+from xdit_launcher.serve.gangs.replicas import Replicas
 from xdit_launcher.serve.limits import RequestCheck, ServeSettings
 from xdit_launcher.serve.operations import Log, Metrics
 from xdit_launcher.serve.store import Store
@@ -92,6 +93,22 @@ class ScriptedGang:
         self.alive = False
 
 
+class ScriptedGangs:
+    """One `ScriptedGang`, started again when it has ended; arguments are its own."""
+
+    def __init__(self, plan: Plan, watched: Callable[[], Any]) -> None:
+        self._plan, self._watched, self.replicas = plan, watched, Replicas()
+
+    def start(self, number: int) -> ScriptedGang:
+        return ScriptedGang(self._plan, self._watched)
+
+    def running(self) -> None:
+        return None
+
+    def renew(self) -> bool:
+        return False
+
+
 class Scripted:
     """A running server.
 
@@ -121,7 +138,7 @@ def scripted(plan: Plan, folder: Path, keys: str | None = None) -> Iterator[Scri
 
     limits, log, metrics = ServeSettings(), Log(io.StringIO()), Metrics()
     with listening("127.0.0.1", 0) as end, contextlib.closing(Store(str(folder))) as store:
-        dispatcher = Dispatcher(store, lambda number: ScriptedGang(plan, watched), limits, log, metrics)
+        dispatcher = Dispatcher(store, ScriptedGangs(plan, watched), limits, log, metrics)
         server = Server(dispatcher, RequestCheck(plan, limits), Keys(keys, {}), store.secret(), time.time())
         config = uvicorn.Config(
             Guard(make_app(server), server, "127.0.0.1"), log_config=None, timeout_graceful_shutdown=1

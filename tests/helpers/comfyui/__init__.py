@@ -1,0 +1,1 @@
+"""ComfyUI, and servers for its nodes, in tests."""
