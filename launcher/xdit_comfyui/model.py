@@ -63,7 +63,7 @@ def start_gang(family: str, path: str, plugins: str, settings: str, folder: Path
     """
     try:
         from xdit_core.planning.planner import make_plan
-        from xdit_core.planning.requests import check_single_call
+        from xdit_core.planning.single_call import check_single_call
         from xdit_launcher.backends import registry
         from xdit_launcher.gang.gang import Gang
     except ImportError as error:

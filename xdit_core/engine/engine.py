@@ -41,7 +41,8 @@ from xdit_core.parallel.patch_tensor import materialized
 from xdit_core.parallel.placements import evaluated
 from xdit_core.parallel.rank import Rank
 from xdit_core.plan import Plan
-from xdit_core.planning.requests import check_single_call, plan_of_request, texts_of
+from xdit_core.planning.requests import plan_of_request, texts_of
+from xdit_core.planning.single_call import check_single_call
 from xdit_core.points.attention import AttentionPoint
 from xdit_core.points.branches import watched
 from xdit_core.points.compose import OwnedWrap, compose

@@ -40,19 +40,6 @@ def structure_of(plan: Plan) -> dict[str, Any]:
     return {"axes": axes, **{name: getattr(plan, name) for name in STRUCTURE}}
 
 
-def check_single_call(plan: Plan) -> None:
-    """Refuse a plan whose strategies work on more than one call of the denoiser.
-
-    Raises:
-        UsageError: names them.
-    """
-    if names := sorted({name for point in ("request", "forward") for _, name in plan.wraps.get(point, ())}):
-        raise UsageError(
-            f"{join_words(names)} cannot divide a single call of the denoiser; use strategies that can, such as usp "
-            "and tp."
-        )
-
-
 def check_names(changes: Mapping[str, Any], what: str) -> None:
     """Refuse settings that a request cannot change.
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, overload
 from xdit_core.engine.pretrained import names_of, steps_observer
 from xdit_core.errors import RequestCancelled, UsageError, XditError
 from xdit_core.planning.planner import make_plan
-from xdit_core.planning.requests import check_names, check_single_call, texts_of
+from xdit_core.planning.requests import check_names, texts_of
+from xdit_core.planning.single_call import check_single_call
 from xdit_core.settings import RunSettings, convert, fields_of, without_random
 from xdit_launcher.backends import registry
 from xdit_launcher.gang.batch import Batch, next_batch
