@@ -71,9 +71,10 @@ def texts_of(
     Raises:
         UsageError: the lists are not of one length, or that is not the number of pictures.
     """
-    lists = [prompt for prompt in prompts if prompt is not None and not isinstance(prompt, str)]
+    lists = [prompt for prompt in prompts if isinstance(prompt, (list, tuple))]
     if not lists:
-        return [prompt for prompt in prompts if prompt is None or isinstance(prompt, str)], (), dict(changes)
+        texts: list[Any] = list(prompts)  # what is no text is refused later
+        return texts, (), dict(changes)
     negative, seed, images = changes.get("negative"), changes.get("seed"), len(lists[0])
     given = {len(part) for part in (*lists, *(x for x in (negative, seed) if isinstance(x, (list, tuple))))}
     one_seed = isinstance(seed, (list, tuple)) and len(seed) == 1
