@@ -321,6 +321,9 @@ def serve(
     chosen, values, on = parse_request(words, plugins, config, backend, options)
     if values.get("prompt") or values.get("prompts"):
         raise UsageError("serve takes no prompt, clients send theirs; leave it out.")
+    if hasattr(on.module, "service"):
+        print_service(chosen, values, on, words, config, replicas, data)
+        return
     try:
         from xdit_launcher.serve import command
     except ModuleNotFoundError as error:
@@ -328,6 +331,26 @@ def serve(
             raise
         raise UsageError(f"serve needs {error.name}; install it: pip install 'xdit[serve]'.") from error
     ctx.exit(command.serve(chosen, values, on, host, port, data, keys, replicas))
+
+
+def print_service(
+    chosen: Sequence[str],
+    values: Mapping[str, Any],
+    on: Backend,
+    words: Sequence[str],
+    config: str | None,
+    replicas: str,
+    data: str,
+) -> None:
+    """Print the manifests of a server; see `serve` for the arguments."""
+    from xdit_core.planning.planner import make_plan
+    from xdit_launcher.serve.gangs.replicas import Replicas
+
+    count = Replicas.parse(replicas)
+    plan = make_plan(chosen, {k: v for k, v in values.items() if not k.startswith("serve.")}, devices=on.devices())
+    command = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else [])]
+    command += [word for word in words if not word.startswith(f"{on.name}.")]
+    click.echo(on.service(plan, command, (count.least, count.most), data).rstrip())
 
 
 @cli.command(cls=RunCommand)

@@ -18,7 +18,9 @@ A backend is a module or another object with
 - ``show(plan, settings, words) -> list[str]`` (optional): lines that a dry run shows; ``words`` are those of the
   command line;
 - ``connect(settings) -> Fleet`` (optional): agents on the machines, for ``doctor``, see `xdit_launcher.cluster.fleet`;
-- ``document(plan, settings, words) -> str`` (optional): what a dry run prints instead of everything else.
+- ``document(plan, settings, words) -> str`` (optional): what a dry run prints instead of everything else;
+- ``service(plan, settings, words, replicas, data) -> str`` (optional): what ``serve`` prints instead of serving;
+  ``replicas`` are the least and the most number of gangs, ``data`` is the folder of jobs.
 """
 
 from __future__ import annotations
@@ -168,3 +170,8 @@ class Backend:
         """What a dry run prints instead of the plan, "" if nothing."""
         function = getattr(self.module, "document", None)
         return function(plan, self.settings, words) if function else ""
+
+    def service(self, plan: Plan, words: Sequence[str], replicas: tuple[int, int], data: str) -> str:
+        """What ``serve`` prints instead of serving, "" if it serves."""
+        function = getattr(self.module, "service", None)
+        return function(plan, self.settings, words, replicas, data) if function else ""

@@ -7,38 +7,16 @@ Every pod runs the same command with ``--nnodes``, ``--node-rank`` and ``--rdzv`
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdit_core.errors import UsageError
-from xdit_launcher.backends.local import Node
-from xdit_launcher.cluster import host_facts
+from xdit_launcher.backends import k8s_service
+from xdit_launcher.backends.k8s_settings import RUNS, Settings, checked, escaped, metadata
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
-
-KINDS = ("PyTorchJob", "JobSet")
-NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the pods of the job look like."""
-
-    image: str = field(default="", metadata={"help": "container image with xdit in it"})
-    kind: str = field(default="PyTorchJob", metadata={"help": "PyTorchJob or JobSet"})
-    nnodes: int = field(default=1, metadata={"help": "pods"})
-    gpus: int | None = field(
-        default=None, metadata={"help": "GPUs of each pod; default: one for each of its processes"}
-    )
-    name: str = field(default="xdit", metadata={"help": "name of the job"})
-    namespace: str = field(default="", metadata={"help": "namespace of the job; default: that of kubectl"})
-    claim: str = field(default="", metadata={"help": "a PersistentVolumeClaim with models and results"})
-    mount: str = field(default="/data", metadata={"help": "where the claim is mounted, and the pods work"})
-    port: int = field(default=29500, metadata={"help": "where the ranks meet"})
 
 
 def devices(settings: Settings) -> int | None:
@@ -54,10 +32,6 @@ def document(plan: Plan, settings: Settings, words: Sequence[str]) -> str:
     """
     import yaml  # type: ignore[import-untyped]
 
-    if "--config" in words:
-        raise UsageError(
-            "the pods do not have your config file; write its settings on the command line instead of --config."
-        )
     # through JSON, so that no object occurs twice and YAML needs no aliases
     data = json.loads(json.dumps(manifest(plan, settings, words)))
     text: str = yaml.safe_dump(data, sort_keys=False, width=120)
@@ -66,25 +40,9 @@ def document(plan: Plan, settings: Settings, words: Sequence[str]) -> str:
 
 def manifest(plan: Plan, settings: Settings, words: Sequence[str]) -> dict[str, Any]:
     """The manifest as data, see `document`."""
-    if not settings.image:
-        raise UsageError("the pods need an image with xdit in it; give k8s.image=REGISTRY/NAME:TAG.")
-    if settings.kind not in KINDS:
-        raise UsageError(f"k8s.kind={settings.kind} is unknown; use {' or '.join(KINDS)}.")
-    if not NAME.fullmatch(settings.name):
-        raise UsageError(
-            f"k8s.name={settings.name} is not a valid Kubernetes name; use lower-case letters, digits and dashes, "
-            "52 at most."
-        )
-    if settings.nnodes < 1 or not 0 < settings.port < 65536:
-        raise UsageError("k8s.nnodes= must be 1 or more, and k8s.port= from 1 to 65535; correct them.")
-    if problem := host_facts.device_problem(plan, True, "the pods may have some"):
-        raise UsageError(problem)
-    each = len(Node(0, settings.nnodes).ranks(plan.world))
-    if settings.gpus is None:
-        settings = replace(settings, gpus=0 if plan.device == "cpu" else each)
-    meta: dict[str, Any] = {"name": settings.name, **({"namespace": settings.namespace} if settings.namespace else {})}
-    job = pytorchjob(settings, words) if settings.kind == KINDS[0] else jobset(settings, words)
-    return {"apiVersion": job.pop("apiVersion"), "kind": settings.kind, "metadata": meta, **job}
+    settings = checked(plan, settings, words, RUNS)
+    job = pytorchjob(settings, words) if settings.kind == RUNS[0] else jobset(settings, words)
+    return {"apiVersion": job.pop("apiVersion"), "kind": settings.kind, "metadata": metadata(settings), **job}
 
 
 def pod(settings: Settings, words: Sequence[str], container: str, index: str, host: str) -> dict[str, Any]:
@@ -114,11 +72,6 @@ def pod(settings: Settings, words: Sequence[str], container: str, index: str, ho
         spec["volumeMounts"].append({"name": "data", "mountPath": settings.mount})
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": settings.claim}})
     return {"restartPolicy": "Never", "containers": [spec], "volumes": volumes}
-
-
-def escaped(words: Sequence[str]) -> list[str]:
-    """The words with ``$(`` escaped, because Kubernetes replaces ``$(NAME)`` in commands."""
-    return [word.replace("$(", "$$(") for word in words]
 
 
 def pytorchjob(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
@@ -155,6 +108,15 @@ def jobset(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
             "replicatedJobs": [replicated],
         },
     }
+
+
+def service(plan: Plan, settings: Settings, words: Sequence[str], replicas: tuple[int, int], data: str) -> str:
+    """The manifests of a server as YAML, see `xdit_launcher.backends.k8s_service`."""
+    import yaml
+
+    documents = k8s_service.manifests(plan, settings, words, replicas, data)
+    text: str = yaml.safe_dump_all(json.loads(json.dumps(documents)), sort_keys=False, width=120)
+    return text
 
 
 def check(plan: Plan, settings: Settings) -> None:

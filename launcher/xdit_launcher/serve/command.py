@@ -18,6 +18,7 @@ import uvicorn
 
 from xdit_core import machine
 from xdit_core.errors import UsageError, XditError
+from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
 from xdit_launcher.backends.base import Backend
 from xdit_launcher.printing import print_lines
@@ -25,10 +26,10 @@ from xdit_launcher.serve.api.app import Guard, make_app
 from xdit_launcher.serve.api.common import Server
 from xdit_launcher.serve.auth import Keys, check_host
 from xdit_launcher.serve.dispatcher import Dispatcher
-from xdit_launcher.serve.gangs.replicas import Replicas
+from xdit_launcher.serve.gangs.replicas import Gangs, Replicas
 from xdit_launcher.serve.gangs.start import gangs
 from xdit_launcher.serve.housekeeping import Housekeeping
-from xdit_launcher.serve.limits import RequestCheck, take_settings
+from xdit_launcher.serve.limits import RequestCheck, ServeSettings, take_settings
 from xdit_launcher.serve.operations import Log, Metrics
 from xdit_launcher.serve.store import Store
 
@@ -73,12 +74,30 @@ def serve(
         devices = max(1, (devices or machine.cuda_devices() or machine.cores()) // count.most)
     plan = make_plan(plugins, values, devices=devices)
     name = f"xdit-{hashlib.sha256(str(Path(data).absolute()).encode()).hexdigest()[:8]}"
+    with listening(host, port) as end, gangs(plan, on, count, limits, name) as source:
+        answer(plan, source, limits, keys, data, host, end)
+    return 0
+
+
+def answer(
+    plan: Plan,
+    source: Gangs,
+    limits: ServeSettings,
+    keys: Keys,
+    data: str,
+    host: str,
+    end: socket.socket,
+    stop: threading.Event | None = None,
+) -> None:
+    """Answer requests.
+
+    Args:
+        source: where the gangs come from.
+        end: a socket that is bound to ``host``.
+        stop: ends the server; without it signals do.
+    """
     log, metrics = Log(), Metrics()
-    with (
-        listening(host, port) as end,
-        gangs(plan, on, count, limits, name) as source,
-        contextlib.closing(Store(data)) as store,
-    ):
+    with contextlib.closing(Store(data)) as store:
         dispatcher = Dispatcher(store, source, limits, log, metrics)
         server = Server(dispatcher, RequestCheck(plan, limits), keys, store.secret(), time.time())
         logging.getLogger("uvicorn.error").addHandler(Passed(log))
@@ -91,9 +110,8 @@ def serve(
             backlog=BACKLOG,
         )
         with Housekeeping(dispatcher):
-            asyncio.run(Http(config, server).run(end))
+            asyncio.run(Http(config, server).run(end, stop))
         log.write("the server has ended", waiting=store.counts()["queued"])
-    return 0
 
 
 class Http(uvicorn.Server):
@@ -113,17 +131,16 @@ class Http(uvicorn.Server):
         """Leave signals alone; `run` handles them."""
         yield
 
-    async def run(self, end: socket.socket) -> None:  # type: ignore[override]
+    async def run(self, end: socket.socket, stop: threading.Event | None = None) -> None:  # type: ignore[override]
         """Serve until a signal has come and the running jobs have ended.
 
         Args:
             end: a socket that is bound.
+            stop: takes the place of the signals.
         """
-        loop, ending = asyncio.get_running_loop(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_end(ending))
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGUSR1, self._renew)
+        ending = asyncio.Event()
+        if stop is None:
+            self._take_signals(ending)
         self._served.dispatcher.start()
         serving = asyncio.create_task(self.serve(sockets=[end]))
         while not self.started and not serving.done():
@@ -131,12 +148,20 @@ class Http(uvicorn.Server):
         if not serving.done():
             print_lines([f"listening on http://{address_of(end)}"])
             self._served.dispatcher.log.write("listening", address=address_of(end), model=self._served.model)
-        await ending.wait()
+        await (ending.wait() if stop is None else asyncio.to_thread(stop.wait))
         dispatcher = self._served.dispatcher
         dispatcher.drain()
         await asyncio.to_thread(dispatcher.wait, dispatcher.limits.grace)
         self.should_exit = True
         await serving
+
+    def _take_signals(self, ending: asyncio.Event) -> None:
+        """Let signals end the server, renew its gangs, and read the keys again."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_end(ending))
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGUSR1, self._renew)
 
     def _on_end(self, ending: asyncio.Event) -> Callable[[], None]:
         """What a signal to end does: the first one drains, another ends at once."""

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +15,7 @@ from click.testing import Result
 
 from helpers.launcher import FAULTY
 from helpers.launcher.cluster import Cluster, cluster, missing
+from helpers.launcher.schemas import check_schema
 from helpers.launcher.typed import SMALL, USP, pixels, rank_of, xdit
 from xdit_core import RequestCancelled
 from xdit_launcher import Gang
@@ -276,9 +276,6 @@ CRDS = os.environ.get("XDIT_CRDS", "")
 @pytest.mark.parametrize("kind", ["PyTorchJob", "JobSet"])
 def test_manifests_against_the_published_schema(say: Callable[..., Result], kind: str) -> None:
     """Types as the schema says, and no field that it does not know (a cluster would drop it)."""
-    jsonschema = pytest.importorskip("jsonschema")
-    known = [yaml.safe_load(path.read_text()) for path in Path(CRDS).glob("*.yaml")]
-    (crd,) = [found for found in known if found["spec"]["names"]["kind"] == kind]
     words = (
         "--on",
         "k8s",
@@ -293,20 +290,4 @@ def test_manifests_against_the_published_schema(say: Callable[..., Result], kind
     made = yaml.safe_load(
         say(*words, "--dry-run", "--plugins", "usp", "usp.ulysses=4", "model=emoji", "device=cuda", "a").stdout
     )
-    (version,) = [v for v in crd["spec"]["versions"] if f"{crd['spec']['group']}/{v['name']}" == made["apiVersion"]]
-    schema = version["schema"]["openAPIV3Schema"]
-
-    def strict(part: Any) -> None:
-        if isinstance(part, dict):
-            if "properties" in part and isinstance(part["properties"], dict) and part.get("type") == "object":
-                part.setdefault("additionalProperties", bool(part.get("x-kubernetes-preserve-unknown-fields")))
-            for value in part.values():
-                strict(value)
-        elif isinstance(part, list):
-            for value in part:
-                strict(value)
-
-    strict(schema["properties"]["spec"])
-    jsonschema.validate(made, schema)
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**made, "spec": {**made["spec"], "unknown": 1}}, schema)
+    check_schema(made, CRDS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import psutil
 import pytest
 
 from helpers.launcher import FAULTY
-from helpers.launcher.served import Served, ended, wait_for
+from helpers.launcher.served import KEYS, Served, ended, wait_for
 from helpers.launcher.typed import SMALL, USP, rank_of, xdit
 from xdit_launcher import Gang
 from xdit_launcher.gang.job import GangEnded
@@ -31,6 +33,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         "start",
         "--head",
         "--num-cpus=2",
+        '--resources={"xdit_front": 1}',
         "--port=0",
         "--include-dashboard=false",
         "--object-store-memory=100000000",
@@ -138,3 +141,33 @@ def test_replicas_come_with_jobs_and_every_job_ends_though_one_is_killed(ray_clu
         assert served.end() == 0
     finally:
         served.close()
+
+
+@pytest.mark.slow
+def test_the_server_as_an_application_of_ray_serve(ray_cluster: None, tmp_path: Path) -> None:
+    """As KubeRay deploys it: gangs and server are actors."""
+    httpx, serve = pytest.importorskip("httpx"), pytest.importorskip("ray.serve")
+    import ray
+
+    from xdit_launcher.serve.gangs.ray_app import build
+
+    (tmp_path / "keys").write_text(f"{KEYS[0]}\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [*SMALL[:2], "steps=3", "threads=1"]
+    options = {"data": str(tmp_path / "data"), "keys": str(tmp_path / "keys"), "port": port, "replicas": "1..2"}
+    ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        serve.start(proxy_location="Disabled")
+        serve.run(build({"words": words, **options}), name="xdit", route_prefix=None)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEYS[0]}"})
+        with client:
+            wait_for(lambda: client.get("/ready").status_code == 200)
+            id = client.post("/v1/jobs", json={"prompt": "rocket"}).json()["id"]
+            job = ended(client, id)
+            assert job["status"] == "done" and client.get(job["results"][0]["url"]).content.startswith(b"\x89PNG")
+        serve.delete("xdit")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}/health")
+    finally:
+        ray.shutdown()

@@ -171,6 +171,50 @@ class RayServeGangs:
                 self._changed.notify_all()
 
 
+def deployment_of(
+    serve: Any,
+    plan: Plan,
+    settings: backend.Settings,
+    replicas: Replicas,
+    limits: ServeSettings,
+    each: Mapping[str, float],
+) -> Callable[[float], Any]:
+    """Make the deployment of the gangs of a plan.
+
+    Args:
+        serve: the module ``ray.serve``.
+        each: the resources of each rank.
+
+    Returns:
+        A function that gives the application for a generation; replicas of another generation are replaced.
+    """
+    scale: Mapping[str, Any] = {"num_replicas": replicas.least}
+    if replicas.least < replicas.most:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": replicas.least,
+                "max_replicas": replicas.most,
+                "target_ongoing_requests": limits.at_once,
+                "upscale_delay_s": UPSCALE_DELAY,
+                "downscale_delay_s": limits.idle,
+                "metrics_interval_s": 1.0,
+                "look_back_period_s": 2.0,
+            }
+        }
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        **scale,
+        health_check_period_s=HEALTH_PERIOD,
+        health_check_timeout_s=HEALTH_TIMEOUT,
+        max_ongoing_requests=limits.at_once,
+        graceful_shutdown_timeout_s=limits.grace,
+        placement_group_bundles=[each] * plan.world,
+        placement_group_strategy=settings.strategy,
+        ray_actor_options={"num_cpus": 0},
+    )(Replica)
+    return lambda generation: deployment.bind(plan.to_json(), settings, limits.batch, generation)
+
+
 @contextlib.contextmanager
 def serving(
     plan: Plan, settings: backend.Settings, replicas: Replicas, limits: ServeSettings, name: str
@@ -191,35 +235,11 @@ def serving(
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         each = backend.bundle(plan, settings, ray.cluster_resources())
         backend.check_room(ray, plan, settings, each)
-        scale: Mapping[str, Any] = {"num_replicas": replicas.least}
-        if replicas.least < replicas.most:
-            scale = {
-                "autoscaling_config": {
-                    "min_replicas": replicas.least,
-                    "max_replicas": replicas.most,
-                    "target_ongoing_requests": limits.at_once,
-                    "upscale_delay_s": UPSCALE_DELAY,
-                    "downscale_delay_s": limits.idle,
-                    "metrics_interval_s": 1.0,
-                    "look_back_period_s": 2.0,
-                }
-            }
+        application = deployment_of(serve, plan, settings, replicas, limits, each)
         serve.start(proxy_location="Disabled")
-        deployment = serve.deployment(
-            name=DEPLOYMENT,
-            **scale,
-            health_check_period_s=HEALTH_PERIOD,
-            health_check_timeout_s=HEALTH_TIMEOUT,
-            max_ongoing_requests=limits.at_once,
-            graceful_shutdown_timeout_s=limits.grace,
-            placement_group_bundles=[each] * plan.world,
-            placement_group_strategy=settings.strategy,
-            ray_actor_options={"num_cpus": 0},
-        )(Replica)
 
         def deploy(generation: float) -> Any:
-            bound = deployment.bind(plan.to_json(), settings, limits.batch, generation)
-            target = serve.RunTarget(bound, name=name, route_prefix=None)
+            target = serve.RunTarget(application(generation), name=name, route_prefix=None)
             return serve.run_many([target], wait_for_applications_running=False)[0]
 
         gangs = RayServeGangs(serve, name, deploy, replicas)
