@@ -15,8 +15,8 @@ from click.testing import Result
 
 from helpers.launcher import FAULTY
 from helpers.launcher.cluster import Cluster, cluster, missing
-from helpers.launcher.schemas import check_schema
 from helpers.launcher.typed import SMALL, USP, pixels, rank_of, xdit
+from helpers.schemas import check_schema
 from xdit_core import RequestCancelled
 from xdit_launcher import Gang
 from xdit_launcher.gang.job import GangEnded

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import Result
 
-from helpers.launcher.schemas import check_schema
+from helpers.schemas import check_schema
 
 WORDS = ("serve", "--on", "k8s", "k8s.image=r/x:1", "k8s.secret=keys", "k8s.claim=data", "--nnodes", "2")
 PLAN = ("--plugins", "usp", "usp.ulysses=4", "model=emoji", "device=cuda", "serve.queue=7")
