@@ -148,7 +148,7 @@ class RequestCheck:
     def __init__(self, plan: Plan, limits: ServeSettings) -> None:
         self.plan, self.limits = plan, limits
         self._registry = Registry()
-        self._spec, _ = self._registry.model(plan.model)
+        self.spec, _ = self._registry.model(plan.model)
         self._pipeline = pipeline_class(Path(plan.folder))
         self._lock = threading.Lock()
         self._remembered: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -219,7 +219,7 @@ class RequestCheck:
 
     def _plan_for(self, prompt: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Size, steps and so on of a request; equal settings are checked once."""
-        subject = prompt if self._spec.request.subject != "prompt" else ""
+        subject = prompt if self.spec.request.subject != "prompt" else ""
         settings = {name: value for name, value in asked.items() if name != "negative"}
         settings["seed"] = [0] * len(asked["seed"]) if isinstance(asked["seed"], list) else 0
         name = json.dumps([subject, settings, bool(asked.get("negative"))], sort_keys=True)
@@ -228,7 +228,7 @@ class RequestCheck:
                 self._remembered.move_to_end(name)
                 return dict(self._remembered[name])
             try:
-                plan = plan_of_request(self.plan, self._spec, self._registry, self._pipeline, [prompt], asked)
+                plan = plan_of_request(self.plan, self.spec, self._registry, self._pipeline, [prompt], asked)
             except XditError as error:
                 raise ApiError(str(error), param=_field_of(str(error))) from error
             run = plan.run

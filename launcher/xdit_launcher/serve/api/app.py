@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from xdit_launcher.serve.api import errors, native, openai_api, videos
+from xdit_launcher.serve.api import description, errors, native, openai_api, page, videos
 from xdit_launcher.serve.api.common import ACaller, AServer, Server
 from xdit_launcher.serve.auth import is_loopback
 from xdit_launcher.serve.limits import MIB, ApiError
@@ -35,7 +35,7 @@ def make_app(server: Server) -> FastAPI:
         version = "0"
     app = FastAPI(title="xdit", version=version, docs_url=None, redoc_url=None)
     app.state.server = server
-    for router in (native.router, openai_api.router, videos.router):
+    for router in (native.router, description.router, openai_api.router, videos.router, page.router):
         app.include_router(router)
     for kind, handler in (
         (ApiError, errors.on_api_error),
@@ -51,8 +51,9 @@ def make_app(server: Server) -> FastAPI:
 
 
 async def health(server: AServer) -> dict[str, Any]:
-    """The server answers; whether the ranks do is said by ``/ready``."""
-    return {"status": "ok", "model": server.model, "uptime": round(time.time() - server.started, 1)}
+    """The server answers; whether the ranks do is said by ``ready``, and by the status of ``/ready``."""
+    uptime = round(time.time() - server.started, 1)
+    return {"status": "ok", "model": server.model, "uptime": uptime, "ready": server.dispatcher.ready}
 
 
 async def ready(server: AServer) -> Response:

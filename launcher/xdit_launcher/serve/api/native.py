@@ -75,6 +75,7 @@ def job_body(server: Server, job: StoredJob) -> dict[str, Any]:
     if job.status not in ENDED:
         standing = server.dispatcher.standing(job)
     about = {name: value for name, value in job.about.items() if name not in ("work", "tokens", "text_tokens")}
+    written = {name: job.request.get(name) for name in ("format", "compression") if job.request.get(name) is not None}
     results = [
         {
             "number": file.number,
@@ -97,7 +98,7 @@ def job_body(server: Server, job: StoredJob) -> dict[str, Any]:
         "ended": job.ended,
         "deadline": job.deadline,
         "prompt": job.request["prompt"],
-        "settings": {**about, **job.request["settings"]},
+        "settings": {**about, **job.request["settings"], **written},
         "seconds": job.seconds,
         "results": results,
         "error": None if job.error is None else {"message": job.error, "refused": job.refused},
