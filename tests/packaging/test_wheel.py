@@ -63,3 +63,10 @@ def test_the_trained_weights_are_in_the_wheel(wheel):
     }
     assert any(n.endswith("transformer/diffusion_pytorch_model.safetensors") for n in sizes)
     assert sum(sizes.values()) <= 25_000_000
+
+
+def test_the_page_of_a_server_is_in_the_wheel(wheel):
+    folder = "xdit_launcher/serve/page/"
+    files = {name.removeprefix(folder) for name in zipfile.ZipFile(wheel).namelist() if name.startswith(folder)}
+    assert {"index.html", "main.js", "style.css", "icon.svg"} <= files
+    assert files == {path.name for path in (ROOT / "launcher" / folder).iterdir()}

@@ -48,7 +48,7 @@ function settingsOf(job, titles) {
   const all = Object.entries(job.settings).filter(([name, value]) => !HIDDEN.includes(name) && value !== null && value !== "");
   const call = Object.entries(job.settings.call ?? {}).map(([name, value]) => [`call.${name}`, value]);
   const made = new Date(job.created * 1000).toLocaleString();
-  return [...all, ...call, ["made", made]].flatMap(([name, value]) => [
+  return [...all, ...call, ["Made", made]].flatMap(([name, value]) => [
     element("dt", {}, titles.get(name) ?? name.replaceAll("_", " ")),
     element("dd", {}, [value].flat().join(", ")),
   ]);

@@ -46,13 +46,15 @@ export function announce(text) {
   byId("news").textContent = text;
 }
 
-/** Seconds that are only guessed. */
-export const roughly = (seconds) => (seconds < 1 ? "1 s" : seconds < 99.5 ? `${Math.round(seconds)} s` : duration(seconds));
+const SPACE = "\u00a0"; // a number and its unit stay on one line
 
 /** Seconds for a person. */
 export function duration(seconds) {
-  if (seconds < 0.995) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 99.5) return `${seconds.toFixed(1)} s`;
+  if (seconds < 0.995) return `${Math.round(seconds * 1000)}${SPACE}ms`;
+  if (seconds < 99.5) return `${seconds.toFixed(1)}${SPACE}s`;
   const minutes = Math.round(seconds / 60);
-  return minutes < 100 ? `${minutes} min` : `${(seconds / 3600).toFixed(1)} h`;
+  return minutes < 100 ? `${minutes}${SPACE}min` : `${(seconds / 3600).toFixed(1)}${SPACE}h`;
 }
+
+/** Seconds that are only guessed. */
+export const roughly = (seconds) => (seconds < 99.5 ? `${Math.max(1, Math.round(seconds))}${SPACE}s` : duration(seconds));
