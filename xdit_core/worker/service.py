@@ -164,6 +164,7 @@ def serve(engine: Engine, control: ControlLink, reporter: Reporter, beat: Observ
         Exception: a request failed such that the ranks no longer agree on what was sent.
     """
     reporter.engine = engine
+    beat.status(Status(Phase.READY))  # first: a rank that ends as soon as it is known to be ready was ready
     control.send({"ready": round(engine.load_seconds, 3)})
     while True:
         beat.status(Status(Phase.READY))
