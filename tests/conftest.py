@@ -14,6 +14,7 @@ from helpers.quick import QUICK
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the quick tests, and those that wait for processes: with ``-n 2`` one worker of pytest runs all of these,
     which share hosts and ports, and the other one all that computes."""

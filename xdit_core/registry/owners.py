@@ -97,9 +97,9 @@ class AdapterCall:
     owner: Owner
     field: str
 
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self.function
+    def __post_init__(self) -> None:
+        # of the object and not of the class, whose own signature would be looked for there
+        object.__setattr__(self, "__wrapped__", self.function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
