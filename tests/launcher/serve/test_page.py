@@ -45,12 +45,12 @@ new MutationObserver(look).observe(document.getElementById("gallery"), { subtree
 def test_generate_watch_and_see(page):
     page.one("#prompt")
     page.js(COLLECT)
-    tile = page.generate("a red fox", steps=40, seed=7, images=2)
+    tile = page.generate("a red fox", steps=20, seed=7, images=2)
     page.until(lambda: len(page.all(f"{tile}[data-status=done] img.result")) == 2, "both pictures")
     assert len(page.js("return [...window.previews]")) > 4
     assert page.js(f'return document.querySelector("{tile} img.result").naturalWidth') == 32
     status = page.one(f"{tile} .status").text
-    assert "32 × 32" in status and "40 steps" in status and "seed 7" in status
+    assert "32 × 32" in status and "20 steps" in status and "seed 7" in status
     assert "steps" in page.one(f"{tile} .times").get_attribute("aria-label")
     assert page.js("return document.getElementById('news').textContent") == "a red fox is finished"
 

@@ -187,7 +187,9 @@ export async function shownResult(job, number, controls = false) {
   const { media_type: media } = job.results[number];
   const url = await resultUrl(job, number);
   if (media.startsWith("video/")) {
-    return element("video", { src: url, muted: true, loop: true, playsinline: true, controls, preload: "auto" });
+    const video = element("video", { src: url, loop: true, playsinline: true, controls, preload: "auto" });
+    video.muted = true; // or it may not play by itself
+    return video;
   }
   if (!media.startsWith("image/")) return element("span", { class: "latents" }, "latents");
   const image = element("img", { src: url, alt: job.prompt, class: "result" });
