@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers.quick import QUICK
 
+LAUNCHER = "tests/launcher/"
+
 # torch looks up the name of whoever connects to a store; where the DNS loses an answer, that takes 5 s by default
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the quick tests, and those that wait for processes: with ``-n 2`` one worker of pytest runs all of these,
-    which share hosts and ports, and the other one all that computes."""
-    launcher = Path(__file__).parent / "launcher"
+    """Mark the quick tests."""
     for item in items:
-        if launcher in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("launcher"))
         if item.nodeid.startswith(QUICK):
             item.add_marker(pytest.mark.quick)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2`` one worker runs all tests that start processes and wait for them, which share hosts and ports, and
+    the other one those that compute."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWaiting(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return LAUNCHER if nodeid.startswith(LAUNCHER) else nodeid
+
+    return ByWaiting(config, log)
 
 
 def pytest_collection_finish() -> None:
