@@ -67,6 +67,11 @@ def watching_inputs() -> Inputs:
     }
 
 
+def images_input() -> dict[str, Any]:
+    """How many pictures."""
+    return {"images": number("how many pictures", 1000, 1, min=1)}
+
+
 def settings(guidance: float, **values: Any) -> dict[str, Any]:
     """Fields of a request: those that are 0 or empty are the server's default and left out."""
     chosen = {name: value for name, value in values.items() if value}
@@ -80,83 +85,67 @@ class Node:
     FUNCTION = "run"
 
 
-class Generate(Node):
+class Drawing(Node):
+    """Have a server draw, and show how far it is."""
+
+    VIDEO = False
+
+    @classmethod
+    def count(cls) -> dict[str, Any]:
+        """The input that says how much is drawn."""
+        return images_input()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """Names, types and defaults of the inputs."""
+        return {
+            "required": {**server_input(), **drawing_inputs(), **cls.count()},
+            "optional": watching_inputs(),
+            "hidden": {"node": "UNIQUE_ID"},
+        }
+
+    def run(
+        self,
+        server: str,
+        prompt: str,
+        seed: int,
+        previews: int = 0,
+        key_variable: str = client.KEY,
+        node: str | None = None,
+        **values: Any,
+    ) -> tuple[Any, ...]:
+        """Draw.
+
+        Returns:
+            The outputs in ``RETURN_TYPES``.
+
+        Raises:
+            ServerError: a sentence that says what to do.
+        """
+        body = {"prompt": prompt, "seed": seed, "previews": previews, **settings(**values)}
+        _, files = draw(Server(server, key_variable), body, self.VIDEO, node)
+        return frames_of(files[0]) if self.VIDEO else (image_of(files),)
+
+
+class Generate(Drawing):
     """Draw pictures on a server."""
 
     DESCRIPTION = "Draws pictures on a server that xdit-launch serve has started."
     RETURN_TYPES = ("IMAGE",)
 
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """Names, types and defaults of the inputs."""
-        images = {"images": number("how many pictures", 1000, 1, min=1)}
-        return {
-            "required": {**server_input(), **drawing_inputs(), **images},
-            "optional": watching_inputs(),
-            "hidden": {"node": "UNIQUE_ID"},
-        }
 
-    def run(
-        self,
-        server: str,
-        prompt: str,
-        seed: int,
-        previews: int = 0,
-        key_variable: str = client.KEY,
-        node: str | None = None,
-        **values: Any,
-    ) -> tuple[torch.Tensor]:
-        """Draw.
-
-        Returns:
-            IMAGE.
-
-        Raises:
-            ServerError: a sentence that says what to do.
-        """
-        body = {"prompt": prompt, "seed": seed, "previews": previews, **settings(**values)}
-        _, files = draw(Server(server, key_variable), body, False, node)
-        return (image_of(files),)
-
-
-class Video(Node):
-    """Draw a video on a server."""
+class Video(Drawing):
+    """Draw a video on a server: a picture for each frame, and frames per second."""
 
     DESCRIPTION = "Draws a video on a server that xdit-launch serve has started."
     RETURN_TYPES = ("IMAGE", "FLOAT")
     RETURN_NAMES = ("frames", "fps")
+    VIDEO = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """Names, types and defaults of the inputs."""
-        frames = {"frames": number("how many frames; 0 is the server's default", 10_000)}
-        return {
-            "required": {**server_input(), **drawing_inputs(), **frames},
-            "optional": watching_inputs(),
-            "hidden": {"node": "UNIQUE_ID"},
-        }
-
-    def run(
-        self,
-        server: str,
-        prompt: str,
-        seed: int,
-        previews: int = 0,
-        key_variable: str = client.KEY,
-        node: str | None = None,
-        **values: Any,
-    ) -> tuple[torch.Tensor, float]:
-        """Draw.
-
-        Returns:
-            IMAGE with a picture for each frame, and frames per second.
-
-        Raises:
-            ServerError: a sentence that says what to do.
-        """
-        body = {"prompt": prompt, "seed": seed, "previews": previews, **settings(**values)}
-        _, files = draw(Server(server, key_variable), body, True, node)
-        return frames_of(files[0])
+    def count(cls) -> dict[str, Any]:
+        """The input that says how much is drawn."""
+        return {"frames": number("how many frames; 0 is the server's default", 10_000)}
 
 
 class Edit(Node):
@@ -168,9 +157,8 @@ class Edit(Node):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """Names, types and defaults of the inputs."""
-        images = {"images": number("how many pictures", 1000, 1, min=1)}
         return {
-            "required": {**server_input(), "image": ("IMAGE",), **drawing_inputs(), **images},
+            "required": {**server_input(), "image": ("IMAGE",), **drawing_inputs(), **images_input()},
             "optional": {"mask": ("MASK", {"tooltip": "1 where the picture is to be changed"}), **key_input()},
         }
 

@@ -167,12 +167,12 @@ def serve(engine: Engine, control: ControlLink, reporter: Reporter, beat: Observ
     beat.status(Status(Phase.READY))  # first: a rank that ends as soon as it is known to be ready was ready
     control.send({"ready": round(engine.load_seconds, 3)})
     while True:
-        beat.status(Status(Phase.READY))
         message = control.receive()
         if message is None or "stop" in message:
             return
         if "request" in message:
             answer(engine, control, reporter, message)
+            beat.status(Status(Phase.READY))
 
 
 def answer(engine: Engine, control: ControlLink, reporter: Reporter, message: Mapping[str, Any]) -> None:

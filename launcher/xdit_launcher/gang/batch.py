@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xdit_core.errors import RequestCancelled, XditError
@@ -26,21 +26,24 @@ class Batch:
         self.id = "+".join(job.id for job in jobs)
         self.jobs = tuple(jobs)
         self._left = list(jobs)
-        self._starts: dict[str, int] = {}  # number of the first picture of each request
-        self.pictures = 0
-        for job in jobs:
-            self._starts[job.id] = self.pictures
-            self.pictures += len(job.seeds)
+        counts = [len(job.seeds) for job in jobs]
+        # number of the first picture of each request
+        self._starts = {job.id: sum(counts[:i]) for i, job in enumerate(jobs)}
 
-    @property
-    def unwanted(self) -> bool:
-        """Nobody wants any of it; a single request whose client has gone while others go on ends at once."""
+    def end_cancelled(self) -> bool:
+        """End the requests that nobody wants any more, while others go on.
+
+        Returns:
+            Whether nobody wants any of them; they are then left, until the ranks have ended them together.
+        """
         wanted = [job for job in self._left if not job.cancel_wanted]
-        if wanted:
-            for job in [job for job in self._left if job.cancel_wanted]:
-                self._left.remove(job)
+        if not wanted:
+            return True
+        for job in self._left:
+            if job.cancel_wanted:
                 job.add("cancelled", error=RequestCancelled())
-        return not wanted
+        self._left = wanted
+        return False
 
     def begin(self) -> dict[str, Any]:
         """Say that the requests are drawn now.
@@ -90,12 +93,12 @@ class Batch:
             job.add(kind, error=error, **more)
         self._left = []
 
-    def apart(self) -> Iterator[Job]:
+    def apart(self) -> list[Job]:
         """The requests that are left, to be drawn one by one."""
-        for job in self._left:
+        left, self._left = self._left, []
+        for job in left:
             job.alone = True
-            yield job
-        self._left = []
+        return left
 
 
 def next_batch(queue: deque[Job], most: int) -> Batch | None:

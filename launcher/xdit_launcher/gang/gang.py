@@ -243,7 +243,7 @@ class Gang:
             self._current = None
             self._wake.notify_all()
         for batch in batches:
-            if error is None or batch.unwanted:
+            if error is None or batch.end_cancelled():
                 batch.end("cancelled", RequestCancelled("the gang was closed."))
             else:
                 batch.end("failed", GangEnded(*error.args))
@@ -270,7 +270,7 @@ class Gang:
             if cause := watch.look(ranks.statuses, idle=self._state == "ready" and answer is None):
                 return ranks.report(cause)
             if answer is not None:
-                if answer.batch.unwanted or self._stop:
+                if answer.batch.end_cancelled() or self._stop:
                     answer.cancel(ranks)
                 if answer.ended:
                     again = answer.finish()
@@ -350,7 +350,7 @@ class Answer:
         """
         failed = self.failures()
         if failed and len(self.batch.jobs) > 1:
-            return list(self.batch.apart())
+            return self.batch.apart()
         if failed:
             end = next(iter(failed.values()))
             self.batch.end("failed", RequestFailed(str(end["error"]), bool(end["refused"])))

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from PIL import Image
+
+from xdit_launcher import Gang
+from xdit_launcher.gang.job import GangEnded
 
 USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
 SMALL = ("model=emoji", "device=cpu", "steps=3", "red heart")
@@ -27,6 +31,20 @@ def xdit(
 
 def pixels(path: Path) -> bytes:
     return Image.open(path).tobytes()
+
+
+def lose_a_rank(gang: Gang, folder: Path, report: str) -> None:
+    """Kill rank 1 of a gang while it draws: the gang ends with a report.
+
+    Args:
+        folder: in which its run folder is.
+        report: a pattern for it.
+    """
+    job = gang.submit("red heart", steps=4000)
+    next(event for event in job.events(timeout=60) if event.kind == "step")
+    rank_of(folder, 1).kill()
+    with pytest.raises(GangEnded, match=report):
+        job.result(timeout=60)
 
 
 def rank_of(folder: Path, rank: int) -> psutil.Process:

@@ -116,7 +116,7 @@ def test_a_batch_that_fails_is_drawn_one_by_one() -> None:
     assert [event.together for event in jobs[0]._events] == [0, 3]
     assert message["prompts"] == [["prompt 1", "prompt 2", "prompt 3"]] and message["settings"]["seed"] == [1, 2, 3]
     jobs[1].cancel()
-    assert not batch.unwanted and jobs[1].status == "cancelled"
+    assert not batch.end_cancelled() and jobs[1].status == "cancelled"
     answer = Answer(batch, world=1)
     answer.take(0, {"event": "end", "outcome": "failed", "error": "not a number.", "refused": False})
     queue.extend(answer.finish())

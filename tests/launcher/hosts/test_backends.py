@@ -15,11 +15,10 @@ from click.testing import Result
 
 from helpers.launcher import FAULTY
 from helpers.launcher.cluster import Cluster, cluster, missing
-from helpers.launcher.typed import SMALL, USP, pixels, rank_of, xdit
+from helpers.launcher.typed import SMALL, USP, lose_a_rank, pixels, xdit
 from helpers.schemas import check_schema
 from xdit_core import RequestCancelled
 from xdit_launcher import Gang
-from xdit_launcher.gang.job import GangEnded
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +43,7 @@ def test_a_gang_over_two_hosts(hosts: Cluster, tmp_path: Path) -> None:
         with pytest.raises(RequestCancelled):
             job.result(timeout=60)
         assert gang.generate("red heart", steps=3).pictures == first.pictures
-        job = gang.submit("red heart", steps=4000)
-        next(event for event in job.events(timeout=60) if event.kind == "step")
-        rank_of(tmp_path, 1).kill()
-        with pytest.raises(GangEnded, match=r"rank 1 of 2 on beta failed at"):
-            job.result(timeout=60)
+        lose_a_rank(gang, tmp_path, r"rank 1 of 2 on beta failed at")
     with Gang(["usp"], settings) as here:
         assert here.generate("red heart", steps=3).pictures == first.pictures
     assert not hosts.left()

@@ -17,9 +17,8 @@ import pytest
 
 from helpers.launcher import FAULTY
 from helpers.launcher.served import KEYS, Served, ended, wait_for
-from helpers.launcher.typed import SMALL, USP, rank_of, xdit
+from helpers.launcher.typed import SMALL, USP, lose_a_rank, xdit
 from xdit_launcher import Gang
-from xdit_launcher.gang.job import GangEnded
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +79,7 @@ def test_a_gang_of_actors(ray_cluster: None, tmp_path: Path) -> None:
     with Gang(["usp"], {**settings, "runs": str(tmp_path / "runs")}, on="ray") as gang:
         first, second = (gang.generate("red heart", steps=2, seed=5) for _ in range(2))
         assert first.pictures == second.pictures
-        job = gang.submit("red heart", steps=4000)
-        next(event for event in job.events(timeout=60) if event.kind == "step")
-        rank_of(tmp_path, 1).kill()
-        with pytest.raises(GangEnded, match=r"rank 1 of 2 on .* failed at"):
-            job.result(timeout=60)
+        lose_a_rank(gang, tmp_path, r"rank 1 of 2 on .* failed at")
 
 
 def replicas() -> list[psutil.Process]:

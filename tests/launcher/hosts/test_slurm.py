@@ -15,10 +15,9 @@ import pytest
 
 from helpers.launcher import FAULTY, slurm_cluster
 from helpers.launcher.slurm_cluster import slurm
-from helpers.launcher.typed import SMALL, USP, pixels, rank_of, xdit
+from helpers.launcher.typed import SMALL, USP, lose_a_rank, pixels, xdit
 from xdit_core.testing.beats import step_of
 from xdit_launcher import Gang
-from xdit_launcher.gang.job import GangEnded
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +124,6 @@ def test_a_gang_over_two_nodes(slurm_env: dict[str, str], tmp_path: Path, monkey
         with Gang(["usp"], {**settings, "runs": str(tmp_path / "runs")}, on="slurm") as gang:
             first, second = (gang.generate("red heart", steps=2, seed=5) for _ in range(2))
             assert first.pictures == second.pictures
-            job = gang.submit("red heart", steps=4000)
-            next(event for event in job.events(timeout=60) if event.kind == "step")
-            rank_of(tmp_path, 1).kill()
-            with pytest.raises(GangEnded, match=r"rank 1 of 2 on n2 failed at"):
-                job.result(timeout=60)
+            lose_a_rank(gang, tmp_path, r"rank 1 of 2 on n2 failed at")
     finally:
         subprocess.run(["scancel", number], env=slurm_env, capture_output=True)
