@@ -10,17 +10,12 @@ from __future__ import annotations
 import argparse
 import collections
 import random
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
-import psutil
-from serve_load import ENDED, words
+from served import ENDED, Server
 
 from xdit_core.testing.models import save_tiny_sd3
 
@@ -59,33 +54,6 @@ class Clients:
         self._thread.join()
 
 
-@contextmanager
-def server(folder: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server and its address."""
-    settings = [f"{name}={value}" for name, value in words(folder).items()]
-    command = [sys.executable, "-m", "xdit_launcher.cli", "serve", "--port", "0", "--data", f"{folder}/data"]
-    with open(f"{folder}/log", "ab") as log:
-        process = subprocess.Popen(
-            [*command, *settings, "serve.queue=100000", "serve.batch=4"], stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        try:
-            assert process.stdout is not None
-            yield process, process.stdout.readline().split()[-1]
-        finally:
-            process.kill()
-            process.wait()
-
-
-def ranks(folder: str) -> list[psutil.Process]:
-    """The ranks of servers over a folder that still live."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if "xdit_core.worker" in line and folder in line:
-            found.append(process)
-    return found
-
-
 def main() -> None:
     """Kill, and look what is left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,18 +63,22 @@ def main() -> None:
     draw = random.Random(chosen.seed)
     with tempfile.TemporaryDirectory() as folder:
         save_tiny_sd3(folder)
+        settings = {"model": "sd3", "model.path": folder, "max_sequence_length": 5, "device": "cpu"}
         clients = Clients()
         for kill in range(chosen.count):
-            with server(folder) as (_, clients.url):
-                time.sleep(draw.uniform(0, LONGEST))
+            server = Server(folder, {**settings, "serve.queue": 100_000, "serve.batch": 4})
+            clients.url = server.url
+            time.sleep(draw.uniform(0, LONGEST))
+            server.kill()
             print(f"kill {kill + 1}: {len(clients.accepted)} jobs accepted so far", flush=True)
         clients.url = ""
         clients.end()
         end = time.monotonic() + GONE
-        while ranks(folder) and time.monotonic() < end:
+        while server.ranks() and time.monotonic() < end:
             time.sleep(0.1)
-        left = len(ranks(folder))
-        with server(folder) as (_, url), httpx.Client(base_url=url, timeout=60) as http:
+        left = len(server.ranks())
+        server.start()
+        with server.client() as http:
             counts: collections.Counter[str] = collections.Counter()
             for id in clients.accepted:
                 while (answer := http.get(f"/v1/jobs/{id}")).status_code == 200 and (
@@ -118,6 +90,7 @@ def main() -> None:
                     len(http.get(result["url"]).content) == result["bytes"] > 0 for result in job["results"]
                 )
                 counts["done" if whole and len(job["results"]) == 1 else f"not whole: {job}"] += 1
+        server.end()
     print(f"{sum(counts.values())} jobs were accepted over {chosen.count} kills: {dict(counts)}")
     print(f"{left} ranks were left; {clients.lost_answers} requests were sent while no server answered")
     if left or set(counts) != {"done"}:

@@ -1,8 +1,11 @@
-"""Requests of all kinds against a server, well and badly behaved: every accepted job must end.
+"""Clients of all kinds against a server, well and badly behaved: every accepted job must end, once.
 
-``python benchmarks/serve_load.py 200`` sends 200 requests of mixed sizes, of which some are cancelled, wrong or left by
-their client, and kills a rank in the middle. It prints how the jobs ended, the throughput as a ratio to that of a
-``Gang`` without a server, and the time that the server adds to a request.
+``python benchmarks/serve_load.py 10000`` sends 10,000 requests of mixed sizes and few steps. One in twenty is
+cancelled, one in twenty is wrong, one in twenty is read slowly, and the client of one in twenty closes its socket.
+Two ranks and the server are killed in the first part; clients send again, with the same ``Idempotency-Key``, what got
+no answer. At last every accepted job must be done, or failed or cancelled with a reason, and none may be listed or
+have ended twice. Then the memory of server and ranks over the last 80 % is compared, and `serve_costs` measures what
+the server costs. What is worse than it should be is printed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -10,176 +13,241 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import json
 import random
+import socket
 import statistics
-import subprocess
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from typing import Any
 
 import httpx
-import psutil
+from serve_costs import PLAN, PROMPTS, costs, shortcomings
+from served import ENDED, Server, wait
 
-from xdit_core.testing.models import save_tiny_sd3
-from xdit_launcher import Gang
-
-SIZES = ((32, 32), (16, 32), (32, 48))
-STEPS = (2, 4, 8)
-ENDED = ("done", "failed", "cancelled")
-
-
-def words(folder: str) -> dict[str, object]:
-    return {"model": "sd3", "model.path": folder, "max_sequence_length": 5, "device": "cpu"}
-
-
-def bodies(count: int, seed: int) -> list[dict[str, object]]:
-    """Requests that are right, the same for each seed."""
-    draw = random.Random(seed)
-    made = []
-    for i in range(count):
-        height, width = draw.choice(SIZES)
-        made.append({"prompt": f"fox {i}", "height": height, "width": width, "steps": draw.choice(STEPS), "seed": i})
-    return made
+KINDS = ("plain", "cancelled", "wrong", "slow", "vanishing")
+WEIGHTS = (80, 5, 5, 5, 5)
+WRONG = (
+    *({"steps": "many"}, {"steps": 0}, {"height": 33}, {"width": 10**9}, {"seed": -1}, {"prompt": ""}, {"other": 1}),
+    *({"images": 10**6}, {"model": "sd3"}, {"deadline": -1}, {"format": "gif"}, {"prompt": "\0"}),
+)
+KILLS = ((0.05, "rank"), (0.1, "rank"), (0.15, "server"))  # when, as a part of all requests
+STEADY = 0.2  # from which part on memory is compared
+MOST_GROWTH = 0.01
 
 
-class Server:
-    """A server over one rank."""
+class Clients:
+    """Sends requests, and remembers what was answered.
 
-    def __init__(self, folder: str, queue: int) -> None:
-        settings = [f"{name}={value}" for name, value in words(folder).items()]
-        command = [sys.executable, "-m", "xdit_launcher.cli", "serve", "--port", "0", "--data", f"{folder}/data"]
-        self.log = open(f"{folder}/log", "wb")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*command, *settings, f"serve.queue={queue}"], stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-        assert self.process.stdout is not None
-        self.http = httpx.Client(base_url=self.process.stdout.readline().split()[-1], timeout=600)
-        while self.http.get("/ready").status_code != 200:
-            time.sleep(0.1)
+    Args:
+        server: may be killed and started again meanwhile.
+        count: of requests.
+    """
 
-    def kill_a_rank(self) -> None:
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        next(process for process in below if "xdit_core.worker" in " ".join(process.cmdline())).kill()
+    def __init__(self, server: Server, count: int, seed: int) -> None:
+        self.server, self.count, self._seed = server, count, seed
+        self.accepted: dict[str, str] = {}  # id of each job by the name that its client gave it
+        self.answers: collections.Counter[str] = collections.Counter()
+        self.sent = 0
+        self._lock, self._local = threading.Lock(), threading.local()
 
-    def memory(self) -> float:
-        """MiB of the server alone."""
-        return psutil.Process(self.process.pid).memory_info().rss / 2**20
+    def send(self, number: int) -> None:
+        """Send a request, and wait for the end of its job."""
+        draw = random.Random(self._seed * 1_000_003 + number)
+        kind = draw.choices(KINDS, WEIGHTS)[0]
+        size = {"height": draw.choice((32, 48, 64)), "width": draw.choice((32, 48, 64)), "steps": draw.choice((1, 2))}
+        body = {"prompt": draw.choice(PROMPTS), **size, "seed": number}
+        answer = getattr(self, f"_{kind}")(body, f"request {number}", draw)
+        with self._lock:
+            self.answers[answer] += 1
+            self.sent += 1
 
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.wait(120)
-        self.log.close()
+    def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        """Ask until there is an answer of a server that has room."""
+        while True:
+            url = self.server.url
+            if getattr(self._local, "url", None) != url:
+                self._local.url, self._local.http = url, httpx.Client(base_url=url, timeout=600)
+            try:
+                answer: httpx.Response = self._local.http.request(method, path, **more)
+            except httpx.HTTPError:
+                self._local.url = None  # there may be another server by now
+                time.sleep(0.2)
+                continue
+            if answer.status_code not in (429, 503):
+                return answer
+            time.sleep(0.2)
 
+    def _job(self, body: dict[str, Any], name: str) -> str:
+        answer = self._ask("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": name})
+        id = str(answer.raise_for_status().json()["id"])
+        with self._lock:
+            self.accepted[name] = id
+        return id
 
-def added(server: Server, folder: str, requests: list[dict[str, object]]) -> tuple[float, float]:
-    """Throughput as a ratio to that of a gang alone, and the milliseconds that a request takes longer: medians of
-    requests, and of rounds of ten, that the server and the gang answer in turn."""
-    differences, ratios = [], []
-    with Gang([], {**words(folder), "runs": f"{folder}/runs"}) as gang:
+    def _ended(self, id: str) -> str:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                return str(wait(self._local.http, id)["status"])
+            self._ask("GET", "/health")
 
-        def draw(request: dict[str, object]) -> None:
-            settings = {name: value for name, value in request.items() if name != "prompt"}
-            gang.generate(str(request["prompt"]), progress=False, **settings)
+    def _plain(self, body: dict[str, Any], name: str, draw: random.Random) -> str:
+        id = self._job(body, name)
+        status = self._ended(id)
+        if status == "done":
+            self._ask("GET", f"/v1/jobs/{id}/results/0").raise_for_status()
+        return status
 
-        def ask(request: dict[str, object]) -> None:
-            extra = {name: value for name, value in request.items() if name not in ("height", "width")}
-            size = f"{request['width']}x{request['height']}"
-            server.http.post("/v1/images/generations", json={**extra, "size": size}).raise_for_status()
+    def _cancelled(self, body: dict[str, Any], name: str, draw: random.Random) -> str:
+        id = self._job({**body, "steps": 20}, name)
+        time.sleep(draw.uniform(0, 0.3))
+        self._ask("DELETE", f"/v1/jobs/{id}")
+        return f"{self._ended(id)}, after a cancel"
 
-        for request in requests:  # sizes that are new take longer
-            draw(request)
-            ask(request)
-        for request in requests:
-            differences.append(1000 * (timed(lambda r=request: ask(r)) - timed(lambda r=request: draw(r))))
-        for start in range(0, len(requests), 10):
-            some = requests[start : start + 10]
-            here = timed(lambda rs=some: [draw(r) for r in rs])
-            ratios.append(here / timed(lambda rs=some: queued(server, rs)))
-    return statistics.median(ratios), statistics.median(differences)
+    def _wrong(self, body: dict[str, Any], name: str, draw: random.Random) -> str:
+        status = self._ask("POST", "/v1/jobs", json={**body, **draw.choice(WRONG)}).status_code
+        return f"wrong, refused with {status}"
 
+    def _slow(self, body: dict[str, Any], name: str, draw: random.Random) -> str:
+        """Read events and picture a few bytes at a time."""
+        id = self._job({**body, "steps": 6, "previews": 4}, name)
+        for path in ("events", "results/0"):
+            with contextlib.suppress(OSError), self._raw("GET", f"/v1/jobs/{id}/{path}", b"") as end:
+                while end.recv(100):
+                    time.sleep(0.002)
+        return f"{self._ended(id)}, read slowly"
 
-def queued(server: Server, requests: list[dict[str, object]]) -> None:
-    """All requests at once, and wait."""
-    wait(server, [server.http.post("/v1/jobs", json=r).raise_for_status().json()["id"] for r in requests])
+    def _vanishing(self, body: dict[str, Any], name: str, draw: random.Random) -> str:
+        """Close the socket while the job waits or is drawn, or in the middle of the request."""
+        data = json.dumps({"prompt": body["prompt"], "steps": 20, "size": "64x64", "user": name}).encode()
+        sent = data if draw.random() < 0.8 else data[: len(data) // 2]
+        with contextlib.suppress(OSError), self._raw("POST", "/v1/images/generations", sent, len(data)):
+            time.sleep(draw.uniform(0, 0.3))
+        return "vanished"
 
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of a piece of work."""
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-def wait(server: Server, ids: list[str]) -> list[dict[str, object]]:
-    """Wait for the end of jobs."""
-    jobs = []
-    for id in ids:
-        while (job := server.http.get(f"/v1/jobs/{id}").json())["status"] not in ENDED:
-            time.sleep(0.02)
-        jobs.append(job)
-    return jobs
-
-
-def send(server: Server, request: dict[str, object], kind: str) -> tuple[str, str | None]:
-    """One request of a kind: what came of it, and the id of the job if it was accepted."""
-    if kind == "wrong":
-        answer = server.http.post("/v1/jobs", json={**request, "steps": "many"})
-        return f"refused with {answer.status_code}", None
-    if kind == "vanishing":
-        try:
-            body = {"prompt": request["prompt"], "steps": 100}
-            server.http.post("/v1/images/generations", json=body, timeout=0.2)
-        except httpx.TimeoutException:
-            return "left", None
-        return "answered before it left", None
-    answer = server.http.post("/v1/jobs", json=request)
-    if answer.status_code == 429:
-        time.sleep(min(2.0, float(answer.headers["retry-after"])))
-        return send(server, request, kind)
-    id = answer.json()["id"]
-    if kind == "cancelled":
-        server.http.delete(f"/v1/jobs/{id}")
-    return kind, id
+    def _raw(self, method: str, path: str, body: bytes, length: int = 0) -> socket.socket:
+        """A connection on which a request was written."""
+        host, _, port = self.server.url.removeprefix("http://").rpartition(":")
+        end = socket.create_connection((host, int(port)), timeout=60)
+        about = f"Content-Type: application/json\r\nContent-Length: {length}\r\nConnection: close"
+        end.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\n{about}\r\n\r\n".encode() + body)
+        return end
 
 
-def load(server: Server, requests: list[dict[str, object]], seed: int) -> dict[str, object]:
-    """Everything at once; a rank is killed in the middle."""
-    draw = random.Random(seed)
-    kinds = draw.choices(("plain", "cancelled", "wrong", "vanishing"), (85, 5, 5, 5), k=len(requests))
-    before = server.memory()
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(send, server, *pair) for pair in zip(requests, kinds, strict=True)]
-        concurrent.futures.wait(futures[: len(futures) // 2])
-        server.kill_a_rank()
-        answers = [future.result() for future in futures]
-    jobs = wait(server, [id for _, id in answers if id])
-    left = [job for job in server.http.get("/v1/jobs", params={"limit": 100}).json()["data"] if job["kind"] == "image"]
-    wait(server, [job["id"] for job in left])
-    return {
-        "requests": dict(collections.Counter(answer for answer, _ in answers)),
-        "jobs": dict(collections.Counter(str(job["status"]) for job in jobs)),
-        "failed": [job["error"] for job in jobs if job["status"] == "failed"],
-        "server MiB before and after": [round(before, 1), round(server.memory(), 1)],
+def disturb(clients: Clients, memory: list[tuple[float, dict[str, float]]]) -> None:
+    """Kill at the right moments, and note the memory until all is sent; runs in a thread."""
+    kills = list(KILLS)
+    while clients.sent < clients.count:
+        part = clients.sent / clients.count
+        if kills and part >= kills[0][0]:
+            if kills.pop(0)[1] == "server":
+                clients.server.kill()
+                clients.server.start()
+            else:
+                with contextlib.suppress(IndexError):
+                    clients.server.ranks()[0].kill()
+        if part >= STEADY:
+            memory.append((part, clients.server.memory()))
+        time.sleep(0.5)
+
+
+def growth(memory: list[tuple[float, dict[str, float]]], name: str) -> float:
+    """How much memory has grown from the first tenth of the time compared to the last, as a part."""
+    first = [sizes[name] for part, sizes in memory if part < STEADY + 0.1]
+    last = [sizes[name] for part, sizes in memory if part >= 0.9]
+    return statistics.median(last) / statistics.median(first) - 1 if first and last else 0.0
+
+
+def audit(server: Server, accepted: dict[str, str]) -> tuple[dict[str, int], list[str]]:
+    """Look at every job that the server knows.
+
+    Returns:
+        How many ended how, and what is wrong.
+    """
+    jobs: list[dict[str, Any]] = []
+    with server.client() as http:
+        more = {}
+        while True:
+            page = http.get("/v1/jobs", params={"limit": 100, **more}).raise_for_status().json()
+            jobs += page["data"]
+            if not page["has_more"]:
+                break
+            more = {"after": page["data"][-1]["id"]}
+        waited = [job["id"] for job in jobs if job["status"] not in ENDED]
+        by_id = {job["id"]: job for job in jobs} | {id: wait(http, id) for id in waited}
+    ends = collections.Counter(line["job"] for line in server.log() if line["event"] == "job ended")
+    wrong = []
+    if len(by_id) < len(jobs):
+        wrong.append(f"{len(jobs) - len(by_id)} jobs are listed twice")
+    if lost := [id for id in accepted.values() if id not in by_id]:
+        wrong.append(f"{len(lost)} accepted jobs are gone, such as {lost[0]}")
+    if len(set(accepted.values())) < len(accepted):
+        wrong.append("two requests were given the same job")
+    seeds = collections.Counter(job["settings"]["seed"] for job in jobs if job["kind"] == "job")
+    if double := [seed for seed, times in seeds.items() if times > 1]:
+        wrong.append(f"{len(double)} requests have two jobs, such as the one with seed {double[0]}")
+    if again := [id for id, times in ends.items() if times > 1]:
+        wrong.append(f"{len(again)} jobs have ended twice, such as {again[0]}")
+    if mute := [id for id, job in by_id.items() if job["status"] != "done" and not job["error"]]:
+        wrong.append(f"{len(mute)} jobs have ended without a reason, such as {mute[0]}")
+    for line in server.log():
+        if "traceback" in line:
+            wrong.append(f"the log has a traceback: {line['event']}: {line['error']}")
+    return dict(collections.Counter(job["status"] for job in by_id.values())), wrong
+
+
+def load(folder: str, count: int, clients: int, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Everything at once.
+
+    Returns:
+        What happened, and what is wrong.
+    """
+    server = Server(folder, {**PLAN, "serve.queue": 4 * clients}).ready()
+    sender, memory = Clients(server, count, seed), list[tuple[float, dict[str, float]]]()
+    watcher = threading.Thread(target=disturb, args=(sender, memory))
+    watcher.start()
+    begun = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        for done in [pool.submit(sender.send, number) for number in range(count)]:
+            done.result()
+    watcher.join()
+    minutes = (time.monotonic() - begun) / 60
+    statuses, wrong = audit(server, sender.accepted)
+    server.end()
+    if server.ranks():
+        wrong.append("ranks are left")
+    grown = {name: growth(memory, name) for name in ("server", "ranks")}
+    wrong += [f"the memory of the {name} has grown" for name, part in grown.items() if part >= MOST_GROWTH]
+    outcome = {
+        "minutes": round(minutes, 1),
+        "answers": dict(sender.answers.most_common()),
+        "jobs": statuses,
+        "memory": {
+            name: f"{memory[-1][1][name]:.0f} MiB, {100 * part:+.2f} %" for name, part in grown.items() if memory
+        },
     }
+    return outcome, wrong
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("count", type=int, nargs="?", default=200)
+    """Send, look, measure, and fail if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int, nargs="?", default=2000)
+    parser.add_argument("--clients", type=int, default=12, help="how many send at the same time")
+    parser.add_argument("--rounds", type=int, default=7, help="of the comparison with a gang; 0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        save_tiny_sd3(folder)
-        requests = bodies(arguments.count, arguments.seed)
-        server = Server(folder, queue=max(20, arguments.count))
-        try:
-            ratio, milliseconds = added(server, folder, requests[:50])
-            outcome = load(server, requests, arguments.seed)
-        finally:
-            server.end()
-    print(json.dumps({"throughput": round(ratio, 3), "added ms": round(milliseconds, 1), **outcome}, indent=1))
+        outcome, wrong = load(folder, chosen.count, chosen.clients, chosen.seed)
+        print(json.dumps(outcome, indent=1), flush=True)
+        if chosen.rounds:
+            measured = costs(f"{folder}/costs", 50, chosen.rounds, chosen.seed)
+            print(json.dumps({name: round(value, 3) for name, value in measured.items()}, indent=1))
+            wrong += shortcomings(measured)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import secrets
 import types
 import typing
@@ -255,8 +256,11 @@ def example(kind: Any) -> str:
 
 def fields_of(settings: type[Any] | None) -> dict[str, Any]:
     """The types of the settings of a class by name; a field whose name is a word of Python ends in an underscore."""
-    if settings is None:
-        return {}
+    return {} if settings is None else dict(_fields_of(settings))
+
+
+@functools.cache  # finding the types takes long beside a small request
+def _fields_of(settings: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(settings)
     return {f.name.rstrip("_"): hints[f.name] for f in dataclasses.fields(settings)}
 

@@ -25,7 +25,7 @@ from xdit_launcher.serve.events import (
     ending,
     waiting_of,
 )
-from xdit_launcher.serve.fairness import FairQueue, Pace
+from xdit_launcher.serve.fairness import FairQueue, Pace, Waiting
 from xdit_launcher.serve.gangs.replicas import Gangs
 from xdit_launcher.serve.gangs.runner import BUSY, IDLE, STARTING, STATES, Runner
 from xdit_launcher.serve.limits import ApiError, ServeSettings
@@ -320,11 +320,11 @@ class Dispatcher:
         """The next job; None if there was none for a moment. The first gang that is free gets it, so that spare ones
         can end; one that draws already leaves it to any that is free."""
         with self._wake:
-            others = self._runners if runner.state == BUSY else self._runners[: runner.number]
-            better = any(other.state == IDLE and other.answers for other in others)
-            waiting = None if better or self._draining else self._queue.take()
+            waiting = self._next(runner)
             if waiting is None:
                 self._wake.wait(POLL)
+                waiting = self._next(runner)
+            if waiting is None:
                 return None
             try:
                 job = self.store.find(waiting.id)
@@ -337,6 +337,12 @@ class Dispatcher:
             self._wake.notify_all()  # the next gang may take the next job
             current = self._running[job.id] = Current(job, waiting.work)
             return current
+
+    def _next(self, runner: Runner) -> Waiting | None:
+        """Take the next job of the queue, if no other gang should have it."""
+        others = self._runners if runner.state == BUSY else self._runners[: runner.number]
+        better = any(other.state == IDLE and other.answers for other in others)
+        return None if better or self._draining else self._queue.take()
 
     def begin(self, current: Current) -> None:
         """Store that a job is drawn now, and tell whoever watches."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xdit_core.errors import UsageError
-from xdit_core.filesystem import atomically, user_path
+from xdit_core.filesystem import user_path
 from xdit_launcher.serve.records import (
     CANCELLED,
     ENDED,
@@ -303,7 +303,7 @@ class Store:
         names = []
         for file in files:
             name = f"{file.role}-{file.number}{file.suffix}"
-            with atomically(folder / name) as temporary, open(temporary, "wb") as stream:
+            with open(folder / name, "wb") as stream:  # nobody reads it before the store knows of it
                 stream.write(file.data)
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -93,8 +93,16 @@ def caller_of(request: Request) -> str:
     return name
 
 
-AServer = Annotated[Server, Depends(server_of)]
-ACaller = Annotated[str, Depends(caller_of)]
+async def _its_server(request: Request) -> Server:  # FastAPI sends what is not async through another thread
+    return server_of(request)
+
+
+async def _its_caller(request: Request) -> str:
+    return caller_of(request)
+
+
+AServer = Annotated[Server, Depends(_its_server)]
+ACaller = Annotated[str, Depends(_its_caller)]
 
 
 def check_model(server: Server, model: str | None) -> None:

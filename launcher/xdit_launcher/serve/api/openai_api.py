@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from xdit_launcher.serve.api.common import (
@@ -181,13 +181,9 @@ async def generate(body: ImageRequest, request: Request, server: AServer, caller
         done = await finished(server, job, await last_event(attached, request))
     finally:
         attached.release()
-    return {
-        "created": int(done.created),
-        "job": done.id,
-        **described(done),
-        "data": await run_in_threadpool(data_of, server, done, body.response_format, str(request.base_url)),
-        "usage": usage_of(done, len(done.results)),
-    }
+    data = await run_in_threadpool(data_of, server, done, body.response_format, str(request.base_url))
+    usage = usage_of(done, len(done.results))
+    return JSONResponse({"created": int(done.created), "job": done.id, **described(done), "data": data, "usage": usage})
 
 
 def data_of(server: Server, job: StoredJob, form: str | None, base: str) -> list[dict[str, Any]]:

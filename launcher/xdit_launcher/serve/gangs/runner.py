@@ -207,7 +207,6 @@ class Runner:
             self._desk.broken(current, error)
         finally:
             self._desk.release(current)
-            self._places.release()
 
     def _answer(self, gang: AnyGang, current: Current) -> bool:
         """Draw a job.
@@ -218,13 +217,16 @@ class Runner:
         desk, job, begun = self._desk, current.job, time.time()
         settings = dict(job.request["settings"])
         try:
-            asked = gang.submit([job.request["prompt"]], previews=int(job.request.get("previews", 0)), **settings)
-            current.has(asked)
-            for event in asked.events():
-                if event.kind == "started":
-                    begun = event.at
-                    desk.begin(current)
-                desk.tell(current, event)
+            try:
+                asked = gang.submit([job.request["prompt"]], previews=int(job.request.get("previews", 0)), **settings)
+                current.has(asked)
+                for event in asked.events():
+                    if event.kind == "started":
+                        begun = event.at
+                        desk.begin(current)
+                    desk.tell(current, event)
+            finally:
+                self._places.release()  # the gang gets the next job while the results of this one are stored
             results = asked.result()
         except RequestCancelled:
             reason = current.cancelled or "the ranks were ended."
