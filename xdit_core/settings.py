@@ -256,7 +256,8 @@ def example(kind: Any) -> str:
 
 def fields_of(settings: type[Any] | None) -> dict[str, Any]:
     """The types of the settings of a class by name; a field whose name is a word of Python ends in an underscore."""
-    return {} if settings is None else dict(_fields_of(settings))
+    known: Any = settings
+    return {} if known is None else dict(_fields_of(known))
 
 
 @functools.cache  # finding the types takes long beside a small request

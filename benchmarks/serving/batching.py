@@ -1,4 +1,4 @@
-"""How much faster a gang is that draws waiting requests together: ``python benchmarks/batching.py 8 4``.
+"""How much faster a gang is that draws waiting requests together: ``python benchmarks/serving/batching.py 8 4``.
 
 The gangs of one process and of batches of up to 8 take turns; each turn sends 24 requests at once, and the ratio of
 their times is printed, with the time of each request.

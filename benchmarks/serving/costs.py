@@ -1,4 +1,4 @@
-"""What a server costs against ranks without one: ``python benchmarks/serve_costs.py``.
+"""What a server costs against ranks without one: ``python benchmarks/serving/costs.py``.
 
 A server, another one with batches of 8, and a ``Gang`` answer the same requests in turn. Throughput is that of
 requests that are there at once, as a ratio to the gang's. Latency is what a tiny request takes longer over HTTP. Each
@@ -19,7 +19,7 @@ from http.client import HTTPConnection
 from typing import Any
 
 import httpx
-from served import Server, wait
+from server import Server, wait
 
 from xdit_launcher import Gang
 

@@ -1,10 +1,10 @@
 """How waiting grows with the number of gangs: a simulation of a server with 1 to 1,000 of them, from measured times.
 
-``python benchmarks/serve_simulation.py`` prints the tables of ``docs/measured/serving.md``. Jobs come at random
+``python benchmarks/serving/simulation.py`` prints the tables of ``docs/measured/serving.md``. Jobs come at random
 (Poisson), and each takes one of the given times. Three ways to hand them out are compared: one queue of which every
 free gang takes the next job, which is what ``xdit-launch serve`` does; a queue at each gang, where a job goes to the
 shorter of two that are chosen at random; and a queue at each gang that is chosen at random. The server itself needs
-time for each job too. ``benchmarks/serve_load.py`` measures a real one.
+time for each job too. ``benchmarks/serving/load.py`` measures a real one.
 """
 
 from __future__ import annotations

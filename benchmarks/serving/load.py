@@ -1,10 +1,10 @@
 """Clients of all kinds against a server, well and badly behaved: every accepted job must end, once.
 
-``python benchmarks/serve_load.py 10000`` sends 10,000 requests of mixed sizes and few steps. One in twenty is
+``python benchmarks/serving/load.py 10000`` sends 10,000 requests of mixed sizes and few steps. One in twenty is
 cancelled, one in twenty is wrong, one in twenty is read slowly, and the client of one in twenty closes its socket.
 Two ranks and the server are killed in the first part; clients send again, with the same ``Idempotency-Key``, what got
 no answer. At last every accepted job must be done, or failed or cancelled with a reason, and none may be listed or
-have ended twice. Then the memory of server and ranks over the last 80 % is compared, and `serve_costs` measures what
+have ended twice. Then the memory of server and ranks over the last 80 % is compared, and `costs.py` measures what
 the server costs. What is worse than it should be is printed, and the exit code is 1.
 """
 
@@ -24,8 +24,8 @@ import time
 from typing import Any
 
 import httpx
-from serve_costs import PLAN, PROMPTS, costs, shortcomings
-from served import ENDED, Server, wait
+from costs import PLAN, PROMPTS, costs, shortcomings
+from server import ENDED, Server, wait
 
 KINDS = ("plain", "cancelled", "wrong", "slow", "vanishing")
 WEIGHTS = (80, 5, 5, 5, 5)

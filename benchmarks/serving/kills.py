@@ -1,6 +1,6 @@
 """A server that is killed at random moments, again and again: nothing that it accepted may be lost.
 
-``python benchmarks/serve_kills.py 50`` starts a server 50 times and ends it with SIGKILL after up to 12 seconds, while
+``python benchmarks/serving/kills.py 50`` starts a server 50 times and ends it with SIGKILL after up to 12 seconds, while
 it loads, draws or stores. Clients send jobs all the time. At last a server is left to finish: every job that was ever
 accepted must be done, each with its picture, and no rank of a killed server may be left.
 """
@@ -15,7 +15,7 @@ import threading
 import time
 
 import httpx
-from served import ENDED, Server
+from server import ENDED, Server
 
 from xdit_core.testing.models import save_tiny_sd3
 
