@@ -1,8 +1,8 @@
 """A server that is killed at random moments, again and again: nothing that it accepted may be lost.
 
-``python benchmarks/serving/kills.py 50`` starts a server 50 times and ends it with SIGKILL after up to 12 seconds, while
-it loads, draws or stores. Clients send jobs all the time. At last a server is left to finish: every job that was ever
-accepted must be done, each with its picture, and no rank of a killed server may be left.
+``python benchmarks/serving/kills.py 50`` starts a server 50 times and ends it with SIGKILL after up to 12 seconds,
+while it loads, draws or stores. Clients send jobs all the time. At last a server is left to finish: every job that was
+ever accepted must be done, each with its picture, and no rank of a killed server may be left.
 """
 
 from __future__ import annotations

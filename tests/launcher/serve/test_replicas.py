@@ -127,7 +127,7 @@ def test_a_backend_with_one_gang_says_so(say):
 
 
 def test_the_simulation_waits_as_theory_says():
-    path = Path(__file__).parents[3] / "benchmarks" / "serve_simulation.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "serving" / "simulation.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     simulation = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = simulation
