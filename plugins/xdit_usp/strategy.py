@@ -1,6 +1,7 @@
 """The wraps of USP: Ulysses and Ring inside each attention call, and a gather of the tokens behind the last block.
 
-Where all ranks have equally many rows, the communication is that of the package yunchang.
+Ulysses: arXiv:2309.14509. Ring: arXiv:2310.01889. Both together: arXiv:2405.07719, whose package yunchang is what the
+tests compare with.
 
 Shapes: ``B`` batch, ``H`` heads, ``S`` rows, ``D`` head dim; ``u`` marks this rank's share of rows or heads. The order
 of keys does not matter to attention, so text rows need no special treatment: they are divided like all others.
@@ -8,12 +9,11 @@ of keys does not matter to attention, so text rows need no special treatment: th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from yunchang.comm.all_to_all import SeqAllToAll4D
-from yunchang.ring.utils import RingComm, update_out_and_lse
 
 from xdit_core import (
     AttentionCall,
@@ -67,48 +67,39 @@ class Ulysses:
             call.options.pop("enable_gqa", None)
         if self.group is None:
             return inner(call.but(queries=queries, keys=keys))
-        rows = [len(queries.but(shards=(shard,))) for shard in self.shards]
+        rows = queries.by_shard
         with self.rank.waiting("the Ulysses exchange", "ulysses", self.group):
-            q, k, v = self.scatter_heads(torch.stack((call.q, call.k, call.v)), rows)
+            q, k, v = self.scatter_heads((call.q, call.k, call.v), rows)
         out = inner(call.but(q=q, k=k, v=v, queries=queries, keys=keys))
         with self.rank.waiting("the Ulysses exchange", "ulysses", self.group):
             return self.gather_heads(out, rows)
 
-    def scatter_heads(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """``[3, B, H, Su, D]`` to ``[3, B, Hu, S, D]``."""
-        three, b, h, s, d = x.shape
-        self.count(x)
-        if len(set(rows)) == 1:
-            merged = x.reshape(three * b, h, s, d).transpose(1, 2)
-            exchanged: torch.Tensor = SeqAllToAll4D.apply(self.group, merged, 2, 1)
-            return exchanged.transpose(1, 2).view(three, b, h // self.degree, -1, d)
-        send = x.view(three, b, self.degree, h // self.degree, s, d).movedim(2, 0).contiguous()
-        one = three * b * (h // self.degree) * d
-        received = x.new_empty(one * sum(rows))
-        sizes = [one * n for n in rows]
-        dist.all_to_all_single(received, send.flatten(), sizes, [one * s] * self.degree, group=self.group)
-        parts = [
-            p.view(three, b, h // self.degree, n, d) for p, n in zip(torch.split(received, sizes), rows, strict=True)
-        ]
-        return torch.cat(parts, dim=3)
+    def scatter_heads(self, parts: Sequence[torch.Tensor], rows: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Tensors ``[B, H, Su, D]`` to as many ``[B, Hu, S, D]``: one copy, one message, and views of what came.
 
-    def gather_heads(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """``[B, Hu, S, D]`` to ``[B, H, Su, D]``."""
-        b, h, _, d = x.shape
-        self.count(x)
-        if len(set(rows)) == 1:
-            out: torch.Tensor = SeqAllToAll4D.apply(self.group, x.transpose(1, 2), 1, 2).transpose(1, 2)
-            return out
-        send = torch.cat([part.flatten() for part in torch.split(x, rows, dim=2)])
-        mine = rows[self.index]
-        received = x.new_empty(self.degree * b * h * mine * d)
-        sizes = [b * h * n * d for n in rows]
-        dist.all_to_all_single(received, send, [b * h * mine * d] * self.degree, sizes, group=self.group)
-        return received.view(self.degree, b, h, mine, d).movedim(0, 1).reshape(b, self.degree * h, mine, d)
+        Rows come first in the message, so those of all ranks lie one behind the other.
+        """
+        b, h, s, d = parts[0].shape
+        heads, n = h // self.degree, len(parts)
+        send = torch.stack([x.view(b, self.degree, heads, s, d).permute(1, 3, 0, 2, 4) for x in parts], dim=2)
+        one = n * b * heads * d
+        received = send.new_empty(sum(rows), n, b, heads, d)
+        self.exchange(received, send, [one * count for count in rows], [one * s] * self.degree)
+        return received.permute(1, 2, 3, 0, 4).unbind()
 
-    def count(self, x: torch.Tensor) -> None:
-        """Count the bytes that leave this rank: all but its own share."""
-        self.rank.sent["ulysses"] += x.nbytes * (self.degree - 1) // self.degree
+    def gather_heads(self, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """``[B, Hu, S, D]`` to ``[B, H, Su, D]``, which lies in memory as ``[B, Su, H, D]``."""
+        b, heads, _, d = x.shape
+        mine, one = rows[self.index], b * heads * d
+        send = x.permute(2, 0, 1, 3).contiguous()
+        received = send.new_empty(self.degree, mine, b, heads, d)
+        self.exchange(received, send, [one * mine] * self.degree, [one * count for count in rows])
+        return received.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+
+    def exchange(self, received: torch.Tensor, send: torch.Tensor, coming: list[int], going: list[int]) -> None:
+        """One all-to-all; sizes in elements, by rank."""
+        self.rank.sent["ulysses"] += send.nbytes * (self.degree - 1) // self.degree
+        dist.all_to_all_single(received.view(-1), send.view(-1), coming, going, group=self.group)
 
 
 class Ring:
@@ -121,6 +112,9 @@ class Ring:
         self.rank, self.group = rank, rank.group("ring")
         self.degree, self.index, width = rank.degree("ring"), rank.index("ring"), rank.degree("ulysses")
         self.shards = [tuple(range(r * width, (r + 1) * width)) for r in range(self.degree)]  # of each rank of the ring
+        if self.group is not None:
+            ranks = dist.get_process_group_ranks(self.group)
+            self._next, self._before = ranks[(self.index + 1) % self.degree], ranks[self.index - 1]
 
     def __call__(self, inner: RunAttention, call: AttentionCall) -> Any:
         """Attend to the keys and values of all ranks of the ring.
@@ -134,25 +128,50 @@ class Ring:
         if self.group is None:
             return inner(call)
         keys = [call.keys.but(shards=shards) for shards in self.shards]
-        kv, out, lse, pending, began = torch.stack((call.k, call.v)), None, None, None, 0
+        kv, coming, merged, began = torch.stack((call.k, call.v)), None, None, 0
         for hop in range(self.degree):
             if hop + 1 < self.degree:
-                ring = RingComm(self.group)
-                shape = [*kv.shape[:3], len(keys[(self.index - hop - 1) % self.degree]), kv.shape[-1]]
-                pending = ring.send_recv(kv, kv.new_empty(shape))
-                ring.commit()
+                coming = kv.new_empty(*kv.shape[:3], len(keys[(self.index - hop - 1) % self.degree]), kv.shape[-1])
+                pending = self.pass_on(kv, coming)
                 began = self.rank.began()
-                self.rank.sent["ring"] += kv.nbytes
             source = (self.index - hop) % self.degree
-            part, part_lse = inner(call.but(k=kv[0], v=kv[1], with_lse=True, keys=keys[source]))
-            out, lse = update_out_and_lse(out, lse, part.transpose(1, 2), part_lse)
-            if hop + 1 < self.degree and pending is not None:
+            part = inner(call.but(k=kv[0], v=kv[1], with_lse=True, keys=keys[source]))
+            merged = Merged(*part) if merged is None else merged.add(*part)
+            if coming is not None and hop + 1 < self.degree:
                 with self.rank.waiting("the ring", "ring", self.group, began=began):
-                    ring.wait()
-                kv = pending
-        if out is None:  # a ring of no hops cannot be built
+                    for work in pending:
+                        work.wait()
+                kv = coming
+        if merged is None:  # a ring of no hops cannot be built
             raise RuntimeError("empty ring")
-        return out.to(call.q.dtype).transpose(1, 2)
+        return merged.out.to(call.q.dtype)
+
+    def pass_on(self, kv: torch.Tensor, coming: torch.Tensor) -> list[Any]:
+        """Begin a hop: send to the next rank, receive from the one before."""
+        self.rank.sent["ring"] += kv.nbytes
+        following = dist.P2POp(dist.isend, kv, self._next, self.group)
+        return dist.batch_isend_irecv([following, dist.P2POp(dist.irecv, coming, self._before, self.group)])
+
+
+class Merged:
+    """Attention over several sets of keys, in float32.
+
+    The parts are weighted by their log-sum-exp (Ring Attention, arXiv:2310.01889; FlashAttention-2, section 3.1).
+
+    Args:
+        out: ``[B, H, S, D]``.
+        lse: natural, ``[B, H, S]``.
+    """
+
+    def __init__(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        self.out, self.lse = out.float(), lse.float()
+
+    def add(self, out: torch.Tensor, lse: torch.Tensor) -> Merged:
+        """With the part of further keys."""
+        both = torch.logaddexp(self.lse, lse)
+        self.out = torch.lerp(self.out, out.float(), (lse - both).exp_().unsqueeze(-1))
+        self.lse = both
+        return self
 
 
 class Gather:

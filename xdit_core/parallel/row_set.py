@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from xdit_core.parallel.tokens import Span, TokenLayout, length
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,23 @@ class RowSet:
     patches: tuple[int | None, ...]
     shards: tuple[int, ...]
 
-    def but(self, **changes: Any) -> RowSet:
-        """A copy with other values."""
-        return replace(self, **changes)
+    @classmethod
+    def of(cls, layout: TokenLayout, kind: str, patches: tuple[int | None, ...], shards: tuple[int, ...]) -> RowSet:
+        """Such a set; the same object if the layout was asked before, so that what it works out stays known."""
+        key = (kind, patches, shards)
+        found: RowSet | None = layout.row_sets.get(key)
+        if found is None:
+            found = layout.row_sets[key] = cls(layout, kind, patches, shards)
+        return found
+
+    def but(self, *, patches: tuple[int | None, ...] | None = None, shards: tuple[int, ...] | None = None) -> RowSet:
+        """The set with other patches or shards."""
+        return RowSet.of(
+            self.layout,
+            self.kind,
+            self.patches if patches is None else patches,
+            self.shards if shards is None else shards,
+        )
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -40,13 +55,29 @@ class RowSet:
         of = self.layout.joint if self.kind == "joint" else self.layout.picture
         return tuple(span for patch in self.patches for shard in self.shards for span in of(patch, shard))
 
-    def __len__(self) -> int:
+    @cached_property
+    def _count(self) -> int:
         return length(self.spans)
 
-    def positions(self) -> torch.Tensor:
-        """The row numbers, int64 ``[number of rows]`` on the CPU."""
-        parts = [torch.arange(start, stop) for start, stop in self.spans]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def by_shard(self) -> tuple[int, ...]:
+        """The number of rows of each shard; they lie shard after shard only in a set of one patch."""
+        return tuple(len(self.but(shards=(shard,))) for shard in self.shards)
+
+    @cached_property
+    def _positions(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    def positions(self, device: torch.device = CPU) -> torch.Tensor:
+        """The row numbers, int64 ``[number of rows]``; made once for a device, so not to be written to."""
+        if device not in self._positions:
+            parts = [torch.arange(start, stop) for start, stop in self.spans]
+            known = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+            self._positions[device] = known.to(device)
+        return self._positions[device]
 
     def index_in(self, held: RowSet) -> torch.Tensor:
         """Where the rows of this set lie in a tensor that has the rows of another set, int64 on the CPU.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 Span = tuple[int, int]
 
@@ -118,6 +119,11 @@ class TokenLayout:
     @cached_property
     def _spans(self) -> dict[tuple[str, int | None, int | None], tuple[Span, ...]]:
         """Spans that were worked out before: every block asks for the same ones."""
+        return {}
+
+    @cached_property
+    def row_sets(self) -> dict[Any, Any]:
+        """The sets of rows of this layout that were asked for; see `RowSet.of`."""
         return {}
 
     def picture(self, patch: int | None, shard: int | None) -> tuple[Span, ...]:

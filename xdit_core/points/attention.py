@@ -1,25 +1,22 @@
 """The attention point: every self- or joint attention of a block goes through the resolved chain, or the run stops.
 
-A torch-function mode, active while the blocks run, catches ``F.scaled_dot_product_attention``: after QK-norm and
-rotary embedding, whatever the model's processor does before. No processor is replaced.
+While the blocks run, ``F.scaled_dot_product_attention`` leads here: after QK-norm and rotary embedding, whatever the
+model's processor does before. No processor is replaced.
 
 Shapes: ``[B, H, S, D]`` - batch, heads, rows of the sequence, head dim.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from xdit_core.errors import GuardError, UnsupportedCall
 from xdit_core.parallel.row_set import RowSet
+from xdit_core.points.blocks.routing import unrouted
 from xdit_core.points.compose import compose
 from xdit_core.points.context import ForwardContext, Running
 
@@ -78,7 +75,7 @@ def refuse_mask(call: AttentionCall, who: str) -> None:
 def sdpa(call: AttentionCall) -> Any:
     """The innermost kernel: torch's own choice, with the log-sum-exp where it is asked for."""
     if not call.with_lse:
-        return F.scaled_dot_product_attention(call.q, call.k, call.v, **call.options)
+        return unrouted(call.q, call.k, call.v, **call.options)
     scale, mask = call.options.get("scale"), call.options.get("attn_mask")
     if call.q.device.type == "cpu":
         cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -150,7 +147,7 @@ class AttentionPoint:
             self.leave_block()
         kind = self.pattern[ordinal]
         if kind == "cross":  # keys and values come from the text, which every rank has
-            return F.scaled_dot_product_attention(q, k, v, **options)
+            return unrouted(q, k, v, **options)
         mask, layout = options.get("attn_mask"), self._context.layout
         everything = layout.tokens + (layout.text if kind == "joint" else 0)
         if mask is not None and mask.dim() == 4 and tuple(mask.shape[1:]) == (1, 1, everything):
@@ -171,112 +168,9 @@ class AttentionPoint:
         """Give the kernel the mask of the keys that are there."""
         if call.mask is None:
             return inner(call)
-        mask = call.mask.index_select(-1, call.keys.positions().to(call.mask.device))
+        mask = call.mask.index_select(-1, call.keys.positions(call.mask.device))
         if call.with_lse:  # every key of a part may be masked: its log-sum-exp must stay a number
             bias = torch.zeros(mask.shape, dtype=call.q.dtype, device=call.q.device)
             mask = bias.masked_fill(~mask, torch.finfo(bias.dtype).min / 2) if mask.dtype == torch.bool else mask
             mask = mask.expand(call.q.shape[0], 1, call.q.shape[2], mask.shape[-1])
         return inner(call.but(options={**call.options, "attn_mask": mask}, mask=None))
-
-
-# Which point a compiled block's op belongs to: compiled code can hold no reference to the engine.
-_point: ContextVar[AttentionPoint] = ContextVar("xdit_attention_point")
-
-
-@torch.library.custom_op("xdit::attention", mutates_args=())
-def attention_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """The attention chain as one op, opaque to the compiler: it keeps ``fullgraph=True`` whole."""
-    options = {
-        "attn_mask": attn_mask,
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-    }
-    return _point.get().attend(q, k, v, options).contiguous()
-
-
-@attention_op.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-def through_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """``scaled_dot_product_attention``'s signature onto the op's."""
-    out: torch.Tensor = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return out
-
-
-def straight(point: AttentionPoint, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> torch.Tensor:
-    """``scaled_dot_product_attention``'s signature onto the point; keyword arguments that we do not know pass
-    through."""
-    options.update(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False))
-    return point.attend(query, key, value, options)
-
-
-def reshape_nothing(x: torch.Tensor, *shape: Any) -> torch.Tensor:
-    """``x.reshape(*shape)`` of a tensor without rows (text that belongs to another patch), where torch finds ``-1``
-    ambiguous."""
-    sizes = list(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else list(shape)
-    if -1 in sizes:
-        known = math.prod(n for n in sizes if n > 0)
-        sizes[sizes.index(-1)] = math.prod(n for n in x.shape if n) // known if 0 in sizes else 0
-    return torch.Tensor.reshape(x, sizes)
-
-
-class Redirect(TorchFunctionMode):
-    """Send ``scaled_dot_product_attention`` to a point while active."""
-
-    def __init__(self, point: AttentionPoint) -> None:
-        super().__init__()
-        self.point = point
-        self._token: Any = None
-
-    def __enter__(self) -> Redirect:
-        self._token = _point.set(self.point)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        super().__exit__(*details)  # type: ignore[no-untyped-call]
-        _point.reset(self._token)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            if func is torch.Tensor.reshape and not args[0].numel():
-                return reshape_nothing(*args)
-            if (
-                func is torch.Tensor.unflatten and torch.compiler.is_compiling()
-            ):  # it calls super(), which cannot be compiled
-                return torch.ops.aten.unflatten.int(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():
-            return through_op(*args, **(kwargs or {}))
-        return straight(self.point, *args, **(kwargs or {}))

@@ -76,7 +76,7 @@ class ForwardContext:
 
     def rows(self, kind: str) -> RowSet:
         """The rows that this rank computes in attention calls of a kind (``joint`` or ``self``)."""
-        return RowSet(self.layout, kind, (self.patch,), (self.shard,))
+        return RowSet.of(self.layout, kind, (self.patch,), (self.shard,))
 
 
 @dataclass

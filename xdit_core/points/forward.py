@@ -54,6 +54,8 @@ class ForwardCall:
 
 RunForward = Callable[[ForwardCall], torch.Tensor]
 
+MOST_LAYOUTS = 32  # that are remembered
+
 
 class ForwardPoint:
     """Replaces ``denoiser.forward``.
@@ -85,8 +87,7 @@ class ForwardPoint:
         self._patch_frames, self._patch = self.spec.latents.patch_sizes(config)
         self._fixed = {k: (v, parameters[k].default) for k, v in self.spec.trunk.forced_args.items()} if trunk else {}
         self._shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
-        self._layout = TokenLayout(1, 1)
-        self._cuts: tuple[int, ...] = (0, 1)
+        self._layouts: dict[TokenLayout, tuple[TokenLayout, tuple[int, ...]]] = {}  # with the cuts of the latents
         # layouts and patches for which the embedding, or the head, was seen to work on each row alone
         self._row_local: set[tuple[str, TokenLayout, int]] = set()
         self._run: RunForward = compose(chain, self.base)
@@ -115,7 +116,9 @@ class ForwardPoint:
         call = self.with_checks(call.but(context=context.but(shape_known=key in self._shapes)))
         try:
             whole = self.original(call)
-        except NothingHere:
+        except NothingHere:  # behind the blocks
+            if call.context.check_embedding:
+                self.note_row_local("embedding", call.context)
             shape, dtype = self._shapes[key]
             return call.latents.new_empty((), dtype=dtype).expand(shape)
         self._shapes[key] = (whole.shape, whole.dtype)
@@ -167,6 +170,11 @@ class ForwardPoint:
         """The embedding, or the head, was seen to work on each row alone for a patch of this size."""
         return (part, context.layout, context.patch) in self._row_local
 
+    def note_row_local(self, part: str, context: ForwardContext) -> None:
+        """It passed its check."""
+        if context.patch is not None:
+            self._row_local.add((part, context.layout, context.patch))
+
     def checked(self, context: ForwardContext, prediction: torch.Tensor) -> None:
         """Note that the embedding or the head passed its check.
 
@@ -176,7 +184,7 @@ class ForwardPoint:
         if context.patch is None:
             return
         if context.check_embedding:
-            self._row_local.add(("embedding", context.layout, context.patch))
+            self.note_row_local("embedding", context)
         if context.check_head:
             top, bottom = context.latent_rows
             if context.check_head.given_nan and prediction.narrow(context.row_dim, top, bottom - top).isnan().any():
@@ -184,7 +192,7 @@ class ForwardPoint:
                     f"the head of {self.name} mixes rows of the picture, so its patches cannot be computed one by one; "
                     f"run {self.spec.name} without strategies that cut the picture into patches."
                 )
-            self._row_local.add(("head", context.layout, context.patch))
+            self.note_row_local("head", context)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take the place of the denoiser's own forward, with the same arguments and result."""
@@ -282,15 +290,18 @@ class ForwardPoint:
             padding_tokens=spec.latents.padding_tokens(frames * rows * columns) if spec.latents.padding_tokens else 0,
             unit=plan.facts.row_unit,
         )
-        if layout != self._layout:
+        if layout not in self._layouts:
             self.check(layout)
-            self._layout, self._cuts = layout, tuple(bound * unit for bound in layout.bounds)
+            if len(self._layouts) == MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[layout] = layout, tuple(bound * unit for bound in layout.bounds)
+        layout, cuts = self._layouts[layout]  # the one that knows its rows
         return ForwardContext(
             number=job.next_call(),
             step=job.step,
             branch=job.branches.find((self.name, skipped, latents.shape[0]), condition, job.step),
-            layout=self._layout,
-            cuts=self._cuts,
+            layout=layout,
+            cuts=cuts,
             pictures=job.pictures,
             frames=latent_frames,
             shard=self.rank.shard,

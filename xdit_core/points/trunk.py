@@ -23,7 +23,9 @@ from xdit_core.observe.observer import Observer
 from xdit_core.observe.weaving import watched
 from xdit_core.parallel.tokens import Span, length
 from xdit_core.points.adapter_check import attention_kinds, check_made, check_returned
-from xdit_core.points.attention import AttentionPoint, Redirect
+from xdit_core.points.attention import AttentionPoint
+from xdit_core.points.blocks.empty_text import EmptyText
+from xdit_core.points.blocks.routing import EmptyRows, Routing
 from xdit_core.points.compose import compose
 from xdit_core.points.context import ForwardContext, Running
 
@@ -146,7 +148,9 @@ class Trunk(nn.Module):
         )
         self._running, self._point = running, point
         self.select = Selector()
-        self._redirect = Redirect(point)
+        self._routing = Routing(point)
+        self._empty_rows: EmptyRows | None = EmptyRows()  # until it is known that the blocks do without
+        self._empty_text = EmptyText()
         self._names, self._later = names, later
         self._run: RunTrunk = compose(chain, self.run_blocks)
 
@@ -244,7 +248,10 @@ class Trunk(nn.Module):
         """The blocks of this rank, one after the other, on the rows in hand."""
         stream, point, skip = self.stream, self._point, rows.context.skipped_blocks
         point.enter_blocks(rows.context, rows.tokens.shape, None if rows.text is None else rows.text.shape[1])
-        with self._redirect if point.active else nullcontext():
+        no_text = rows.text is not None and not rows.text.shape[1]
+        empty, shortened = self._empty_rows if no_text else None, no_text and bool(stream.text) and point.active
+        shortened = shortened and not self._compiled()
+        with self._routing if point.active else nullcontext(), empty or nullcontext():
             for index, block, pattern in self._order:
                 if index in skip:
                     continue
@@ -256,7 +263,12 @@ class Trunk(nn.Module):
                 if index in self._skips:
                     arguments[stream.skip] = rows.skips[self._skips[index]]
                 point.enter_block(index, pattern)
-                out = block(**arguments)
+                if shortened and rows.text is not None:
+                    one = self.blocks[str(index)]
+                    with self._empty_text.left_out((index, rows.text.shape), one, arguments):
+                        out = block(**arguments)
+                else:
+                    out = block(**arguments)
                 if point.active:
                     point.leave_block()
                 returned = out if isinstance(out, tuple) else (out,)
@@ -272,7 +284,13 @@ class Trunk(nn.Module):
                 rows = rows.but(tokens=parts["tokens"], text=parts.get("text", rows.text))
                 if index in self._wanted:
                     rows = rows.but(skips={**rows.skips, index: rows.tokens})
+        if empty is not None and not empty.met and not skip and not self._compiled():
+            self._empty_rows = None
         return rows
+
+    def _compiled(self) -> bool:
+        """The blocks are compiled, one by one or with the whole denoiser."""
+        return torch.compiler.is_compiling() or any(b._compiled_call_impl is not None for b in self.blocks.values())
 
 
 def replace_blocks(

@@ -10,15 +10,18 @@ import torch.distributed as dist
 
 @contextmanager
 def fake_world(world: int, rank: int = 0) -> Iterator[None]:
-    """Be one rank of ``world``: meshes and groups can be built and looked at, in milliseconds.
+    """Be one rank of ``world``: meshes, groups and engines can be built and looked at.
+
+    Collectives leave their outputs as they are, so results are wrong and the path of the host is the real one.
 
     Args:
         world: number of ranks to pretend.
         rank: which of them to be.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("fake", store=store, rank=rank, world_size=world)
     try:
         yield
     finally:

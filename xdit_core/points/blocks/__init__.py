@@ -1,0 +1,1 @@
+"""What is done to the blocks of the denoiser while they run."""
