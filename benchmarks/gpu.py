@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 KERNELS = ("flash", "cudnn", "efficient", "flash_attn", "flash_attn_3")
 
 
 def pipeline(model: str, small: bool, device: str, dtype: torch.dtype) -> Any:
     """A tiny pipeline with a transformer of the real size."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-    from tiny_images import flux
 
+    from helpers.models.tiny_images import flux
     from xdit_core.testing.models import tiny_sd3
 
     pipe = flux() if model == "flux" else tiny_sd3(text_tokens=77)
@@ -57,8 +57,7 @@ def pipeline(model: str, small: bool, device: str, dtype: torch.dtype) -> Any:
 
 def folder_of(pipe: Any, model: str, where: Path) -> str:
     """A folder that a plan can be made from: the tiny checkpoint with the configuration of the large transformer."""
-    from tiny_images import flux
-
+    from helpers.models.tiny_images import flux
     from xdit_core.testing.models import tiny_sd3
 
     (flux() if model == "flux" else tiny_sd3(text_tokens=77)).save_pretrained(where)

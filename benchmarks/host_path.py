@@ -17,17 +17,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.host_path import collectives, one_rank, operations
 
 # name: plugins, settings, ranks
 STRATEGIES: dict[str, tuple[list[str], dict[str, Any], int]] = {
@@ -46,19 +44,6 @@ STRATEGIES: dict[str, tuple[list[str], dict[str, Any], int]] = {
     ),
 }
 BLOCKS = {"sd3": 24, "flux": 57, "wan": 30, "qwen_image": 60}
-
-
-class Count(TorchDispatchMode):
-    """Counts operations by name; views launch nothing and are left out."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not getattr(func, "is_view", False) and func.namespace != "prim":
-            self.operations[f"{func.namespace}::{func.overloadpacket.__name__}"] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def make(model: str) -> Any:
@@ -106,28 +91,11 @@ def sizes(model: str) -> dict[str, Any]:
 
 def ours(model: str, folder: str, name: str, rank: int, stack: ExitStack) -> Callable[[int], Any]:
     """Requests of some steps to one rank of a plan."""
-    from xdit_core import Engine, make_plan
-    from xdit_core.testing.world import fake_world
-
     plugins, values, world = STRATEGIES[name]
-    if world > 1:
-        stack.enter_context(fake_world(world, rank))
     names = {"guidance_scale": "guidance", "num_frames": "frames"}
     arguments = {names.get(name, name): value for name, value in sizes(model).items()}
-    base = {"model": model, "model.path": folder, "device": "cpu", "output_type": "latent", **arguments}
-    engine = Engine(make_plan(plugins, {**base, **values}))
-    stack.callback(engine.close)
-    # what collectives leave as it was would be seen as numbers gone wrong; a zero launches as much as nothing does
-    stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
-    stack.enter_context(mock.patch.object(torch, "empty_like", torch.zeros_like))
-    empty = torch.empty
-
-    def zeroed(*shape: Any, **options: Any) -> torch.Tensor:
-        made = empty(*shape, **options)
-        return made if made.is_meta or not made.numel() else made.zero_()
-
-    stack.enter_context(mock.patch.object(torch, "empty", zeroed))
-    return lambda steps: engine.generate("a red fox", steps=steps)
+    settings = {"model": model, "model.path": folder, **arguments, **values}
+    return one_rank(plugins, settings, world, rank if world > 1 else 0, stack)
 
 
 def seconds(request: Callable[[int], Any], n: int) -> float:
@@ -137,16 +105,6 @@ def seconds(request: Callable[[int], Any], n: int) -> float:
         request(steps)
         marks.append(time.process_time())
     return ((marks[1] - marks[0]) - (marks[2] - marks[1])) / n
-
-
-def operations(request: Callable[[int], Any]) -> Counter[str]:
-    """Of one step."""
-    counts = []
-    for steps in (4, 3):
-        with Count() as count:
-            request(steps)
-        counts.append(count.operations)
-    return counts[0] - counts[1]
 
 
 def main() -> None:
@@ -171,7 +129,7 @@ def main() -> None:
             for name in args.strategies:
                 with ExitStack() as stack:
                     try:
-                        request = ours(model, folder, name, args.rank if STRATEGIES[name][2] > 1 else 0, stack)
+                        request = ours(model, folder, name, args.rank, stack)
                         request(2)
                     except Exception as error:
                         print(f"| {model} | {name} | {type(error).__name__}: {error} |")
@@ -179,7 +137,7 @@ def main() -> None:
                     counted = operations(request)
                     pairs = [(seconds(base, args.steps), seconds(request, args.steps)) for _ in range(args.rounds)]
                     there, here = (statistics.median(p) for p in zip(*pairs, strict=True))
-                    sent = sum(n for op, n in counted.items() if op.startswith(("c10d::", "_c10d_functional::")))
+                    sent = collectives(counted)
                     print(
                         f"| {model} | {name} | {here * 1e3:.1f} | {here / there:.2f} | "
                         f"{(here - there) / BLOCKS[model] * 1e6:.0f} | {sum(counted.values())} | "

@@ -56,3 +56,60 @@ def test_dual_attention(check_plan, tmp_path):
 
     folder = str(save_tiny_sd3(tmp_path / "sd35", dual=(0, 1), layers=3))
     check_plan(["usp"], {"usp.ulysses": 2, "usp.ring": 2}, world=4, folder=folder, within=WITHIN)
+
+
+def exchanged(rows):
+    """On a rank: what Ulysses makes of queries, keys and values, and of an output; the same by yunchang if it can."""
+    import torch
+    import torch.distributed as dist
+    from yunchang.comm.all_to_all import SeqAllToAll4D
+
+    from xdit_usp.strategy import Ulysses
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    class Alone:
+        sent, shard = {"ulysses": 0}, rank
+
+        def group(self, axis):
+            return dist.group.WORLD
+
+        def degree(self, axis):
+            return world
+
+        def index(self, axis):
+            return rank
+
+    ulysses, made = Ulysses(Alone()), torch.Generator().manual_seed(3)
+    whole = [torch.randn(2, 2 * world, sum(rows), 4, generator=made) for _ in range(3)]
+    mine = [x.split(rows, dim=2)[rank] for x in whole]
+    parts = ulysses.scatter_heads(mine, rows)
+    back = ulysses.gather_heads(parts[0], rows)
+    same = all(torch.equal(p, x.chunk(world, dim=1)[rank]) for p, x in zip(parts, whole, strict=True))
+    if len(set(rows)) == 1:
+        theirs = SeqAllToAll4D.apply(dist.group.WORLD, mine[1].transpose(1, 2), 2, 1).transpose(1, 2)
+        same = same and torch.equal(parts[1], theirs)
+    return same and torch.equal(back, mine[0])
+
+
+@pytest.mark.parametrize("rows", [[3, 3], [4, 3], [2, 0, 1], [2, 2, 2, 2]])
+def test_the_exchange_of_heads(gloo, rows):
+    """Against all heads of all rows, and against the package yunchang where it divides evenly."""
+    assert all(gloo.run(exchanged, rows, world=len(rows)))
+
+
+def test_the_merge_of_the_ring_equals_that_of_yunchang_and_attention_at_once():
+    import torch
+    from yunchang.ring.utils import update_out_and_lse
+
+    from xdit_usp.strategy import Merged
+
+    made = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=made) for n in (4, 12, 12))
+    flash, merged, out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, None, None, None
+    for keys, values in zip(k.chunk(3, dim=2), v.chunk(3, dim=2), strict=True):
+        part, part_lse = flash(q, keys, values)
+        merged = Merged(part, part_lse) if merged is None else merged.add(part, part_lse)
+        out, lse = update_out_and_lse(out, lse, part.transpose(1, 2), part_lse)
+    torch.testing.assert_close(merged.out, out.transpose(1, 2))
+    torch.testing.assert_close(merged.out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
