@@ -60,7 +60,8 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
         if settings.layers is not None:
             return settings.layers
         bounds = even_bounds(facts.blocks, degree)
-        return tuple(b - a for a, b in pairwise(bounds))
+        # the first stage embeds and steps the scheduler as well, and its blocks may have a text stream of their own
+        return tuple(b - a for a, b in pairwise(bounds))[::-1]
 
     def patches(degrees: Mapping[str, int]) -> int:
         return settings.patches if settings.patches is not None else degrees["stages"]

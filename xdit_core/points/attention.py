@@ -136,7 +136,8 @@ class AttentionPoint:
             raise GuardError(
                 f"block {self._running.block} made {self.calls} attention calls through the engine where the adapter "
                 f"declares {len(self.pattern)}; the result would be wrong, so the run stops. Correct `attention` in "
-                "the adapter, or use an attention processor that calls scaled_dot_product_attention."
+                "the adapter, or use an attention processor that calls "
+                "torch.nn.functional.scaled_dot_product_attention."
             )
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
