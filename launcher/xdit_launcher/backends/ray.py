@@ -75,6 +75,8 @@ class ActorConnection:
         deliver: takes the messages of the agent.
     """
 
+    silence = 60.0  # Ray says when an actor or its node is gone; one that only has no CPU for a while is not
+
     def __init__(self, actor: Any, number: int, deliver: Deliver) -> None:
         self.actor, self.number, self.deliver = actor, number, deliver
         self._closed = threading.Event()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xdit_core.errors import UsageError
-from xdit_launcher.cluster.protocol import MARK, Deliver, read_message
+from xdit_launcher.cluster.protocol import MARK, SILENCE, Deliver, read_message
 
 Explain = Callable[[int, Sequence[str], str, bool], str]
 """Makes a sentence about a program that ended, from its exit code, its last lines, the name of the host, and whether
@@ -31,6 +31,8 @@ class PipeConnection:
     Raises:
         UsageError: there is no such program.
     """
+
+    silence = SILENCE
 
     def __init__(self, command: Sequence[str], number: int, name: str, deliver: Deliver, explain: Explain) -> None:
         self.number, self.name, self.deliver, self.explain = number, name, deliver, explain

@@ -211,7 +211,7 @@ class Fleet:
         for i, ranks in enumerate(self.ranks_of):
             silent = time.monotonic() - self.heard[i]
             why = self.gone.get(i, "")
-            if not why and silent > SILENCE:
+            if not why and silent > self.connections[i].silence:
                 why = f"no word from it for {silent:.0f} s; see whether it is up, and its network"
             for rank in ranks:
                 if why and self.statuses[rank].code is None:
@@ -228,7 +228,7 @@ class Fleet:
             alive: dict[int, dict[str, Any]] = {
                 i: {}
                 for i in range(len(self.connections))
-                if i not in self.gone and time.monotonic() - self.heard[i] < SILENCE
+                if i not in self.gone and time.monotonic() - self.heard[i] < self.connections[i].silence
             }
             answers, _ = self.ask("stop", alive, patience=FAREWELL)
         silent = [host.name for i, host in enumerate(self.hosts) if i not in answers]

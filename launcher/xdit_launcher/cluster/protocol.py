@@ -37,7 +37,13 @@ Deliver = Callable[[int, Mapping[str, Any]], None]
 
 
 class Connection(Protocol):
-    """A connection to one agent. It hands every message of the agent to a `Deliver`."""
+    """A connection to one agent. It hands every message of the agent to a `Deliver`.
+
+    Attributes:
+        silence: seconds without a message after which the agent counts as gone.
+    """
+
+    silence: float
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a request. A broken connection raises nothing here, since its end is delivered as a message."""

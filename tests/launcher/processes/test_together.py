@@ -108,6 +108,8 @@ def test_a_fleet_that_was_stopped_takes_nobody_for_lost() -> None:
     said: list[Mapping[str, Any]] = []
 
     class Link:
+        silence = 10.0
+
         def send(self, message: Mapping[str, Any]) -> None:
             said.append(message)
 
