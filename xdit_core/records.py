@@ -83,6 +83,7 @@ class Axis:
         shards_heads: its ranks divide the attention heads. The product of the degrees of all such axes must divide the
             number of heads.
         own_outputs: its ranks make different pictures.
+        messages: its ranks send each other messages, and rarely enter collectives.
         last_resort: the planner leaves an open degree at 1 unless the other axes cannot use all processes.
         why: what limits the choices, for messages: "sd3 has 24 heads".
         setting: the setting that sets its degree, such as ``usp.ulysses``.
@@ -95,6 +96,7 @@ class Axis:
     shards_tokens: bool = False
     shards_heads: bool = False
     own_outputs: bool = False
+    messages: bool = False
     last_resort: bool = False
     why: str = ""
     setting: str = ""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def xdit_declare(settings: None, facts: ModelFacts) -> Declaration:
     """Always two ranks; it splits the calls of the denoiser."""
     return Declaration(
-        axes=(Axis("cfg", 2, Traffic.PER_STEP, why="guidance has two halves"),),
+        axes=(Axis("cfg", 2, Traffic.PER_STEP, messages=True, why="guidance has two halves"),),
         claims=(Claim("guidance", "it gives the two halves of guidance to two ranks"),),
         wraps=(Wrap("forward", "split"),),
         fidelity=EXACT,

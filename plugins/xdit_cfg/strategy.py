@@ -38,14 +38,12 @@ class Guidance:
         self.rank, self.spec = rank, rank.spec
         self.index = rank.index("cfg")
         self.peer = rank.mesh.ranks("cfg")[1 - self.index]
-        groups = (rank.group("cfg"), rank.mesh.second_group("cfg"))  # one for each direction
-        self.there = Channel(rank, groups[self.index], "cfg")
-        self.here = Channel(rank, groups[1 - self.index], "cfg")
+        self.channel = Channel(rank, rank.group("cfg"), "cfg")
 
     @contextmanager
     def job(self) -> Iterator[None]:
         """Surround a job: at its end, wait for all messages."""
-        with self.here.job(), self.there.job():
+        with self.channel.job():
             yield
 
     def __call__(self, inner: RunForward, call: ForwardCall) -> torch.Tensor:
@@ -61,8 +59,7 @@ class Guidance:
         Raises:
             UnsupportedCall: the batch is neither the pictures nor twice the pictures.
         """
-        for channel in (self.there, self.here):
-            channel.turn()
+        self.channel.turn()
         context, batch, pictures = call.context, call.latents.shape[0], call.context.pictures
         if batch == 2 * pictures:
             return self.each_patch(self.gather, context, inner(self.half(call)), 2)
@@ -139,14 +136,12 @@ class Guidance:
 
     def gather(self, mine: torch.Tensor, message: Message) -> torch.Tensor:
         """Exchange predictions ``[B/2, ...]``; return both as ``[B, ...]``."""
-        other = self.post(mine, message)
-        self.there.send(mine, self.peer, message)
-        halves = [other.wait(), mine]
+        halves = [self.channel.exchange(mine, self.peer, message).wait(), mine]
         return torch.cat(halves[:: -1 if self.index == 0 else 1])
 
     def send(self, mine: torch.Tensor, message: Message) -> torch.Tensor:
         """Send a prediction, which the other rank needs as well; return it."""
-        self.there.send(mine, self.peer, message)
+        self.channel.send(mine, self.peer, message)
         return mine
 
     def receive(self, blank: torch.Tensor, message: Message) -> torch.Tensor:
@@ -155,4 +150,4 @@ class Guidance:
 
     def post(self, like: torch.Tensor, message: Message) -> Receive:
         """Post the receive of what the other rank sends under that name."""
-        return self.here.receive(like, like.shape[-2], -2, self.peer, message)
+        return self.channel.receive(like, like.shape[-2], -2, self.peer, message)

@@ -33,6 +33,8 @@ class Exchange:
 
     def __init__(self, warmup: int, rank: Rank) -> None:
         self.warmup, self.rank, self.group = warmup, rank, rank.group("distrifusion")
+        # what is gathered at once must not queue behind what arrives in the next step
+        self.urgent = rank.mesh.second_group("distrifusion")
         self.degree, self.index = rank.degree("distrifusion"), rank.index("distrifusion")
         self._arriving: set[Shared] = set()
 
@@ -97,7 +99,7 @@ class Exchange:
 
     def gather(self, mine: torch.Tensor, sizes: Sequence[int], dim: int, name: str) -> list[torch.Tensor]:
         """Gather the parts that all ranks computed in this step; bytes are counted under ``name``."""
-        with self.rank.waiting("the patches of the other ranks", "distrifusion", self.group):
-            parts, _ = gather_parts(mine, sizes, dim, self.group)
+        with self.rank.waiting("the patches of the other ranks", "distrifusion", self.urgent):
+            parts, _ = gather_parts(mine, sizes, dim, self.urgent)
         self.rank.sent[name] += mine.nbytes * (self.degree - 1)
         return parts

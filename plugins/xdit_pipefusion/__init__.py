@@ -77,6 +77,7 @@ def xdit_declare(settings: Settings, facts: ModelFacts) -> Declaration:
                 stages,
                 Traffic.PER_STAGE,
                 choices=tuple(range(1, facts.blocks + 1)),
+                messages=True,
                 why=f"{facts.model} has {facts.blocks} blocks",
                 setting="pipefusion.stages",
             ),

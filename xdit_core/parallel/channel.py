@@ -35,11 +35,12 @@ class Message:
 
 
 class Channel:
-    """Sends messages between two ranks in one direction. Sends never block, and every handle is waited for.
+    """Sends messages between two ranks. Sends never block, and every handle is waited for.
 
     Args:
         rank: this rank.
-        group: a process group that is used for no messages in the other direction.
+        group: a process group, which carries its messages one after the other: a message in the other direction is
+            either exchanged with one (`exchange`), or posted in the same order on both ranks.
         name: under which the bytes sent are counted.
         axis: the axis of the mesh that its waits belong to, by default the one called ``name``.
     """
@@ -65,10 +66,31 @@ class Channel:
         """Send ``x`` to a global rank; it must not be written to any more."""
         number = self.tag(message)
         with self.rank.observer.sending(Sending(self.name, self.axis, to, number, x.nbytes, what)):
-            x = x.contiguous().cpu() if self._host else x.contiguous()
+            x = self._ready(x)
             work = dist.isend(x, to, group=self.group, tag=number)
             self.rank.sent[self.name + what] += x.nbytes
             self._sends.append((work, x))
+
+    def exchange(self, x: torch.Tensor, peer: int, message: Message) -> Receive:
+        """Send ``x``, and post the receive of a tensor of its shape from the same rank, as one operation."""
+        number, device = self.tag(message), x.device
+        with self.rank.observer.sending(Sending(self.name, self.axis, peer, number, x.nbytes)):
+            x = self._ready(x)
+            buffer = torch.empty_like(x)
+            pair = ((dist.isend, x), (dist.irecv, buffer))
+            works = dist.batch_isend_irecv([dist.P2POp(op, y, peer, self.group, number) for op, y in pair])
+            self.rank.sent[self.name] += x.nbytes
+            self._sends.append((works[0], x))
+        return self._posted(works[-1], buffer, device, peer, number)  # NCCL has one handle for both
+
+    def _ready(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor as it can be sent."""
+        return x.contiguous().cpu() if self._host else x.contiguous()
+
+    def _posted(self, work: Any, buffer: torch.Tensor, device: torch.device, source: int, number: int) -> Receive:
+        receive = Receive(self, work, buffer, device, (self.name, source, number))
+        self._receives.add(receive)
+        return receive
 
     def receive(self, like: torch.Tensor, rows: int, dim: int, source: int, message: Message) -> Receive:
         """Post a receive of a tensor shaped as ``like`` but with ``rows`` along ``dim``."""
@@ -77,9 +99,7 @@ class Channel:
         tag = self.tag(message)
         buffer = torch.empty(shape, dtype=like.dtype, device="cpu" if self._host else like.device)
         work = dist.irecv(buffer, source, group=self.group, tag=tag)
-        receive = Receive(self, work, buffer, like.device, (self.name, source, tag))
-        self._receives.add(receive)
-        return receive
+        return self._posted(work, buffer, like.device, source, tag)
 
     def done(self, receive: Receive) -> None:
         """A receive was waited for."""
