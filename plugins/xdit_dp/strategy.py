@@ -13,7 +13,7 @@ class Divide:
     """Each rank draws a range of all the pictures; sizes differ by one at most, and may be 0."""
 
     def __init__(self, rank: Rank) -> None:
-        self.rank, self.group = rank, rank.group("dp")
+        self.rank, self.group = rank, rank.mesh.host_group(("dp",))
         self.degree, self.index = rank.degree("dp"), rank.index("dp")
 
     def __call__(self, inner: RunRequest, request: Request) -> list[Output]:

@@ -97,6 +97,16 @@ class Mesh:
         rank."""
         return None if self.world == 1 or count < 2 else self._group_of([line[:count] for line in self.lines(axes)])
 
+    def host_group(self, axes: Sequence[str]) -> dist.ProcessGroup | None:
+        """``joint_group(axes)`` for objects and other small things of the host, which a GPU should not carry.
+
+        Where the groups of the mesh are on GPUs, it is another one beside them; then all its ranks call this at the
+        same time.
+        """
+        group = self.joint_group(axes)
+        on_host = group is None or dist.get_backend(group) in ("gloo", "fake")
+        return group if on_host else self.decision_group(axes)
+
     def decision_group(self, axes: Sequence[str]) -> dist.ProcessGroup | None:
         """A communicator of the host over ``joint_group(axes)``, for small numbers; None if that is this rank alone.
 

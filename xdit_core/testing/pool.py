@@ -10,6 +10,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xdit_core.testing import nccl_rules
 from xdit_core.testing.loaded import keep_loaded_models
 
 PRELOADED = (
@@ -24,6 +26,7 @@ PRELOADED = (
     "xdit_core.testing.models",
     "torch._dynamo",
     "torch.distributed.tensor.parallel",
+    "xdit_core.testing.nccl_rules",
 )
 
 
@@ -44,22 +47,26 @@ def serve(link: Connection) -> None:
     )
     while True:
         try:
-            function, arguments, rank, world, port, name, seconds = pickle.loads(link.recv_bytes())
+            function, arguments, rank, world, port, name, seconds, rules = pickle.loads(link.recv_bytes())
         except EOFError:
             return
         try:
             if store is None:
                 store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))  # type: ignore[attr-defined]
             store.set_timeout(timedelta(seconds=seconds))
+            if rules:
+                nccl_rules.register()
             dist.init_process_group(
-                "gloo",
+                nccl_rules.NAME if rules else "gloo",
                 store=dist.PrefixStore(name, store),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world,
                 timeout=timedelta(seconds=seconds),
             )
-            answer: tuple[bool, Any] = (True, function(*arguments))
-            dist.barrier()
+            own = dist.PrefixStore(f"{name}/rules", store)  # type: ignore[attr-defined]
+            with nccl_rules.checked(own, rank, world) if rules else nullcontext():
+                answer: tuple[bool, Any] = (True, function(*arguments))
+                dist.barrier()
         except BaseException:
             answer = (False, traceback.format_exc())
         try:
@@ -109,12 +116,20 @@ class Pool:
             theirs.close()
             self._workers.append((process, ours))
 
-    def run(self, function: Callable[..., Any], *arguments: Any, world: int, timeout: float = 120) -> list[Any]:
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        world: int,
+        timeout: float = 120,
+        nccl_rules: bool = False,
+    ) -> list[Any]:
         """Run ``function(*arguments)`` on ``world`` ranks.
 
         Args:
             function: importable by name in a fresh process.
             timeout: seconds, for the task and for each of its collectives.
+            nccl_rules: fail where NCCL would, see ``xdit_core.testing.nccl_rules``.
 
         Returns:
             The results by rank.
@@ -127,12 +142,13 @@ class Pool:
         port = self._store.port if self._store else 0
         chosen = self._workers[:world]
         for rank, (_, link) in enumerate(chosen):
-            task = (function, arguments, rank, world, port, f"task{self._tasks}", timeout)
+            task = (function, arguments, rank, world, port, f"task{self._tasks}", timeout, nccl_rules)
             link.send_bytes(pickle.dumps(task))
         results: dict[int, Any] = {}
+        patience = 10 if nccl_rules else 0  # to say why ranks did not finish
         ranks: dict[Any, int] = {link: rank for rank, (_, link) in enumerate(chosen)}
         while len(results) < world:
-            ready = wait([link for link, rank in ranks.items() if rank not in results], timeout)
+            ready = wait([link for link, rank in ranks.items() if rank not in results], timeout + patience)
             if not ready:
                 waiting = sorted(set(ranks.values()) - set(results))
                 self.close()
