@@ -58,12 +58,14 @@ def check_plan(
     *,
     world: int,
     within: float = 1e-5,
+    nccl_rules: bool = False,
 ) -> list[dict[str, int]]:
     """Run a plan and compare the latents of every rank with the oracle.
 
     Args:
         folder: of a tiny Stable Diffusion 3, or of the model that ``settings`` name.
         world: number of ranks that the plan must have.
+        nccl_rules: fail where NCCL would, see ``xdit_core.testing.nccl_rules``.
         within: as in ``assert_close``; of a plugin that approximates, its own bound if that is larger.
 
     Returns:
@@ -76,7 +78,7 @@ def check_plan(
     plan = plan_for(plugins, str(folder), chosen)
     assert plan.world == world, f"the plan has {plan.world} ranks, not {world}"
     oracle = oracle_of(plan, folder, chosen)
-    results = pool.run(generate, list(plugins), str(folder), chosen, world=world)
+    results = pool.run(generate, list(plugins), str(folder), chosen, world=world, nccl_rules=nccl_rules)
     for latents, _ in results:
         assert_close(latents, oracle, max(within, plan.bound))
     return [sent for _, sent in results]

@@ -48,8 +48,10 @@ def check_plan(gloo: Pool, tiny_sd3_folder: Path) -> Callable[..., list[dict[str
         world: int,
         folder: str | Path = tiny_sd3_folder,
         within: float = 1e-5,
+        nccl_rules: bool = False,
     ) -> list[dict[str, int]]:
-        return checks.check_plan(gloo, folder, plugins, settings, world=world, within=within)
+        more: dict[str, Any] = {"within": within, "nccl_rules": nccl_rules}
+        return checks.check_plan(gloo, folder, plugins, settings, world=world, **more)
 
     return check
 
