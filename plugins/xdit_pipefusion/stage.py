@@ -25,12 +25,11 @@ class Stage:
         self.rank, self.count, self.index = rank, rank.degree("stages"), rank.index("stages")
         self.first, self.last = self.index == 0, self.index == self.count - 1
         self.ranks = rank.mesh.ranks("stages")
-        # A communicator carries messages in their order, and a stage receives and sends at the same time. So the links
-        # around the ring of stages take two communicators in turn, and the last link of an odd ring a third one.
+        # one communicator behind even stages, another behind odd ones: a stage receives and sends at the same time
         links = [rank.group("stages"), rank.mesh.second_group("stages")]
         self.source = Channel(rank, links[(self.index - 1) % 2], "stages")
         self.target = Channel(rank, links[self.index % 2], "stages")
-        back = rank.mesh.second_group("stages") if self.count % 2 else links[1]
+        back = rank.mesh.second_group("stages") if self.count % 2 else links[1]  # from the last stage to the first
         self.back = Channel(rank, back, "latents", "stages")
         self.taken, self.given, skips = self.long_skips()
         self.channels = (self.source, self.target, self.back, *skips)

@@ -14,12 +14,13 @@ Example::
 from __future__ import annotations
 
 import ctypes
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from types import CodeType, FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -32,18 +33,20 @@ from xdit_core.testing.nccl_order import History, Operation, RuleBroken, check_o
 NAME = "nccl_rules"
 PATIENCE = timedelta(seconds=5)  # for the histories of ranks after one of them timed out
 DEPTH = 8  # frames from a call of torch.distributed to the process group
-OBJECTS: dict[CodeType, str] = {
-    f.__wrapped__.__code__ if hasattr(f, "__wrapped__") else f.__code__: f.__name__
-    for f in (
-        dist.all_gather_object,
-        dist.gather_object,
-        dist.broadcast_object_list,
-        dist.scatter_object_list,
-        dist.send_object_list,
-        dist.recv_object_list,
-    )
-}
-BATCH = dist.batch_isend_irecv.__code__
+OBJECTS = MappingProxyType(
+    {
+        inspect.unwrap(function).__code__: function.__name__
+        for function in (
+            dist.all_gather_object,
+            dist.gather_object,
+            dist.broadcast_object_list,
+            dist.scatter_object_list,
+            dist.send_object_list,
+            dist.recv_object_list,
+        )
+    }
+)
+BATCH = inspect.unwrap(dist.batch_isend_irecv).__code__
 
 
 class Flight:
