@@ -29,8 +29,7 @@ class Stage:
         links = [rank.group("stages"), rank.mesh.second_group("stages")]
         self.source = Channel(rank, links[(self.index - 1) % 2], "stages")
         self.target = Channel(rank, links[self.index % 2], "stages")
-        back = rank.mesh.second_group("stages") if self.count % 2 else links[1]  # from the last stage to the first
-        self.back = Channel(rank, back, "latents", "stages")
+        self.back = Channel(rank, rank.mesh.second_group("stages") if self.count % 2 else links[1], "latents", "stages")
         self.taken, self.given, skips = self.long_skips()
         self.channels = (self.source, self.target, self.back, *skips)
         self._next: Receive | None = None
