@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import secrets
 import types
 import typing
@@ -23,6 +24,7 @@ YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 SETTING_TYPES = (int, float, bool, str, tuple[int, ...], tuple[str, ...])
 MOST_NUMBERS = 10_000  # of a range
+MOST_SCALE = 100.0  # of a LoRA
 STUCK = 600.0  # seconds without progress after which a run counts as stuck, if the user gave no timeout=
 
 
@@ -158,11 +160,40 @@ def call_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(CALL): value for key, value in values.items() if key.startswith(CALL)}
 
 
+def lora_texts(value: Any) -> tuple[str, ...]:
+    """Texts ``PATH[:scale]`` from one text, several, or a mapping from path to scale.
+
+    Raises:
+        UsageError: it is none of these, or a scale is no number.
+    """
+    if isinstance(value, Mapping):
+        return tuple(f"{path}:{lora_scale(f'lora={path}', scale)!r}" for path, scale in value.items())
+    texts = (value,) if isinstance(value, (str, Path)) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, (str, Path)) for text in texts):
+        raise UsageError(f"lora={value!r:.60} is no LoRA; write PATH, PATH:0.8 or {{PATH: 0.8}}.")
+    return tuple(map(str, texts))
+
+
+def lora_scale(what: str, scale: Any) -> float:
+    """The scale of a LoRA.
+
+    Args:
+        what: has it, for the message.
+
+    Raises:
+        UsageError: it is no number, or too large to make sense.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -MOST_SCALE <= scale <= MOST_SCALE:
+        given = str(scale)[:40] if isinstance(scale, (str, int, float)) else f"a {type(scale).__name__}"
+        raise UsageError(f"{what} has the scale {given}; give a number from -{MOST_SCALE:g} to {MOST_SCALE:g}.")
+    return float(scale)
+
+
 def parse_loras(texts: Iterable[str]) -> dict[str, float]:
     """Parse texts ``PATH[:scale]`` into path and scale.
 
     Raises:
-        PlanRefused: no such file or folder, or one that is given twice.
+        PlanRefused: no such file or folder, one that is given twice, or a scale that makes no sense.
     """
     scales: dict[str, float] = {}
     for text in texts:
@@ -171,13 +202,13 @@ def parse_loras(texts: Iterable[str]) -> dict[str, float]:
             scale = float(number) if path else 1.0
         except ValueError:
             path, scale = text, 1.0
-        path = str(user_path(path or text, "lora=").resolve())
+        path = os.path.abspath(user_path(path or text, "lora="))  # links stay: what they lead to may have no suffix
         if not Path(path).exists():
             fix = "give a file or folder, with a scale behind it such as PATH:0.8"
             raise PlanRefused([Problem(f"lora={text}: there is no {path}", fix)])
         if path in scales:
             raise PlanRefused([Problem(f"lora={text}: {path} is given twice", "keep one of them")])
-        scales[path] = scale
+        scales[path] = lora_scale(f"lora={text}", scale)
     return scales
 
 

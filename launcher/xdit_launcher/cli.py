@@ -292,6 +292,7 @@ def verify(
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--data", default="serve-data", show_default=True, metavar="DIR", help="Where jobs and results are kept.")
 @click.option("--keys", metavar="FILE", help="Keys of clients, one a line; or the variable XDIT_API_KEYS.")
+@click.option("--loras", metavar="FILE", help="LoRAs that clients may ask for, NAME = PATH or hub id on each line.")
 @click.option(
     "--replicas",
     default="1",
@@ -307,6 +308,7 @@ def serve(
     port: int,
     data: str,
     keys: str | None,
+    loras: str | None,
     replicas: str,
     words: tuple[str, ...],
     plugins: tuple[str, ...],
@@ -322,7 +324,7 @@ def serve(
     if values.get("prompt") or values.get("prompts"):
         raise UsageError("serve takes no prompt, clients send theirs; leave it out.")
     if hasattr(on.module, "service"):
-        print_service(chosen, values, on, words, config, replicas, data)
+        print_service(chosen, values, on, words, config, replicas, data, loras)
         return
     try:
         from xdit_launcher.serve import command
@@ -330,7 +332,7 @@ def serve(
         if (error.name or "").split(".")[0] not in SERVE_PACKAGES:
             raise
         raise UsageError(f"serve needs {error.name}; install it: pip install 'xdit[serve]'.") from error
-    ctx.exit(command.serve(chosen, values, on, host, port, data, keys, replicas))
+    ctx.exit(command.serve(chosen, values, on, host, port, data, keys, replicas, loras))
 
 
 def print_service(
@@ -341,6 +343,7 @@ def print_service(
     config: str | None,
     replicas: str,
     data: str,
+    loras: str | None,
 ) -> None:
     """Print the manifests of a server; see `serve` for the arguments."""
     from xdit_core.planning.planner import make_plan
@@ -350,6 +353,7 @@ def print_service(
     plan = make_plan(chosen, {k: v for k, v in values.items() if not k.startswith("serve.")}, devices=on.devices())
     command = [*(["--plugins", ",".join(chosen)] if chosen else []), *(["--config", config] if config else [])]
     command += [word for word in words if not word.startswith(f"{on.name}.")]
+    command += ["--loras", loras] if loras else []
     click.echo(on.service(plan, command, (count.least, count.most), data).rstrip())
 
 

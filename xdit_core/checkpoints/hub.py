@@ -13,11 +13,40 @@ from xdit_core.settings import ModelSettings
 
 # Stands for whatever adapter fits the checkpoint that model.path names.
 AUTO = ModelSpec("auto", Checkpoint(pipelines=()))
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers writes it
 
 
 def looks_like_folder(path: str) -> bool:
     """Whether a text means a folder: ``org/name`` is a hub id unless there is such a folder, all else is a folder."""
     return path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or os.path.isdir(path)
+
+
+def locate_lora(source: str, given: str) -> Path:
+    """The local file of a LoRA that is fetched from the hub if it is not on this machine.
+
+    Args:
+        source: a hub id ``owner/name``, which stands for its `LORA_FILE`, or with the name of a file behind it.
+        given: what has named it, for messages.
+
+    Raises:
+        ModelError: it is no hub id, there is no such file, or the hub is out of reach.
+    """
+    owner, _, rest = source.partition("/")
+    name, _, file = rest.partition("/")
+    form = "owner/name/FILE.safetensors"
+    if not all(part and part[0] not in ".~" for part in (owner, name)) or ".." in file.split("/"):
+        raise ModelError(f"{given}: there is no file or folder {source}; give one, or a hub id such as {form}.")
+    from huggingface_hub import hf_hub_download  # slow to import, and most runs do not need it
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file or LORA_FILE))
+    except Exception as error:  # the hub client raises many unrelated classes
+        reason = next(iter(str(error).strip().splitlines()), "no answer")[:160]
+        raise ModelError(
+            f"{given}: there is no file or folder {source}, and neither the local hub cache nor the hub has "
+            f"{file or LORA_FILE} of {owner}/{name} ({type(error).__name__}: {reason}); give a file, or a hub id such "
+            f"as {form}."
+        ) from error
 
 
 def on_hub(spec: ModelSpec, settings: ModelSettings) -> bool:

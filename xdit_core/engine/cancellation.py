@@ -45,6 +45,29 @@ class Left(Exception):
         self.latents, self.failure = latents, failure
 
 
+def finite(x: torch.Tensor, what: str, dtype: torch.dtype) -> torch.Tensor:
+    """Check that a tensor holds finite numbers, since the picture would otherwise be black.
+
+    Args:
+        what: the tensor, in words.
+        dtype: in which the denoiser computes.
+
+    Raises:
+        Left: some values are not finite.
+    """
+    if not torch.isfinite(x).all():
+        mend = "" if dtype == torch.float32 else "use dtype=float32, or "
+        if dtype == torch.float16:
+            mend = "use dtype=bfloat16 or float32, or "
+        name = str(dtype).removeprefix("torch.")
+        sentence = (
+            f"{what} came out as not a number or infinite in {name}, which would be a black picture; {mend}take a "
+            "lower guidance, more steps or another scheduler."
+        )
+        raise Left(failure=XditError(sentence))
+    return x
+
+
 class Cancellation:
     """The checkpoints of one rank.
 

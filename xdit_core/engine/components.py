@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_core.checkpoints.weights import read_header, weight_files
+from xdit_core.checkpoints.model_facts import INDEX
+from xdit_core.checkpoints.weights import read_header, read_json, weight_files
 from xdit_core.errors import ModelError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Observer
@@ -37,19 +38,38 @@ def load_components(
     Raises:
         ModelError: one cannot be read, or is not complete.
     """
+    models = {}
+    for name, entry in index.items():
+        if name not in but and (cls := model_class(entry)) is not None:
+            observer.status(Status(Phase.LOADING, f"the model: {name}"))
+            models[name] = load_model(cls, folder / name, entry[0], dtype)
+    return models
+
+
+def load_again(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """Load one of these models once more.
+
+    Raises:
+        ModelError: it cannot be read, or is none that is loaded by itself.
+    """
+    entry = read_json(folder / INDEX)[name]
+    cls = model_class(entry)
+    if cls is None:
+        raise ModelError(f"{folder / name} cannot be read again, so its LoRAs stay as they are; make a new Engine.")
+    return load_model(cls, folder / name, entry[0], dtype)
+
+
+def model_class(entry: Any) -> Any:
+    """The class of a model that ``model_index.json`` names, None if the entry is none of diffusers or transformers."""
     import diffusers
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers}
-    models = {}
-    for name, entry in index.items():
-        if name in but or not isinstance(entry, list) or entry[0] not in libraries:
-            continue
-        cls = getattr(libraries[entry[0]], entry[1], None)
-        if isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel)):
-            observer.status(Status(Phase.LOADING, f"the model: {name}"))
-            models[name] = load_model(cls, folder / name, entry[0], dtype)
-    return models
+    if not isinstance(entry, list) or entry[0] not in libraries:
+        return None
+    cls = getattr(libraries[entry[0]], entry[1], None)
+    is_model = isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel))
+    return cls if is_model else None
 
 
 def load_model(cls: Any, folder: Path, library: str, dtype: torch.dtype) -> nn.Module:

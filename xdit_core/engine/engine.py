@@ -20,11 +20,12 @@ import torch.distributed as dist
 from xdit_core.checkpoints.model_facts import INDEX
 from xdit_core.checkpoints.weights import read_json
 from xdit_core.engine.calling import Schedulers, StepLoop, call_arguments, call_values, without_texts
-from xdit_core.engine.cancellation import Cancellation, Cancelled, Left, store_of_group
+from xdit_core.engine.cancellation import Cancellation, Cancelled, Left, finite, store_of_group
 from xdit_core.engine.clock import Clock, seconds_of
 from xdit_core.engine.components import denoisers_of
 from xdit_core.engine.given import adopt_pipeline, check_given, configs_of, precision
 from xdit_core.engine.loading import load_pipeline
+from xdit_core.engine.lora.changing import Loras
 from xdit_core.engine.noise import PictureStreams
 from xdit_core.engine.pretrained import plan_from, steps_observer
 from xdit_core.errors import RequestCancelled, UsageError, XditError
@@ -114,13 +115,14 @@ class Engine:
         self._built = self._build(registry, own)
         observer.status(Status(Phase.LOADING, "the model"))
         early, late = self._transforms(BEFORE_VALUES), self._transforms(AFTER_WEAVING)
-        where, loras = torch.device("cpu") if late else device, parse_loras(plan.run.lora)
+        where, scales = torch.device("cpu") if late else device, parse_loras(plan.run.lora)
         if pipe is None:
-            trust = build(ModelSettings, "model.", plan.values).trust_remote_code
-            pipe = load_pipeline(spec, Path(plan.folder), self.rank.blocks, where, dtype, early, trust, loras, observer)
+            trust, folder = build(ModelSettings, "model.", plan.values).trust_remote_code, Path(plan.folder)
+            loaded = load_pipeline(spec, folder, self.rank.blocks, where, dtype, early, trust, scales, observer)
         else:
-            pipe = adopt_pipeline(spec, pipe, self.rank.blocks, where, early, loras)
-        self.pipe = self.rank.pipe = pipe
+            loaded = adopt_pipeline(spec, pipe, self.rank.blocks, where, early, scales)
+        self.pipe = self.rank.pipe = loaded.pipe
+        self._loras = Loras(self.rank, loaded, scales)
         self._schedulers = Schedulers(self.pipe, plan.run.scheduler)
         for change in self._transforms(set(PHASES) - BEFORE_VALUES - AFTER_WEAVING):
             change(self.pipe)
@@ -304,7 +306,9 @@ class Engine:
         run, more = asked.run, asked.call
         jobs = jobs_for(prompts, run.images, skip, negatives)
         lockstep = Lockstep(self.rank) if run.lockstep and self.plan.world > 1 else nullcontext()
+        scales = parse_loras(run.lora) if changes.get("lora") is not None else None
         with self._guarded(), lockstep, self._schedulers.of_request(run.scheduler):
+            self._loras.change(scales)
             self._cancellation.begin(cancelled)
             outputs = self._run(Request(jobs, run, more))
         for output in outputs:
@@ -329,6 +333,7 @@ class Engine:
         denoiser = getattr(self.pipe, self.rank.spec.checkpoint.denoiser)
         given = {name: tensor.to(self.rank.device) for name, tensor in arguments.items()}
         with self._guarded(), self._around_job(1, grid):
+            self._loras.change()
             self.rank.observer.status(Status(Phase.DENOISING))
             prediction: torch.Tensor = materialized(denoiser(**given, return_dict=False)[0])
         return prediction
@@ -388,7 +393,7 @@ class Engine:
             try:
                 result = self.pipe(**arguments)[0]
                 if self._wants_latents:
-                    output.latents = self._finite(materialized(result), "the latents")
+                    output.latents = finite(materialized(result), "the latents", self.rank.dtype)
                 elif self.owner:
                     output.images = list(result)
             except Left as left:
@@ -427,7 +432,7 @@ class Engine:
         """Replace ``vae.decode``: all ranks gather the latents, then the owner decodes, or the ranks that a strategy
         chooses."""
         self.rank.observer.status(Status(Phase.GATHERING, "the latents"))
-        latents = self._finite(materialized(latents), "the latents")
+        latents = finite(materialized(latents), "the latents", self.rank.dtype)
         if not self._clock.has("decoding"):  # else the pipeline decodes in parts
             self._clock.mark("denoised", "decoding")
         if self._wants_latents:
@@ -441,25 +446,8 @@ class Engine:
         result = self.decode(latents, *args, **kwargs)
         if result is None:
             raise Left
-        self._finite(result[0] if isinstance(result, tuple) else result.sample, "the decoded picture")
+        finite(result[0] if isinstance(result, tuple) else result.sample, "the decoded picture", self.rank.dtype)
         return result  # on all ranks that decoded: the pipeline may decode in several calls
-
-    def _finite(self, x: torch.Tensor, what: str) -> torch.Tensor:
-        """Check that a tensor holds finite numbers, since the picture would otherwise be black.
-
-        Raises:
-            Left: some values are not finite.
-        """
-        if not torch.isfinite(x).all():
-            dtype = str(self.rank.dtype).removeprefix("torch.")
-            other = "bfloat16 or float32" if self.rank.dtype == torch.float16 else "float32"
-            mend = "" if self.rank.dtype == torch.float32 else f"use dtype={other}, or "
-            sentence = (
-                f"{what} came out as not a number or infinite in {dtype}, which would be a black picture; {mend}take a "
-                "lower guidance, more steps or another scheduler."
-            )
-            raise Left(failure=XditError(sentence))
-        return x
 
     def _progress_bar(self, iterable: Any = None, total: int | None = None) -> StepLoop:
         """Replace the pipeline's progress bar."""

@@ -8,7 +8,7 @@ this rank does not need is freed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from xdit_core.checkpoints.model_facts import facts
-from xdit_core.engine.loading import Change, Part, fill, quiet
-from xdit_core.engine.tensors import ModuleTensors
+from xdit_core.engine.loading import Change, Loaded, Part, fill, quiet
+from xdit_core.engine.lora.adapters import takers
+from xdit_core.engine.tensors import ModuleTensors, hollow, shared, twin
 from xdit_core.errors import PlanRefused
 from xdit_core.model_spec import ModelSpec
 from xdit_core.records import ModelFacts, Problem, join_words
@@ -38,7 +39,7 @@ def adopt_pipeline(
     device: torch.device,
     changes: Sequence[Change] = (),
     loras: Mapping[str, float] = MappingProxyType({}),
-) -> Any:
+) -> Loaded:
     """Make a pipeline like the given one whose denoisers hold only what this rank needs.
 
     The same code loads it as a pipeline from a folder.
@@ -59,30 +60,15 @@ def adopt_pipeline(
         if part is not None and name not in given and (isinstance(part, nn.Module) or hasattr(part, "set_timesteps"))
     }
     mine.register_modules(**shapes, **others)
-    parts = {
-        name: Part(partial(twin, part, hollow), partial(ModuleTensors, part), f"the given {type(part).__name__}")
-        for name, part in given.items()
-    }
-    return fill(mine, spec, parts, shapes, blocks, changes, loras).to(device)
-
-
-def twin(module: nn.Module, of: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
-    """Copy the structure of a module. Buffers and other tensors are shared; ``of`` makes the parameters."""
-    made: dict[int, Any] = {id(p): of(p) for p in module.parameters()}
-    made |= {id(b): b.detach() for b in module.buffers()}
-    for part in module.modules():
-        made |= {id(x): x.detach() for x in vars(part).values() if isinstance(x, torch.Tensor)}
-    return copy.deepcopy(module, made)
-
-
-def hollow(parameter: nn.Parameter) -> nn.Parameter:
-    """Make a parameter of the same shape without values."""
-    return nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def shared(parameter: nn.Parameter) -> nn.Parameter:
-    """Make a parameter over the same memory that can move to another device by itself."""
-    return nn.Parameter(parameter.detach(), requires_grad=False)
+    parts, encoders = (
+        {
+            name: Part(partial(twin, part, hollow), partial(ModuleTensors, part), f"the given {type(part).__name__}")
+            for name, part in models.items()
+        }
+        for models in (given, {name: part for name, part in takers(mine).items() if name not in given})
+    )
+    loaded = fill(mine, spec, parts, encoders, shapes, blocks, device, changes, loras)
+    return Loaded(loaded.pipe, {})  # reading again would keep all of the user's pipeline in memory
 
 
 def precision(pipe: Any, spec: ModelSpec) -> torch.dtype:

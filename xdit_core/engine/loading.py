@@ -24,9 +24,9 @@ from torch import nn
 
 from xdit_core.checkpoints.model_facts import INDEX, components
 from xdit_core.checkpoints.weights import read_json
-from xdit_core.engine.components import another_shape, check_filled, first_line, lacking, load_components
-from xdit_core.engine.lora import Delta, Deltas, load_loras
-from xdit_core.engine.tensors import FileTensors, Tensors
+from xdit_core.engine.components import another_shape, check_filled, first_line, lacking, load_again, load_components
+from xdit_core.engine.lora.adapters import Delta, Deltas, read_loras, takers
+from xdit_core.engine.tensors import FileTensors, ModuleTensors, Tensors, hollow, twin
 from xdit_core.errors import ModelError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Observer
@@ -63,7 +63,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Part:
-    """A denoiser that will be loaded.
+    """A denoiser that will be loaded, or another model that a LoRA may change.
 
     Args:
         make: makes it with parameters on the meta device and real computed buffers.
@@ -74,6 +74,35 @@ class Part:
     make: Callable[[], nn.Module]
     tensors: Callable[[], AbstractContextManager[Tensors]]
     origin: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a loaded model that a LoRA may change.
+
+    Args:
+        part: the model as it was loaded, without LoRAs.
+        shapes: each parameter of this rank without values, which says how it is divided, by its name in the checkpoint.
+        parameters: the same with values.
+        changed: names of those to which LoRAs were added.
+    """
+
+    part: Part
+    shapes: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, nn.Parameter]
+    changed: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded pipeline.
+
+    Args:
+        weights: of the models that a LoRA may change, by name; none if they cannot be read again.
+    """
+
+    pipe: Any
+    weights: Mapping[str, Weights]
 
 
 @quiet()
@@ -87,7 +116,7 @@ def load_pipeline(
     trust_remote_code: bool = False,
     loras: Mapping[str, float] = MappingProxyType({}),
     observer: Observer | None = None,
-) -> Any:
+) -> Loaded:
     """Load the pipeline of a local checkpoint folder.
 
     Args:
@@ -128,7 +157,17 @@ def load_pipeline(
         if isinstance(component, nn.Module) and name not in parts:
             check_filled(folder / name, component)
     observer.status(Status(Phase.LOADING, f"the model: {', '.join(parts)}"))
-    return fill(pipe, spec, parts, shapes, blocks, changes, loras).to(device)
+    others = {}
+    for name, model in takers(pipe).items():
+        if name not in parts:
+            make, tensors = partial(twin, twin(model, hollow), hollow), partial(reopened, folder, name, dtype)
+            others[name] = Part(make, tensors, str(folder / name))
+    return fill(pipe, spec, parts, others, shapes, blocks, device, changes, loras)
+
+
+def reopened(folder: Path, name: str, dtype: torch.dtype) -> ModuleTensors:
+    """Load a component of a folder once more, for its tensors."""
+    return ModuleTensors(load_again(folder, name, dtype))
 
 
 def folder_part(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Part:
@@ -154,24 +193,39 @@ def fill(
     pipe: Any,
     spec: ModelSpec,
     parts: Mapping[str, Part],
+    others: Mapping[str, Part],
     shapes: Mapping[str, nn.Module],
     blocks: range,
+    device: torch.device,
     changes: Sequence[Change],
     loras: Mapping[str, float],
-) -> Any:
-    """Replace the denoisers without values by denoisers with values.
+) -> Loaded:
+    """Replace the denoisers without values by denoisers with values, and add LoRAs to these and to other models.
 
     Args:
-        shapes: the denoisers without values, which get them unless LoRA adapters were put onto them.
+        parts, others: the denoisers, and the loaded models of the pipeline that LoRAs may change too.
+        shapes: the denoisers without values, which get them.
 
     Raises:
         ModelError: a tensor is missing or has another shape; a LoRA does not fit.
     """
-    deltas: dict[str, Deltas] = load_loras(pipe, shapes, loras) if loras else {}
+    everything = {**parts, **others}
+    deltas = read_loras(pipe, {name: part.make() for name, part in everything.items()} if loras else {}, loras)
+    needed: dict[str, Mapping[str, torch.Tensor]] = {}
     for name, part in parts.items():
-        model = part.make() if loras else shapes[name]
-        pipe.register_modules(**{name: load_part(spec, part, model, blocks, changes, deltas.get(name, {}))})
-    return pipe
+        needed[name] = load_part(spec, part, shapes[name], blocks, changes, deltas.get(name, {}))
+        pipe.register_modules(**{name: shapes[name]})
+    for name in others:
+        model, own = getattr(pipe, name), ModuleTensors(getattr(pipe, name))
+        needed[name] = dict(model.named_parameters(remove_duplicate=False))
+        for key, delta in deltas.get(name, {}).items():  # the memory may belong to the user's pipeline
+            needed[name][key].data = read(own, key, needed[name][key], delta)
+    pipe.to(device)
+    weights = {}
+    for name, part in everything.items():
+        parameters = dict(getattr(pipe, name).named_parameters(remove_duplicate=False))
+        weights[name] = Weights(part, needed[name], parameters, frozenset(deltas.get(name, {})))
+    return Loaded(pipe, weights)
 
 
 def empty(class_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -215,12 +269,15 @@ def absent_components(cls: type[Any], index: Mapping[str, Any]) -> dict[str, Non
 
 def load_part(
     spec: ModelSpec, part: Part, model: nn.Module, blocks: range, changes: Sequence[Change], deltas: Deltas
-) -> nn.Module:
-    """The denoiser with ``Absent`` in place of the blocks that other stages hold; of a sharded parameter only the shard
-    is read.
+) -> dict[str, torch.Tensor]:
+    """Fill a denoiser, with ``Absent`` in place of the blocks that other stages hold; of a sharded parameter only the
+    shard is read.
 
     Args:
-        model: what the part makes, without values.
+        model: what the part makes, without values; it gets them.
+
+    Returns:
+        The tensors of the model without values, which say how they are divided, by name.
 
     Raises:
         ModelError: the adapter does not fit the denoiser; or the source lacks a tensor that this rank needs, or has one
@@ -252,7 +309,8 @@ def load_part(
             state[name] = read(tensors, name, like, deltas.get(name))
         model.load_state_dict(state, strict=True, assign=True)
         replace_buffers(model, tensors)
-    return model.eval()
+    model.eval()
+    return needed
 
 
 def replace_buffers(model: nn.Module, tensors: Tensors) -> None:

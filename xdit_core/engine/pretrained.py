@@ -13,6 +13,7 @@ from xdit_core.observe.observer import Observer
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
 from xdit_core.registry.registry import MODELS, Registry
+from xdit_core.settings import lora_texts
 
 
 def plan_from(
@@ -31,7 +32,7 @@ def plan_from(
         registry: where plugins come from; by default the installed ones.
         world: number of processes.
         settings: as on the command line; those of a plugin as a mapping: ``usp={"ulysses": 2}``; further arguments of
-            the pipeline as ``call={...}``.
+            the pipeline as ``call={...}``; LoRAs also as ``lora={PATH: 0.8}``.
 
     Raises:
         UsageError: several processes were started and do not know of each other; and as of ``make_plan``.
@@ -43,6 +44,9 @@ def plan_from(
     if text not in registry.names(MODELS) and (os.sep in text or os.path.isdir(text)):
         values = {"model": AUTO.name, "model.path": text}
     for key, value in settings.items():
+        if key == "lora" and value is not None:
+            values[key] = lora_texts(value)
+            continue
         nested = (
             {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, Mapping) else {key: value}
         )

@@ -1,8 +1,10 @@
-"""Read the tensors of a denoiser from the weight files of a folder, or from a module in memory."""
+"""Read the tensors of a denoiser from the weight files of a folder, or from a module in memory; and copy modules
+without their values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,3 +128,22 @@ class ModuleTensors:
     def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         """Return the dtype that it has in the module."""
         return stored
+
+
+def twin(module: nn.Module, of: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
+    """Copy the structure of a module. Buffers and other tensors are shared; ``of`` makes the parameters."""
+    made: dict[int, Any] = {id(p): of(p) for p in module.parameters()}
+    made |= {id(b): b.detach() for b in module.buffers()}
+    for part in module.modules():
+        made |= {id(x): x.detach() for x in vars(part).values() if isinstance(x, torch.Tensor)}
+    return copy.deepcopy(module, made)
+
+
+def hollow(parameter: nn.Parameter) -> nn.Parameter:
+    """Make a parameter of the same shape without values."""
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def shared(parameter: nn.Parameter) -> nn.Parameter:
+    """Make a parameter over the same memory that can move to another device by itself."""
+    return nn.Parameter(parameter.detach(), requires_grad=False)

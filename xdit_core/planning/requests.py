@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from xdit_core.errors import PlanRefused, UsageError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.plan import Plan
-from xdit_core.planning.checks import check_lora_scale
+from xdit_core.planning.checks import check_lora_scale, check_loras
 from xdit_core.planning.planner import make_plan
 from xdit_core.records import Problem, join_words
 from xdit_core.registry.registry import Registry
+from xdit_core.settings import lora_texts
 
 # Settings that may differ from request to request; everything else is decided by the plan.
 PER_REQUEST = frozenset(
@@ -27,6 +29,7 @@ PER_REQUEST = frozenset(
         "output_type",
         "max_sequence_length",
         "scheduler",
+        "lora",
     )
 )
 # Settings of the plan that were checked when the engine was made, and are slow to check again.
@@ -127,10 +130,12 @@ def plan_of_request(
     values |= {a.setting: a.degree for a in plan.axes if a.setting}
     values |= {"model.path": plan.folder, "nproc": plan.world, "device": plan.device}
     values |= {spec.request.subject: [prompt for prompt in prompts if prompt]} if any(prompts) else {}
-    values |= {name: value for name, value in changes.items() if name != "call"}
+    values |= {name: value for name, value in changes.items() if name not in ("call", "lora")}
     values |= {f"call.{name}": value for name, value in call.items()}
     request_plan = make_plan(list(plan.plugins), values, registry, pipeline=pipeline)
-    problems = check_lora_scale(plan.run, request_plan.call)
+    loras = plan.run.lora if changes.get("lora") is None else lora_texts(changes["lora"])
+    run = replace(request_plan.run, lora=loras)
+    problems = check_lora_scale(run, request_plan.call) + (check_loras(run) if loras != plan.run.lora else [])
     structure = structure_of(plan)
     changed = [name for name, part in structure_of(request_plan).items() if part != structure[name]]
     if changed:
@@ -138,4 +143,4 @@ def plan_of_request(
         problems.append(Problem(sentence, "make an Engine of such a plan"))
     if problems:
         raise PlanRefused(problems)
-    return request_plan
+    return replace(request_plan, run=run)

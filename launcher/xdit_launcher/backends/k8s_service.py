@@ -123,6 +123,8 @@ def ray_service(settings: Settings, words: Sequence[str], replicas: tuple[int, i
 
     least, most = replicas
     plugins = words[1] if words[:1] == ["--plugins"] else ""
+    loras = {"loras": words[-1]} if words[-2:-1] == ["--loras"] else {}
+    words = words[:-2] if loras else words
     arguments = {
         "plugins": plugins,
         "words": [*words[2 if plugins else 0 :]],
@@ -130,6 +132,7 @@ def ray_service(settings: Settings, words: Sequence[str], replicas: tuple[int, i
         "port": PORT,
         "data": folder,
         "keys": f"{KEYS}/keys",
+        **loras,
     }
     application = {"name": settings.name, "import_path": BUILDER, "route_prefix": None, "args": arguments}
 

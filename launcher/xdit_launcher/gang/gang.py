@@ -20,6 +20,7 @@ from xdit_core.settings import RunSettings, convert, fields_of, without_random
 from xdit_launcher.backends import registry
 from xdit_launcher.gang.batch import Batch, next_batch
 from xdit_launcher.gang.job import Event, GangEnded, GangRequest, Job, RequestFailed, Result
+from xdit_launcher.gang.loras import AllowedLoras, checked
 from xdit_launcher.node.root_cause import RootCause
 from xdit_launcher.node.watching import Watch
 from xdit_launcher.run_folders import run_folder
@@ -49,6 +50,10 @@ class Gang:
         plan: instead of the three, a plan that exists, with its ``backend``.
         batch: the most pictures that are drawn together: requests that wait and differ only in prompt, negative prompt
             and seeds become one call of the pipeline.
+        loras: LoRAs that requests may ask for: a file, folder or hub id by name.
+
+    Attributes:
+        loras: these, with their paths; others may be put in their place at any time.
 
     Raises:
         XditError: the plan is refused, or the ranks could not be started; all that is known is in the sentence.
@@ -63,6 +68,7 @@ class Gang:
         plan: Plan | None = None,
         backend: Backend | None = None,
         batch: int = 1,
+        loras: Mapping[str, str] | None = None,
     ) -> None:
         if plan is None:
             backend, values = registry.choose(on, {}, dict(settings or {}))
@@ -71,6 +77,7 @@ class Gang:
             raise UsageError("a gang of a plan needs the backend that starts its ranks.")
         backend.check(plan)
         self.plan, self.load_seconds = plan, 0.0
+        self.loras = loras if isinstance(loras, AllowedLoras) else AllowedLoras(checked(loras or {}, plan, "loras="))
         self._backend, self._batch = backend, batch
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
@@ -157,14 +164,17 @@ class Gang:
                 which are drawn together; ``negative`` may be such a list too.
             previews: how many previews of each picture are wanted.
             settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
-                the pipeline.
+                the pipeline. ``lora`` has names of `loras` with scales, ``{"ink": 0.8}`` or ``"ink:0.8"``, which are
+                added to those of the plan.
 
         Raises:
             UsageError: a setting is unknown, or decided by the plan.
             GangEnded: the ranks have ended.
         """
         chosen = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        request = GangRequest(chosen, checked(chosen, settings), previews)
+        if (lora := self.loras.texts(settings.pop("lora", None) or {})) != []:
+            settings["lora"] = (*self.plan.run.lora, *lora)
+        request = GangRequest(chosen, checked_settings(chosen, settings), previews)
         return self._put(request, seeds_of(self.plan, request.settings))
 
     def predict(self, arguments: bytes, grid: tuple[int, int] = (1, 1)) -> bytes:
@@ -292,7 +302,7 @@ class Gang:
         if batch is None:
             return None
         ranks.send(batch.begin())
-        return Answer(batch, self.plan.world)
+        return Answer(batch, self.plan.world, self.loras)
 
 
 class Answer:
@@ -301,10 +311,11 @@ class Answer:
     Args:
         batch: the requests.
         world: number of ranks.
+        loras: whose paths nobody is to see.
     """
 
-    def __init__(self, batch: Batch, world: int) -> None:
-        self.batch, self.world = batch, world
+    def __init__(self, batch: Batch, world: int, loras: AllowedLoras) -> None:
+        self.batch, self.world, self._loras = batch, world, loras
         self.ends: dict[int, Mapping[str, Any]] = {}
         self._cancelled = False
         self._heard = time.monotonic()
@@ -353,7 +364,7 @@ class Answer:
             return self.batch.apart()
         if failed:
             end = next(iter(failed.values()))
-            self.batch.end("failed", RequestFailed(str(end["error"]), bool(end["refused"])))
+            self.batch.end("failed", RequestFailed(self._loras.named(str(end["error"])), bool(end["refused"])))
         elif self._cancelled or any(end["outcome"] == "cancelled" for end in self.ends.values()):
             self.batch.end("cancelled", RequestCancelled())
         else:
@@ -370,7 +381,7 @@ def farewell(ranks: StartedRanks) -> None:
     ranks.finish()
 
 
-def checked(prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def checked_settings(prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a request, as the ranks take them: what is wrong with them alone is refused here.
 
     Raises:

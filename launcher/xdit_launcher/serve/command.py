@@ -17,10 +17,11 @@ from typing import Any
 import uvicorn
 
 from xdit_core import machine
-from xdit_core.errors import UsageError, XditError
+from xdit_core.errors import UsageError
 from xdit_core.plan import Plan
 from xdit_core.planning.planner import make_plan
 from xdit_launcher.backends.base import Backend
+from xdit_launcher.gang.loras import LoraFile
 from xdit_launcher.printing import print_lines
 from xdit_launcher.serve.api.app import Guard, make_app
 from xdit_launcher.serve.api.common import Server
@@ -46,6 +47,7 @@ def serve(
     data: str,
     keys_file: str | None,
     replicas: str = "1",
+    loras_file: str | None = None,
 ) -> int:
     """Serve a model until a signal ends the server.
 
@@ -57,6 +59,7 @@ def serve(
         data: folder of jobs and results.
         keys_file: file with keys of clients, None if there is none.
         replicas: how many gangs answer, as ``2`` or ``1..4``.
+        loras_file: file with LoRAs that clients may ask for, None if there is none.
 
     Returns:
         The exit code.
@@ -73,9 +76,10 @@ def serve(
     if count.most > 1:
         devices = max(1, (devices or machine.cuda_devices() or machine.cores()) // count.most)
     plan = make_plan(plugins, values, devices=devices)
+    loras = LoraFile(loras_file, plan)
     name = f"xdit-{hashlib.sha256(str(Path(data).absolute()).encode()).hexdigest()[:8]}"
-    with listening(host, port) as end, gangs(plan, on, count, limits, name) as source:
-        answer(plan, source, limits, keys, data, host, end)
+    with listening(host, port) as end, gangs(plan, on, count, limits, name, loras) as source:
+        answer(plan, source, limits, keys, loras, data, host, end)
     return 0
 
 
@@ -84,6 +88,7 @@ def answer(
     source: Gangs,
     limits: ServeSettings,
     keys: Keys,
+    loras: LoraFile,
     data: str,
     host: str,
     end: socket.socket,
@@ -93,13 +98,14 @@ def answer(
 
     Args:
         source: where the gangs come from.
+        loras: that clients may ask for.
         end: a socket that is bound to ``host``.
         stop: ends the server; without it signals do.
     """
     log, metrics = Log(), Metrics()
     with contextlib.closing(Store(data)) as store:
         dispatcher = Dispatcher(store, source, limits, log, metrics)
-        server = Server(dispatcher, RequestCheck(plan, limits), keys, store.secret(), time.time())
+        server = Server(dispatcher, RequestCheck(plan, limits, loras), keys, store.secret(), time.time())
         logging.getLogger("uvicorn.error").addHandler(Passed(log))
         config = uvicorn.Config(
             Guard(make_app(server), server, host),
@@ -156,7 +162,7 @@ class Http(uvicorn.Server):
         await serving
 
     def _take_signals(self, ending: asyncio.Event) -> None:
-        """Let signals end the server, renew its gangs, and read the keys again."""
+        """Let signals end the server, renew its gangs, and read the files of keys and LoRAs again."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_end(ending))
@@ -178,11 +184,7 @@ class Http(uvicorn.Server):
         threading.Thread(target=self._served.dispatcher.renew, name="xdit-renewal", daemon=True).start()
 
     def _reload(self) -> None:
-        log = self._served.dispatcher.log
-        try:
-            log.write("keys were read again", keys=self._served.keys.reload())
-        except XditError as error:
-            log.write("keys could not be read again; those of before are used", "error", error=error)
+        threading.Thread(target=self._served.reload, name="xdit-reload", daemon=True).start()
 
 
 @contextlib.contextmanager

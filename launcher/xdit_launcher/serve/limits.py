@@ -18,6 +18,7 @@ from xdit_core.planning.requests import plan_of_request
 from xdit_core.printable import printable
 from xdit_core.registry.registry import Registry
 from xdit_core.settings import build, did_you_mean, fields_of
+from xdit_launcher.gang.loras import AllowedLoras
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
@@ -143,10 +144,11 @@ class RequestCheck:
     Args:
         plan: of the gang.
         limits: of the server.
+        loras: that clients may ask for.
     """
 
-    def __init__(self, plan: Plan, limits: ServeSettings) -> None:
-        self.plan, self.limits = plan, limits
+    def __init__(self, plan: Plan, limits: ServeSettings, loras: AllowedLoras | None = None) -> None:
+        self.plan, self.limits, self.loras = plan, limits, AllowedLoras() if loras is None else loras
         self._registry = Registry()
         self.spec, _ = self._registry.model(plan.model)
         self._pipeline = pipeline_class(Path(plan.folder))
@@ -159,6 +161,7 @@ class RequestCheck:
         Args:
             prompt: what to draw.
             settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call``; None stands for the default.
+                ``lora`` has names and scales, as of ``AllowedLoras.scales``.
 
         Raises:
             ApiError: it is refused, with the reason.
@@ -175,8 +178,10 @@ class RequestCheck:
         seeds = asked["seed"] if isinstance(asked["seed"], list) else [asked["seed"]]
         if not all(0 <= seed <= MOST_SEED - self.limits.images for seed in seeds):
             raise ApiError(f"seed must be between 0 and {MOST_SEED - self.limits.images}.", param="seed")
+        lora = self._loras_of(asked.pop("lora", {}))
         about = self._plan_for(prompt, asked)
         self._check_numbers(about)
+        asked |= {"lora": lora} if lora else {}
         asked["images"] = about["images"]  # as many as seeds, if there are several of these
         return CheckedRequest(asked, about)
 
@@ -216,6 +221,13 @@ class RequestCheck:
                 )
             if not isinstance(value, int | float):
                 raise ApiError(f"call.{name} must be a number, true or false.", param="call")
+
+    def _loras_of(self, lora: Any) -> dict[str, float]:
+        """Scales of the LoRAs of a request by name."""
+        try:
+            return self.loras.scales(lora)
+        except UsageError as error:
+            raise ApiError(str(error), param="lora") from error
 
     def _plan_for(self, prompt: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Size, steps and so on of a request; equal settings are checked once."""

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, WithJsonSchema, field_validator
 
+from xdit_core.errors import XditError
 from xdit_launcher.serve.auth import Keys
 from xdit_launcher.serve.dispatcher import Dispatcher
 from xdit_launcher.serve.events import CLOSING, JobEvent, Watch
@@ -57,9 +58,24 @@ class Server:
         """The model makes videos."""
         return self.check.plan.facts.video
 
+    def reload(self) -> None:
+        """Read the files of keys and of LoRAs again; what cannot be read stays as it is."""
+        log = self.dispatcher.log
+        for name, file in (("keys", self.keys), ("LoRAs", self.check.loras)):
+            try:
+                log.write(f"{name} were read again", **{name.lower(): file.reload()})
+            except XditError as error:
+                log.write(f"{name} could not be read again; those of before are used", "error", error=error)
+
     def token(self, id: str, number: int) -> str:
         """What opens one result without a key."""
         return hmac.new(self.secret, f"{id}/{number}".encode(), hashlib.sha256).hexdigest()[:32]
+
+
+# what it may be is checked with the names that are allowed
+AskedLoras = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"type": "string"}]})
+]
 
 
 class Strict(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from xdit_core.outputs.metadata import FPS
 from xdit_core.plan import Plan
 from xdit_core.planning.degrees import processes
 from xdit_core.records import Axis
+from xdit_core.settings import MOST_SCALE
 from xdit_launcher.commands.show import exactness_line
 from xdit_launcher.serve.api.common import ACaller, AServer
 from xdit_launcher.serve.api.native import MOST_PREVIEWS, JobRequest
 from xdit_launcher.serve.limits import MOST_SEED, ServeSettings
 from xdit_launcher.serve.media import FORMATS
 
+LORA_HELP = "scale of a LoRA, 0 leaves it out"
 SOME_GUIDANCE = 5.0  # with which a model that knows guidance uses it
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -30,7 +32,7 @@ class Setting:
     """A field of a job.
 
     Args:
-        name: in the body of ``POST /v1/jobs``; ``call.NAME`` is an item of ``call``.
+        name: in the body of ``POST /v1/jobs``; ``call.NAME`` is an item of ``call``, ``lora.NAME`` one of ``lora``.
         title: a word or two for a person.
         kind: ``text``, ``integer``, ``number``, ``choice``, or ``seeds``: one integer, or one for each picture.
         default: what the server takes if it is left out; None if that is chosen for each job.
@@ -56,7 +58,7 @@ class Setting:
 @router.get("/settings")
 async def settings(server: AServer, caller: ACaller) -> dict[str, Any]:
     """What a job may set: the settings that this model takes, with defaults and limits."""
-    plan, spec, limits = server.check.plan, server.check.spec, server.check.limits
+    plan, spec, limits, loras = server.check.plan, server.check.spec, server.check.limits, server.check.loras
     return {
         "model": server.model,
         "video": server.video,
@@ -64,7 +66,7 @@ async def settings(server: AServer, caller: ACaller) -> dict[str, Any]:
         "example": spec.request.example,
         "prompt_characters": limits.prompt,
         "pixels": limits.pixels,
-        "settings": [dataclasses.asdict(setting) for setting in settings_of(plan, spec, limits)],
+        "settings": [dataclasses.asdict(setting) for setting in settings_of(plan, spec, limits, loras)],
     }
 
 
@@ -74,13 +76,17 @@ async def drawn(server: AServer, caller: ACaller) -> dict[str, Any]:
     return plan_body(server.check.plan)
 
 
-def settings_of(plan: Plan, spec: ModelSpec, limits: ServeSettings) -> Iterator[Setting]:
+def settings_of(plan: Plan, spec: ModelSpec, limits: ServeSettings, loras: Iterable[str] = ()) -> Iterator[Setting]:
     """The fields of a job that the model of a plan takes, in the order of a form."""
     for setting in (
         *size_settings(plan, spec, limits),
         *drawing_settings(plan, spec, limits),
         *file_settings(plan),
         *call_settings(plan, limits),
+        *(
+            Setting(f"lora.{name}", name, "number", 0, -MOST_SCALE, MOST_SCALE, help=LORA_HELP)
+            for name in sorted(loras)
+        ),
         Setting("previews", "Previews", "integer", 0, 0, MOST_PREVIEWS, 1),
         Setting("priority", "Priority", "integer", 0, -10, 10, 1),
     ):

@@ -16,6 +16,7 @@ from xdit_launcher.serve.api.common import (
     KEEP_ALIVE,
     ACaller,
     AServer,
+    AskedLoras,
     EventStream,
     Server,
     Strict,
@@ -36,7 +37,7 @@ from xdit_launcher.serve.records import DONE, ENDED, StoredJob
 KINDS = ("job", "image", "video")
 SETTINGS = (
     *("negative", "steps", "guidance", "height", "width", "frames", "images", "seed", "output_type"),
-    *("max_sequence_length", "call"),
+    *("max_sequence_length", "call", "lora"),
 )
 MOST_PREVIEWS = 20
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -62,6 +63,7 @@ class JobRequest(Strict):
     call: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
         None, description="arguments of the pipeline in serve.call="
     )
+    lora: AskedLoras = Field(None, description="names of LoRAs of this server with scales")
     format: Literal["png", "jpeg", "webp"] | None = Field(None, description="of pictures")
     compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     previews: int = Field(0, ge=0, le=MOST_PREVIEWS, description="previews of each picture among the events")

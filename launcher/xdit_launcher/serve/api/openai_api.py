@@ -17,6 +17,7 @@ from xdit_launcher.serve.api.common import (
     KEEP_ALIVE,
     ACaller,
     AServer,
+    AskedLoras,
     Attached,
     EventStream,
     Server,
@@ -83,6 +84,7 @@ class ImageRequest(Strict):
     steps: int | None = Field(None, ge=1, description="ours: denoising steps, in place of quality")
     guidance: float | None = Field(None, allow_inf_nan=False, description="ours: classifier-free guidance scale")
     negative: str | None = Field(None, description="ours: what to keep out of the picture")
+    lora: AskedLoras = Field(None, description="ours: names of LoRAs of this server with scales")
 
 
 def check_fields(server: Server, body: ImageRequest) -> None:
@@ -156,7 +158,7 @@ async def generate(body: ImageRequest, request: Request, server: AServer, caller
     chosen = format_of(body.output_format, body.output_compression)
     settings = {
         **{"width": width, "height": height, "steps": steps_of(server, body), "guidance": body.guidance},
-        **{"negative": body.negative, "seed": body.seed, "images": body.n},
+        **{"negative": body.negative, "seed": body.seed, "images": body.n, "lora": body.lora},
     }
     if isinstance(body.seed, list) and body.n is not None and len(body.seed) not in (1, body.n):
         raise ApiError("seed has another number of seeds than n; give one for each picture.", param="seed")

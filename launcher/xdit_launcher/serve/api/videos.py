@@ -13,6 +13,7 @@ from xdit_core.outputs.metadata import FPS
 from xdit_launcher.serve.api.common import (
     ACaller,
     AServer,
+    AskedLoras,
     Server,
     Strict,
     accept,
@@ -48,6 +49,7 @@ class VideoRequest(Strict):
     steps: int | None = Field(None, ge=1, description="ours: denoising steps")
     guidance: float | None = Field(None, allow_inf_nan=False, description="ours: classifier-free guidance scale")
     negative: str | None = Field(None, description="ours: what to keep out of the video")
+    lora: AskedLoras = Field(None, description="ours: names of LoRAs of this server with scales")
 
 
 def check_video(server: AServer) -> Server:
@@ -114,7 +116,7 @@ async def create(request: Request, server: AServer, caller: ACaller) -> Any:
     width, height = size_of(body.size)
     settings = {
         **{"width": width, "height": height, "frames": frames_of(server, body), "seed": body.seed},
-        **{"steps": body.steps, "guidance": body.guidance, "negative": body.negative},
+        **{"steps": body.steps, "guidance": body.guidance, "negative": body.negative, "lora": body.lora},
     }
     idempotency = idempotency_of(request)
     job, _ = await accept(

@@ -13,6 +13,7 @@ from xdit_launcher.serve.gangs.replicas import Replicas
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_launcher.backends.base import Backend
+    from xdit_launcher.gang.loras import AllowedLoras
 
 WARM_UP_STEPS = 2
 
@@ -25,20 +26,23 @@ class GangsBeside:
         on: the backend.
         replicas: how many there are.
         batch: the most pictures that each draws together.
+        loras: that requests may ask for.
 
     Raises:
         UsageError: there is no room for so many.
     """
 
-    def __init__(self, plan: Plan, on: Backend, replicas: Replicas, batch: int = 1) -> None:
-        self.replicas, self._plan, self._batch = replicas, plan, batch
+    def __init__(
+        self, plan: Plan, on: Backend, replicas: Replicas, batch: int = 1, loras: AllowedLoras | None = None
+    ) -> None:
+        self.replicas, self._plan, self._batch, self._loras = replicas, plan, batch, loras
         self._backends = [on.beside(plan, number, replicas.most) for number in range(replicas.most)]
         for backend in self._backends:
             backend.check(plan)
 
     def start(self, number: int) -> AnyGang:
         """See `Gangs.start`."""
-        return started(self._plan, self._backends[number], self._batch)
+        return started(self._plan, self._backends[number], self._batch, self._loras)
 
     def running(self) -> int | None:
         """See `Gangs.running`."""
@@ -49,13 +53,13 @@ class GangsBeside:
         return False
 
 
-def started(plan: Plan, on: Backend, batch: int) -> Gang:
+def started(plan: Plan, on: Backend, batch: int, loras: AllowedLoras | None = None) -> Gang:
     """Start a gang and let it draw once, so that it is known to answer, and has learnt to make previews.
 
     Raises:
         XditError: it could not be started, or ended with its first picture.
     """
-    gang = Gang(plan=plan, backend=on, batch=batch)
+    gang = Gang(plan=plan, backend=on, batch=batch, loras=loras)
     try:
         if plan.run.prompt:
             with contextlib.suppress(RequestFailed):  # a model may refuse so few steps; clients are told if it is more

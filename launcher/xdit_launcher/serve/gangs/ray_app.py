@@ -16,6 +16,7 @@ from xdit_launcher.arguments import names_in, values_of
 from xdit_launcher.backends import ray as backend
 from xdit_launcher.backends import registry
 from xdit_launcher.backends.k8s_settings import FRONT
+from xdit_launcher.gang.loras import LoraFile
 from xdit_launcher.serve.auth import Keys, check_host
 from xdit_launcher.serve.gangs.ray_serve import RayServeGangs, deployment_of
 from xdit_launcher.serve.gangs.replicas import Replicas
@@ -31,7 +32,7 @@ class Front:
         plan: as JSON.
         limits: of the server.
         replicas: how many gangs there may be.
-        host, port, data, keys: as of ``xdit-launch serve``.
+        host, port, data, keys, loras: as of ``xdit-launch serve``.
         gangs: the handle of their deployment.
     """
 
@@ -44,6 +45,7 @@ class Front:
         port: int,
         data: str,
         keys: str | None,
+        loras: str | None,
         gangs: Any,
     ) -> None:
         from xdit_launcher.serve.command import answer, listening
@@ -53,9 +55,11 @@ class Front:
         check_host(host, known)
         self._stack = contextlib.ExitStack()
         end = self._stack.enter_context(listening(host, port))
-        source = RayServeGangs(serve, serve.get_replica_context().app_name, lambda _: gangs, replicas)
+        made = Plan.from_json(plan)
+        allowed = LoraFile(loras, made)
+        source = RayServeGangs(serve, serve.get_replica_context().app_name, lambda _: gangs, replicas, allowed)
         self._stack.callback(source.close)
-        words = (Plan.from_json(plan), source, limits, known, data, host, end, self._stop)
+        words = (made, source, limits, known, allowed, data, host, end, self._stop)
         self._thread = threading.Thread(target=answer, args=words, name="xdit-server", daemon=True)
         self._thread.start()
 
@@ -80,7 +84,7 @@ def build(arguments: dict[str, Any]) -> Any:
 
     Args:
         arguments: ``words`` as a list, settings as on the command line; ``plugins``, ``replicas``, ``host``, ``port``,
-            ``data`` and ``keys`` as the options of ``xdit-launch serve``.
+            ``data``, ``keys`` and ``loras`` as the options of ``xdit-launch serve``.
 
     Raises:
         XditError: a setting is wrong, or the plan is refused.
@@ -100,4 +104,6 @@ def build(arguments: dict[str, Any]) -> Any:
         ray_actor_options={"num_cpus": 0, "resources": {FRONT: 1}},
         graceful_shutdown_timeout_s=limits.grace + STARTING,
     )(Front)
-    return front.bind(plan.to_json(), limits, replicas, host, port, data, arguments.get("keys"), gangs)
+    return front.bind(
+        plan.to_json(), limits, replicas, host, port, data, arguments.get("keys"), arguments.get("loras"), gangs
+    )

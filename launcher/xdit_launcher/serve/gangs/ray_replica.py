@@ -16,6 +16,7 @@ from xdit_core.plan import Plan
 from xdit_launcher.backends import ray as backend
 from xdit_launcher.backends.base import Backend
 from xdit_launcher.gang.job import Event, Job, Result
+from xdit_launcher.gang.loras import AllowedLoras
 from xdit_launcher.serve.gangs.beside import started
 
 LOOK = 0.2  # seconds between two looks at the gang
@@ -52,10 +53,14 @@ class Replica:
         """How long the model took to load."""
         return self._gang.load_seconds
 
-    async def draw(self, prompts: Sequence[str], previews: int, settings: Mapping[str, Any]) -> AsyncIterator[Answer]:
-        """Answer a request; it is cancelled if nobody wants the rest."""
+    async def draw(
+        self, prompts: Sequence[str], previews: int, settings: Mapping[str, Any], loras: Mapping[str, str]
+    ) -> AsyncIterator[Answer]:
+        """Answer a request, which may ask for some LoRAs; it is cancelled if nobody wants the rest."""
         job: Job | None = None
         try:
+            if dict(self._gang.loras) != dict(loras):
+                self._gang.loras = AllowedLoras(loras)
             job = self._gang.submit(prompts, previews=previews, **settings)
             events = job.events()
             while (event := await asyncio.to_thread(next, events, None)) is not None:

@@ -19,6 +19,7 @@ from xdit_launcher.serve.gangs.replicas import Replicas
 
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
+    from xdit_launcher.gang.loras import AllowedLoras
     from xdit_launcher.serve.limits import ServeSettings
 
 DEPLOYMENT = "gang"
@@ -90,7 +91,8 @@ class RemoteGang:
 
     def submit(self, prompts: Any, *, previews: int = 0, **settings: Any) -> RemoteJob:
         """Send a request to a replica."""
-        return RemoteJob(self._gangs.handle.options(stream=True).draw.remote(prompts, previews, settings))
+        draw = self._gangs.handle.options(stream=True).draw
+        return RemoteJob(draw.remote(prompts, previews, settings, dict(self._gangs.loras)))
 
     def close(self) -> None:
         """Nothing: Ray Serve ends the replicas."""
@@ -104,9 +106,13 @@ class RayServeGangs:
         app: name of the application.
         deploy: deploys replicas in the place of those that were deployed with another number; returns the handle.
         replicas: how many there may be.
+        loras: that requests may ask for.
     """
 
-    def __init__(self, serve: Any, app: str, deploy: Callable[[float], Any], replicas: Replicas) -> None:
+    def __init__(
+        self, serve: Any, app: str, deploy: Callable[[float], Any], replicas: Replicas, loras: AllowedLoras
+    ) -> None:
+        self.loras = loras
         self.handle, self.message = deploy(time.time()), "Ray Serve starts the replicas."
         self._deploy = deploy
         # further requests tell Ray Serve to start further replicas
@@ -217,12 +223,13 @@ def deployment_of(
 
 @contextlib.contextmanager
 def serving(
-    plan: Plan, settings: backend.Settings, replicas: Replicas, limits: ServeSettings, name: str
+    plan: Plan, settings: backend.Settings, replicas: Replicas, limits: ServeSettings, name: str, loras: AllowedLoras
 ) -> Iterator[RayServeGangs]:
     """Deploy the gangs of a plan; they end with the context.
 
     Args:
         name: of the server.
+        loras: that requests may ask for.
 
     Raises:
         UsageError: there is no cluster, or no Ray Serve, or the cluster has too little.
@@ -242,7 +249,7 @@ def serving(
             target = serve.RunTarget(application(generation), name=name, route_prefix=None)
             return serve.run_many([target], wait_for_applications_running=False)[0]
 
-        gangs = RayServeGangs(serve, name, deploy, replicas)
+        gangs = RayServeGangs(serve, name, deploy, replicas, loras)
         try:
             yield gangs
         finally:

@@ -12,14 +12,18 @@ from xdit_launcher.serve.gangs.replicas import Gangs, Replicas
 if TYPE_CHECKING:
     from xdit_core.plan import Plan
     from xdit_launcher.backends.base import Backend
+    from xdit_launcher.gang.loras import AllowedLoras
     from xdit_launcher.serve.limits import ServeSettings
 
 
 @contextlib.contextmanager
-def gangs(plan: Plan, on: Backend, replicas: Replicas, limits: ServeSettings, name: str) -> Iterator[Gangs]:
+def gangs(
+    plan: Plan, on: Backend, replicas: Replicas, limits: ServeSettings, name: str, loras: AllowedLoras
+) -> Iterator[Gangs]:
     """The gangs of a server; they end with the context.
 
     Args:
+        loras: that requests may ask for.
         name: of the server, the same when it is started again.
 
     Raises:
@@ -29,7 +33,7 @@ def gangs(plan: Plan, on: Backend, replicas: Replicas, limits: ServeSettings, na
         from xdit_launcher.serve.gangs.ray_serve import serving
 
         on.check(plan)
-        with serving(plan, on.settings, replicas, limits, name) as deployed:
+        with serving(plan, on.settings, replicas, limits, name, loras) as deployed:
             yield deployed
     else:
-        yield GangsBeside(plan, on, replicas, limits.batch)
+        yield GangsBeside(plan, on, replicas, limits.batch, loras)

@@ -5,7 +5,7 @@ import { save } from "/page/results.js";
 import { bar, legend } from "/page/times.js";
 import { removeButton, shownResult } from "/page/tile.js";
 
-const HIDDEN = ["video", "fps", "call"]; // settings that say nothing here
+const HIDDEN = ["video", "fps", "call", "lora"]; // settings that say nothing here, or are shown item by item
 
 /**
  * Show the details of a job.
@@ -46,9 +46,11 @@ export function showDetails(tile, titles) {
 
 function settingsOf(job, titles) {
   const all = Object.entries(job.settings).filter(([name, value]) => !HIDDEN.includes(name) && value !== null && value !== "");
-  const call = Object.entries(job.settings.call ?? {}).map(([name, value]) => [`call.${name}`, value]);
+  const items = ["call", "lora"].flatMap((group) =>
+    Object.entries(job.settings[group] ?? {}).map(([name, value]) => [`${group}.${name}`, value]),
+  );
   const made = new Date(job.created * 1000).toLocaleString();
-  return [...all, ...call, ["Made", made]].flatMap(([name, value]) => [
+  return [...all, ...items, ["Made", made]].flatMap(([name, value]) => [
     element("dt", {}, titles.get(name) ?? name.replaceAll("_", " ")),
     element("dd", {}, [value].flat().join(", ")),
   ]);

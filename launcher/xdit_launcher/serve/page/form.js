@@ -64,8 +64,9 @@ export class Form {
     for (const [name, field] of this.fields) {
       const value = field.row.hidden ? null : field.read();
       if (value === null) continue;
-      if (name.startsWith("call.")) (body.call ??= {})[name.slice(5)] = value;
-      else body[name] = value;
+      const [group, item] = parts(name);
+      if (item === undefined) body[name] = value;
+      else (body[group] ??= {})[item] = value;
     }
     return body;
   }
@@ -74,7 +75,8 @@ export class Form {
   take(job) {
     this.prompt.value = job.prompt;
     for (const [name, field] of this.fields) {
-      const value = name.startsWith("call.") ? job.settings.call?.[name.slice(5)] : job.settings[name];
+      const [group, item] = parts(name);
+      const value = item === undefined ? job.settings[name] : job.settings[group]?.[item];
       field.value = value ?? field.setting.default;
     }
     this.fit();
@@ -129,6 +131,12 @@ export class Form {
     this.prompt.value ||= draft.prompt;
     for (const [name, field] of this.fields) field.value = draft.values[name] ?? field.setting.default;
   }
+}
+
+/** The name of a field, and of its item where the field holds several: ["call", "mu"], ["steps"]. */
+function parts(name) {
+  const dot = name.indexOf(".");
+  return dot < 0 ? [name] : [name.slice(0, dot), name.slice(dot + 1)];
 }
 
 /** A field that holds no value of its kind. */

@@ -1,11 +1,12 @@
-"""Add LoRA files (Hu et al. 2021, arXiv:2106.09685) to the weights while these are read, before they are divided.
+"""Read LoRA files (Hu et al. 2021, arXiv:2106.09685) as what they add to weights.
 
-Diffusers reads the file, in any format that it knows, into adapters of a denoiser on the meta device. What the adapters
-hold is then added to the tensors, or to the parts of tensors, that a rank reads.
+Diffusers reads the files, in any format that it knows, into adapters of models on the meta device. What the adapters
+hold is added to the tensors, or to the parts of tensors, that a rank reads.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,48 +19,57 @@ Delta = Callable[[], torch.Tensor]
 Deltas = Mapping[str, Delta]
 
 
-def load_loras(pipe: Any, denoisers: Mapping[str, nn.Module], loras: Mapping[str, float]) -> dict[str, Deltas]:
-    """Read LoRA files: return what to add to the denoisers, and change the text encoders at once.
+def takers(pipe: Any) -> dict[str, nn.Module]:
+    """Return the models of a pipeline that diffusers adds LoRAs to, by name."""
+    names = getattr(pipe, "_lora_loadable_modules", ())
+    return {name: part for name, part in pipe.components.items() if name in names and isinstance(part, nn.Module)}
+
+
+def read_loras(pipe: Any, models: Mapping[str, nn.Module], loras: Mapping[str, float]) -> dict[str, Deltas]:
+    """Read LoRA files.
 
     Args:
-        pipe: a pipeline whose denoisers are on the meta device.
-        denoisers: the denoisers by name. They get the adapters and must not be used for anything else afterwards.
+        pipe: a pipeline of the class that the LoRAs were made for; it is not changed.
+        models: copies of its models that take LoRAs, with parameters on the meta device. They get the adapters and must
+            not be used for anything else afterwards.
         loras: scale of each file or folder, by path.
 
     Returns:
-        For each denoiser, a function for each changed parameter, which returns the change in float32.
+        For each model a function for each changed parameter, which returns the change in float32.
 
     Raises:
         ModelError: the pipeline takes no LoRA, or the LoRA changes more than weights.
     """
     kind = type(pipe).__name__
+    if not loras:
+        return {}
     if not hasattr(pipe, "load_lora_weights"):
         raise ModelError(f"diffusers has no LoRA loader for {kind}; leave out lora=.")
-    shapes = {name: {k: p.shape for k, p in part.named_parameters()} for name, part in denoisers.items()}
-    for part in denoisers.values():
-        stand_in(part)
-    for i, path in enumerate(loras):
+    shapes = {name: {k: p.shape for k, p in model.named_parameters()} for name, model in models.items()}
+    for model in models.values():
+        stand_in(model)
+    reader = copy.copy(pipe)  # without models that hold values: diffusers takes hooks off them
+    others = {name: models.get(name) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    reader.register_modules(**others)
+    scales = {}
+    for i, (path, scale) in enumerate(sorted(loras.items())):  # in one order, as a sum depends on it
+        scales[f"lora{i}"] = scale
         try:
-            pipe.load_lora_weights(path, adapter_name=f"lora{i}")
+            reader.load_lora_weights(path, adapter_name=f"lora{i}")
         except Exception as error:  # diffusers and peft raise many unrelated classes
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise ModelError(f"lora={path} cannot be read as a LoRA for {kind}: {reason}") from error
-    scales = {f"lora{i}": scale for i, scale in enumerate(loras.values())}
-    for name, part in pipe.components.items():
-        if name not in denoisers and isinstance(part, nn.Module):
-            for adapter in tuple(scales):
-                merge(part, adapter, scales[adapter])
-    deltas_of = {name: deltas(part, scales, shapes[name]) for name, part in denoisers.items()}
-    if not any(deltas_of.values()) and not any(getattr(p, "peft_config", None) for p in pipe.components.values()):
+    deltas_of = {name: deltas(model, scales, shapes[name]) for name, model in models.items()}
+    if not any(deltas_of.values()):
         raise ModelError(
             f"lora={', '.join(loras)} holds nothing for a part of {kind}; give a LoRA that was made for this model."
         )
     return deltas_of
 
 
-def stand_in(denoiser: nn.Module) -> None:
+def stand_in(model: nn.Module) -> None:
     """Pretend that parameters on the meta device have a device, since adapters follow it; no memory is allocated."""
-    for module in denoiser.modules():
+    for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             module.register_parameter(
                 name, nn.Parameter(p.new_empty((), device="cpu").expand(p.shape), requires_grad=False)
@@ -73,17 +83,7 @@ def adapted(module: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def merge(module: nn.Module, adapter: str, scale: float) -> None:
-    """Add an adapter to the weights."""
-    for layer in adapted(module).values():
-        if adapter in layer.lora_A:
-            layer.scaling[adapter] *= scale
-            weight = layer.get_base_layer().weight
-            weight.data = weight.data.clone()  # the memory may belong to the user's pipeline
-            layer.merge(adapter_names=[adapter])
-
-
-def deltas(denoiser: nn.Module, scales: Mapping[str, float], shapes: Mapping[str, torch.Size]) -> Deltas:
+def deltas(model: nn.Module, scales: Mapping[str, float], shapes: Mapping[str, torch.Size]) -> Deltas:
     """Return the sum of what the adapters add to each weight, by its name.
 
     Raises:
@@ -91,8 +91,8 @@ def deltas(denoiser: nn.Module, scales: Mapping[str, float], shapes: Mapping[str
     """
     fix = "it cannot be added to weights that are divided; merge it into the checkpoint first"
     sums: dict[str, Delta] = {}
-    layers = adapted(denoiser)
-    for name, part in denoiser.named_parameters():
+    layers = adapted(model)
+    for name, part in model.named_parameters():
         if ".lora_" not in name and name.replace(".base_layer", "") not in shapes:
             raise ModelError(f"the LoRA adds {name} to the model; {fix}.")
         if ".lora_" not in name and part.shape != shapes[name.replace(".base_layer", "")]:
