@@ -63,7 +63,7 @@ class Server:
         log = self.dispatcher.log
         for name, file in (("keys", self.keys), ("LoRAs", self.check.loras)):
             try:
-                log.write(f"{name} were read again", **{name.lower(): file.reload()})
+                log.write(f"{name} were read again", count=file.reload())
             except XditError as error:
                 log.write(f"{name} could not be read again; those of before are used", "error", error=error)
 
