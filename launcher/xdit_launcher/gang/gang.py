@@ -314,8 +314,8 @@ class Answer:
         loras: whose paths nobody is to see.
     """
 
-    def __init__(self, batch: Batch, world: int, loras: AllowedLoras) -> None:
-        self.batch, self.world, self._loras = batch, world, loras
+    def __init__(self, batch: Batch, world: int, loras: AllowedLoras | None = None) -> None:
+        self.batch, self.world, self._loras = batch, world, loras or AllowedLoras()
         self.ends: dict[int, Mapping[str, Any]] = {}
         self._cancelled = False
         self._heard = time.monotonic()

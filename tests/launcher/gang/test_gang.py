@@ -144,7 +144,7 @@ def test_a_bad_value_leaves_the_gang_alive(gang: Gang, changes: dict[str, Any], 
         ("", {}, "there is no prompt"),
         ([], {}, "there is no prompt"),
         ("x", {"stepz": 3}, "does not take stepz"),
-        ("x", {"lora": "a.safetensors"}, "does not take lora"),
+        ("x", {"lora": "a.safetensors"}, "there is no LoRA 'a.safetensors'; none is allowed here"),
         ("x", {"steps": "many"}, "steps=many is not a whole number"),
     ],
 )

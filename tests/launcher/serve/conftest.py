@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.launcher.served import Served
+from helpers.models.lora import loras_of
 
 pytest.importorskip("fastapi")
 
@@ -20,10 +21,19 @@ def words(tiny_sd3_folder: Path) -> tuple[str, ...]:
     return ("model=sd3", f"model.path={tiny_sd3_folder}", "steps=3", "max_sequence_length=5", "device=cpu")
 
 
+def write_list(file: Path, paths: list[str], *more: str) -> None:
+    """A file for ``--loras`` with ink and wash."""
+    lines = [f"{name} = {path}" for name, path in zip(("ink", "wash"), paths, strict=False)]
+    file.write_text("\n".join(["# styles", *lines, "", *more]))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, words: tuple[str, ...]) -> Iterator[Served]:
-    """A server without keys over one rank."""
-    served = Served(tmp_path_factory.mktemp("serve") / "server", *words, "serve.queue=3", "serve.steps=2000").ready()
+    """A server without keys over one rank, with two LoRAs."""
+    folder = tmp_path_factory.mktemp("serve")
+    write_list(folder / "loras.txt", loras_of(words[1].partition("=")[2], folder))
+    more = ("serve.queue=3", "serve.steps=2000", "--loras", str(folder / "loras.txt"))
+    served = Served(folder / "server", *words, *more).ready()
     yield served
     served.close()
     assert "Traceback" not in served.log() and not served.events("a request failed"), served.log()

@@ -50,6 +50,14 @@ def test_arguments_of_the_pipeline_are_settings_where_they_are_open():
     assert (made["call.clip_skip"].kind, made["call.clip_skip"].default) == ("number", None)
 
 
+def test_loras_are_settings_with_a_scale():
+    plan = make_plan([], {"model": "emoji"})
+    settings = settings_of(plan, Registry().model("emoji")[0], ServeSettings(), {"wash": "/a", "ink": "/b"})
+    scales = [setting for setting in settings if setting.name.startswith("lora.")]
+    assert [setting.title for setting in scales] == ["ink", "wash"] and all(setting.help for setting in scales)
+    assert (scales[0].kind, scales[0].default, scales[0].minimum, scales[0].maximum) == ("number", 0, -100, 100)
+
+
 def test_only_what_the_model_takes(tmp_path):
     classes = described(tiny("dit", tmp_path))
     assert {"negative", "width", "height", "max_sequence_length"}.isdisjoint(classes) and "guidance" in classes
