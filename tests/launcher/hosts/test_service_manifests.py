@@ -15,6 +15,7 @@ from helpers.schemas import check_schema
 
 WORDS = ("serve", "--on", "k8s", "k8s.image=r/x:1", "k8s.secret=keys", "k8s.claim=data", "--nnodes", "2")
 PLAN = ("--plugins", "usp", "usp.ulysses=4", "model=emoji", "device=cuda", "serve.queue=7")
+LORAS = ("--loras", "loras.txt")
 CRDS = os.environ.get("XDIT_CRDS", "")
 
 
@@ -34,13 +35,14 @@ PROBES = {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe
 
 
 def test_one_gang_over_several_pods(say: Callable[..., Result]) -> None:
-    workers, service = made(say)
+    workers, service = made(say, *LORAS)
     template = workers["spec"]["leaderWorkerTemplate"]
     assert (workers["kind"], workers["spec"]["replicas"], template["size"]) == ("LeaderWorkerSet", 1, 2)
     leader, worker = (template[f"{name}Template"]["spec"] for name in ("leader", "worker"))
     assert probes(leader) == PROBES and probes(worker) == {}
     command = leader["containers"][0]["command"]
-    assert command[:2] == ["sh", "-c"] and command[3:5] == ["xdit-launch", "serve"] and command[-len(PLAN) :] == [*PLAN]
+    assert command[:2] == ["sh", "-c"] and command[3:5] == ["xdit-launch", "serve"]
+    assert command[-len(PLAN) - 2 :] == [*PLAN, *LORAS]
     assert "sum(node['Alive'] for node in ray.nodes()) < 2" in command[2]
     assert command[command.index("--on") :][:2] == ["--on", "ray"] and "/data/serve-data" in command
     assert all(pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 2} for pod in (leader, worker))
@@ -49,7 +51,7 @@ def test_one_gang_over_several_pods(say: Callable[..., Result]) -> None:
 
 
 def test_many_gangs(say: Callable[..., Result]) -> None:
-    rays, service = made(say, "--replicas", "1..3")
+    rays, service = made(say, "--replicas", "1..3", *LORAS)
     cluster = rays["spec"]["rayClusterConfig"]
     front, gangs = cluster["workerGroupSpecs"]
     assert cluster["enableInTreeAutoscaling"] and rays["kind"] == "RayService"
@@ -60,6 +62,7 @@ def test_many_gangs(say: Callable[..., Result]) -> None:
     (application,) = yaml.safe_load(rays["spec"]["serveConfigV2"])["applications"]
     arguments = application["args"]
     assert arguments["plugins"] == "usp" and arguments["words"] == [*PLAN[2:]] and arguments["replicas"] == "1..3"
+    assert arguments["loras"] == "loras.txt"
     labels = {**front["template"]["metadata"]["labels"], "ray.io/group": front["groupName"]}
     assert service["spec"]["selector"] == labels
 
