@@ -12,7 +12,7 @@ from torch import nn
 
 from helpers.host_path import Count
 from xdit_core.points.blocks.empty_text import EmptyText, learn
-from xdit_core.points.blocks.routing import EmptyRows, Routing, unrouted
+from xdit_core.points.blocks.routing import EmptyRows, Routing, attention_op, unrouted
 
 
 class Doubles:
@@ -76,6 +76,15 @@ def test_two_threads_at_once():
     threads[1].join(10)
     for out, calls in results.values():
         assert torch.equal(out, 2 * whole) and calls == 1
+
+
+@pytest.mark.parametrize("laid_out", ["heads first", "rows first"])
+def test_the_op_of_compiled_blocks_is_what_it_says_to_the_compiler(laid_out):
+    x = qkv() if laid_out == "heads first" else [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv()]
+    options = (None, 0.0, False, None, False)
+    torch.library.opcheck(attention_op, (*x, *options))
+    with Routing(Doubles()):
+        assert torch.equal(attention_op(*x, *options), 2 * unrouted(*x))
 
 
 def test_reshape_of_no_rows():

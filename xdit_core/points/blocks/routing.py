@@ -40,7 +40,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str,
         _point.reset(token)
 
 
-@torch.library.custom_op("xdit::attention", mutates_args=())
+# its collectives cannot be captured: CUDA graphs end before it and begin anew behind it
+@torch.library.custom_op("xdit::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,7 +60,7 @@ def attention_op(
         "scale": scale,
         "enable_gqa": enable_gqa,
     }
-    return attend(q, k, v, options).contiguous()
+    return attend(q, k, v, options).transpose(1, 2).contiguous().transpose(1, 2)  # as kernels lay it out: no copy
 
 
 @attention_op.register_fake
@@ -73,7 +74,8 @@ def _(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    batch, heads, rows, _ = q.shape
+    return q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
 
 
 def through_op(
