@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TICK = 0.1  # seconds between two looks at the ranks
 FAREWELL = 10.0  # seconds for ranks to leave by themselves
+UNWANTED = "the ranks were ended while they loaded, since nobody needs them any more; start others."
 ALIKE = 10.0  # seconds without a sign of a rank, once another has failed, after which they have not failed alike
 
 
@@ -51,12 +52,14 @@ class Gang:
         batch: the most pictures that are drawn together: requests that wait and differ only in prompt, negative prompt
             and seeds become one call of the pipeline.
         loras: LoRAs that requests may ask for: a file, folder or hub id by name.
+        unwanted: asked all the time while the ranks load; once it says True, they are ended.
 
     Attributes:
         loras: these, with their paths; others may be put in their place at any time.
 
     Raises:
         XditError: the plan is refused, or the ranks could not be started; all that is known is in the sentence.
+            `GangEnded` if they were not wanted any more.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Gang:
         backend: Backend | None = None,
         batch: int = 1,
         loras: Mapping[str, str] | None = None,
+        unwanted: Callable[[], bool] = lambda: False,
     ) -> None:
         if plan is None:
             backend, values = registry.choose(on, {}, dict(settings or {}))
@@ -78,7 +82,7 @@ class Gang:
         backend.check(plan)
         self.plan, self.load_seconds = plan, 0.0
         self.loras = loras if isinstance(loras, AllowedLoras) else AllowedLoras(checked(loras or {}, plan, "loras="))
-        self._backend, self._batch = backend, batch
+        self._backend, self._batch, self._unwanted = backend, batch, unwanted
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._queue: deque[Job] = deque()
@@ -211,7 +215,7 @@ class Gang:
         return job
 
     def close(self) -> None:
-        """End the ranks. What is drawn at this moment is cancelled, and so is what waits."""
+        """End the ranks, also while they load. What is drawn at this moment is cancelled, and so is what waits."""
         with self._wake:
             self._stop = True
         self._look()
@@ -277,6 +281,9 @@ class Gang:
                 with self._wake:
                     self._state = "ready"
                     self._wake.notify_all()
+            if self._state == "starting" and (self._stop or self._unwanted()):
+                ranks.stop()  # ranks that load hear nothing
+                return [] if self._stop else [UNWANTED]
             if cause := watch.look(ranks.statuses, idle=self._state == "ready" and answer is None):
                 return ranks.report(cause)
             if answer is not None:

@@ -76,7 +76,7 @@ class Setting:
         )
         self.dispatcher.start()
 
-    def start(self, number):
+    def start(self, number, unwanted):
         if self.refusals:
             self.refusals -= 1
             raise XditError("no weights.")

@@ -218,6 +218,21 @@ def test_closing_cancels_what_is_left(tiny_sd3_folder: Path, runs: Path) -> None
     gang.close()
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_ranks_that_load_are_ended_at_once(tiny_sd3_folder: Path, runs: Path, interrupted: bool) -> None:
+    before, seen = pids(), set[int]()
+
+    def unwanted() -> bool:  # asked as soon as the ranks are there
+        seen.update(set(pids()) - set(before))
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C in a notebook
+        return not interrupted
+
+    with pytest.raises(KeyboardInterrupt if interrupted else GangEnded, match=None if interrupted else "they loaded"):
+        Gang(["usp"], settings(tiny_sd3_folder, runs), unwanted=unwanted)
+    assert pids() == before and len(seen) == 2
+
+
 def test_a_plan_that_is_refused_starts_nothing(tiny_sd3_folder: Path, runs: Path) -> None:
     before = pids()
     with pytest.raises(PlanRefused, match="4 heads"):

@@ -66,6 +66,7 @@ def test_a_server_whose_ranks_are_loading_ends_at_once(tmp_path, words):
     ranks = wait_for(lambda: ranks_of(served))
     assert served.end() == 0
     assert served.events("the server has ended")[-1]["waiting"] == 1
+    assert served.events("the ranks were ended while they loaded")
     wait_for(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks))
 
 

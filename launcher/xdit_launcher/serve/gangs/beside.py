@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xdit_launcher.gang.gang import Gang
@@ -40,9 +41,9 @@ class GangsBeside:
         for backend in self._backends:
             backend.check(plan)
 
-    def start(self, number: int) -> AnyGang:
+    def start(self, number: int, unwanted: Callable[[], bool]) -> AnyGang:
         """See `Gangs.start`."""
-        return started(self._plan, self._backends[number], self._batch, self._loras)
+        return started(self._plan, self._backends[number], self._batch, self._loras, unwanted)
 
     def running(self) -> int | None:
         """See `Gangs.running`."""
@@ -53,13 +54,19 @@ class GangsBeside:
         return False
 
 
-def started(plan: Plan, on: Backend, batch: int, loras: AllowedLoras | None = None) -> Gang:
+def started(
+    plan: Plan,
+    on: Backend,
+    batch: int,
+    loras: AllowedLoras | None = None,
+    unwanted: Callable[[], bool] = lambda: False,
+) -> Gang:
     """Start a gang and let it draw once, so that it is known to answer, and has learnt to make previews.
 
     Raises:
         XditError: it could not be started, or ended with its first picture.
     """
-    gang = Gang(plan=plan, backend=on, batch=batch, loras=loras)
+    gang = Gang(plan=plan, backend=on, batch=batch, loras=loras, unwanted=unwanted)
     try:
         if plan.run.prompt:
             with contextlib.suppress(RequestFailed):  # a model may refuse so few steps; clients are told if it is more

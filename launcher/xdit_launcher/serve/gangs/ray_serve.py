@@ -127,14 +127,18 @@ class RayServeGangs:
         """Whether a replica runs for the gang of a number."""
         return number < self._running or (self._scales and number >= self._least and self._running > 0)
 
-    def start(self, number: int) -> RemoteGang:
-        """Wait for a replica.
+    def start(self, number: int, unwanted: Callable[[], bool] = lambda: False) -> RemoteGang:
+        """Wait for a replica; Ray Serve ends the replicas that are not wanted.
 
         Raises:
             XditError: it could not be started.
         """
+        end = time.monotonic() + PATIENCE
         with self._changed:
-            self._changed.wait_for(lambda: self.has(number) or self._failed or self._stop.is_set(), PATIENCE)
+            while not (self.has(number) or self._failed or self._stop.is_set() or unwanted()):
+                if time.monotonic() > end:
+                    break
+                self._changed.wait(LOOK)
         if not self.has(number):
             raise XditError(self.message)
         seconds = float(self.handle.load_seconds.remote().result(timeout_s=PATIENCE)) if number == 0 else 0.0

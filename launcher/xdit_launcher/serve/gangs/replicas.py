@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,11 +42,14 @@ class Gangs(Protocol):
     def replicas(self) -> Replicas:
         """How many of them the dispatcher starts."""
 
-    def start(self, number: int) -> AnyGang:
+    def start(self, number: int, unwanted: Callable[[], bool]) -> AnyGang:
         """Start the gang of a number, which counts from 0.
 
+        Args:
+            unwanted: whether it is not needed any more; asked while it loads.
+
         Raises:
-            XditError: it could not be started.
+            XditError: it could not be started, or was ended while it loaded.
         """
 
     def running(self) -> int | None:

@@ -76,7 +76,7 @@ class Runner:
     Args:
         number: counts the runners from 0.
         desk: where the jobs are.
-        start_gang: starts the gang of a number; raises XditError if it cannot.
+        start_gang: as of ``Gangs.start``.
         spare: its gang runs only while it is needed.
         idle: seconds without a job after which a spare gang ends.
         at_once: how many jobs its gang has at the same time; what it cannot draw together waits there.
@@ -89,7 +89,7 @@ class Runner:
         self,
         number: int,
         desk: Desk,
-        start_gang: Callable[[int], AnyGang],
+        start_gang: Callable[[int, Callable[[], bool]], AnyGang],
         spare: bool = False,
         idle: float = 0.0,
         at_once: int = 1,
@@ -119,7 +119,7 @@ class Runner:
     @property
     def has_gang(self) -> bool:
         """Whether there are ranks that have to end before the server does."""
-        return self._thread.is_alive() and self.gang is not None
+        return self._thread.is_alive() and (self.gang is not None or self.state == STARTING)
 
     # What follows runs in the thread of the runner.
 
@@ -128,8 +128,11 @@ class Runner:
         while desk.wait_until_needed(self):
             self.state = STARTING
             try:
-                gang = self._start_gang(self.number)
+                gang = self._start_gang(self.number, lambda: desk.draining)
             except XditError as error:
+                if desk.draining:
+                    desk.log.write("the ranks were ended while they loaded", gang=self.number)
+                    break
                 desk.log.write("the ranks could not be started", "error", gang=self.number, error=error, pause=pause)
             except Exception as error:
                 desk.log.unexpected("the ranks could not be started", error, gang=self.number, pause=pause)
