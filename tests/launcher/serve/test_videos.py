@@ -81,3 +81,22 @@ def test_delete_stops_the_one_that_is_drawn(videos):
 def test_what_is_refused(videos, more, says):
     with pytest.raises(openai.BadRequestError, match=says):
         videos.create(prompt="a red fox", **more)
+
+
+@pytest.mark.parametrize(
+    ("values", "effect"),
+    [
+        ({"prompt": "a blue bird"}, lambda made: made.prompt == "a blue bird"),
+        ({"model": "wan"}, lambda made: made.model == "wan"),
+        ({"seconds": "0.3"}, lambda made: float(made.seconds) == pytest.approx(5 / 16, abs=1e-4)),
+        ({"size": "32x48"}, lambda made: made.size == "32x48"),
+    ],
+    ids=str,
+)
+def test_every_argument_of_the_client_has_its_effect(videos, values, effect):
+    assert effect(videos.create(**{"prompt": "a red fox", **values}))
+
+
+def test_a_picture_to_begin_with_is_refused(videos):
+    with pytest.raises(openai.BadRequestError, match="input_reference"):
+        videos.create(prompt="a red fox", input_reference=("a.png", b"x", "image/png"))

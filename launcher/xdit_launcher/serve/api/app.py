@@ -36,7 +36,7 @@ def make_app(server: Server) -> FastAPI:
     app = FastAPI(title="xdit", version=version, docs_url=None, redoc_url=None)
     app.state.server = server
     for router in (native.router, description.router, openai_api.router, videos.router, page.router):
-        app.include_router(router)
+        app.include_router(router, responses=errors.DOCUMENTED)
     for kind, handler in (
         (ApiError, errors.on_api_error),
         (RequestValidationError, errors.on_invalid),
@@ -45,8 +45,11 @@ def make_app(server: Server) -> FastAPI:
     ):
         app.add_exception_handler(kind, handler)
     app.get("/health", tags=["operation"])(health)
-    app.get("/ready", tags=["operation"])(ready)
-    app.get("/metrics", tags=["operation"])(metrics)
+    app.get("/ready", tags=["operation"], responses={503: {"description": "no ranks answer, or the server ends"}})(
+        ready
+    )
+    about = {**errors.DOCUMENTED, **errors.files("text/plain")}
+    app.get("/metrics", tags=["operation"], response_class=PlainTextResponse, responses=about)(metrics)
     return app
 
 

@@ -8,9 +8,44 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from xdit_launcher.serve.limits import ApiError
+
+
+class ErrorDetails(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of an answer with status 400 or above."""
+
+    error: ErrorDetails
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {  # for the document of the API
+    "4XX": {"model": ErrorBody, "description": "the request cannot be answered; the message says what to do"},
+    "5XX": {"model": ErrorBody, "description": "the server cannot answer now"},
+}
+
+
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "events", "content": {"text/event-stream": {}}}}
+
+
+def files(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """The document of an answer that is a file.
+
+    Args:
+        kinds: its possible media types.
+    """
+    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
+    return {200: {"description": "the file", "content": content}}
 
 
 def answer_of(error: ApiError) -> Response:

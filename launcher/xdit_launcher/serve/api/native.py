@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 
 from xdit_launcher.serve.api.common import (
@@ -29,9 +29,10 @@ from xdit_launcher.serve.api.common import (
     idempotency_of,
     server_event,
 )
+from xdit_launcher.serve.api.errors import EVENTS, files
 from xdit_launcher.serve.events import CLOSING, JobEvent
 from xdit_launcher.serve.limits import ApiError
-from xdit_launcher.serve.media import base64_of
+from xdit_launcher.serve.media import FORMATS, base64_of
 from xdit_launcher.serve.records import DONE, ENDED, StoredJob
 
 KINDS = ("job", "image", "video")
@@ -40,6 +41,7 @@ SETTINGS = (
     *("max_sequence_length", "call", "lora"),
 )
 MOST_PREVIEWS = 20
+RESULT_MEDIA = (*FORMATS.values(), "video/mp4", "application/octet-stream")
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
@@ -107,7 +109,7 @@ def job_body(server: Server, job: StoredJob) -> dict[str, Any]:
     }
 
 
-@router.post("", status_code=202)
+@router.post("", status_code=202, responses={200: {"description": "it was sent before; this is its job"}})
 async def create(body: JobRequest, request: Request, server: AServer, caller: ACaller) -> Response:
     """Put a job in the queue; with the header ``Idempotency-Key``, sending it again gives the same job."""
     check_model(server, body.model)
@@ -164,7 +166,7 @@ async def cancel(id: str, server: AServer, caller: ACaller, purge: bool = False)
     return await run_in_threadpool(job_body, server, await find(server, caller, id))
 
 
-@router.get("/{id}/events")
+@router.get("/{id}/events", response_class=StreamingResponse, responses=EVENTS)
 async def events(id: str, server: AServer, caller: ACaller) -> Response:
     """What happens to a job, as server-sent events, until it has ended."""
     await find(server, caller, id)
@@ -193,7 +195,7 @@ async def event_body(server: Server, id: str, event: JobEvent) -> dict[str, Any]
     return {"id": id, **event.data, **picture}
 
 
-@router.get("/{id}/results/{number}")
+@router.get("/{id}/results/{number}", response_class=Response, responses=files(*RESULT_MEDIA))
 async def result(id: str, number: int, request: Request, server: AServer, token: str | None = None) -> Response:
     """A picture, video or file of latents. The address with a token, which ``response_format=url`` gives, needs no
     key."""

@@ -30,7 +30,8 @@ from xdit_launcher.serve.api.common import (
     last_event,
     server_event,
 )
-from xdit_launcher.serve.api.uploads import form_of, picture_fields
+from xdit_launcher.serve.api.errors import EVENTS
+from xdit_launcher.serve.api.uploads import form_of, forms, picture_fields
 from xdit_launcher.serve.events import JobEvent
 from xdit_launcher.serve.limits import ApiError
 from xdit_launcher.serve.media import base64_of, encoded
@@ -150,7 +151,7 @@ def steps_of(server: Server, body: ImageRequest) -> int | None:
     return None if usual is None else max(1, round(usual * QUALITIES[body.quality][0]))
 
 
-@router.post("/images/generations", response_model=None)
+@router.post("/images/generations", response_model=None, responses=EVENTS)
 async def generate(body: ImageRequest, request: Request, server: AServer, caller: ACaller) -> Any:
     """Draw pictures and wait for them; a client that goes away cancels the job."""
     check_fields(server, body)
@@ -256,7 +257,7 @@ async def partial_image(job: StoredJob, event: JobEvent, index: int) -> bytes:
     return server_event(name, {**about, **described(job)})
 
 
-@router.post("/images/edits")
+@router.post("/images/edits", openapi_extra=forms("image", "mask"))
 async def edit(request: Request, server: AServer, caller: ACaller) -> Response:
     """Check an edit of pictures, and refuse it: no model that is served takes pictures yet."""
     form = await form_of(request, server.check.limits)

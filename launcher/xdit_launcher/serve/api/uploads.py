@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import python_multipart  # noqa: F401  starlette reads forms with it, and says so only when one comes
 from fastapi import Request
@@ -13,6 +14,19 @@ from xdit_launcher.serve.api.common import MULTIPART
 from xdit_launcher.serve.limits import MIB, ApiError, ServeSettings, check_picture
 
 FIELDS = 50  # of a form, at most
+
+
+def forms(*pictures: str, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The document of a body that is a form.
+
+    Args:
+        pictures: names of fields that take files.
+        schema: of all other fields; such a body may be JSON too.
+    """
+    properties = {name: {"type": "string", "format": "binary"} for name in pictures}
+    form = schema or {"type": "object", "properties": {**properties, "prompt": {"type": "string"}}}
+    content = {MULTIPART: {"schema": form}} | ({} if schema is None else {"application/json": {"schema": schema}})
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def form_of(request: Request, limits: ServeSettings) -> FormData:

@@ -22,9 +22,9 @@ from xdit_launcher.serve.api.common import (
     find,
     idempotency_of,
 )
-from xdit_launcher.serve.api.errors import refusal_of
+from xdit_launcher.serve.api.errors import files, refusal_of
 from xdit_launcher.serve.api.openai_api import size_of
-from xdit_launcher.serve.api.uploads import form_of
+from xdit_launcher.serve.api.uploads import form_of, forms
 from xdit_launcher.serve.limits import ApiError
 from xdit_launcher.serve.records import DONE, ENDED, RUNNING, StoredJob
 
@@ -107,7 +107,7 @@ def frames_of(server: Server, body: VideoRequest) -> int | None:
     return max(1, round((wanted - offset) / unit) * unit + offset)
 
 
-@router.post("", response_model=None)
+@router.post("", response_model=None, openapi_extra=forms(schema=VideoRequest.model_json_schema()))
 async def create(request: Request, server: AServer, caller: ACaller) -> Any:
     """Put a video in the queue."""
     check_video(server)
@@ -192,7 +192,7 @@ async def delete(id: str, server: AServer, caller: ACaller) -> dict[str, Any]:
     return {"id": id, "object": "video.deleted", "deleted": True}
 
 
-@router.get("/{id}/content")
+@router.get("/{id}/content", response_class=Response, responses=files("video/mp4", "image/webp", "image/jpeg"))
 async def content(
     id: str,
     server: AServer,
