@@ -33,6 +33,8 @@ from xdit_launcher.serve.housekeeping import Housekeeping
 from xdit_launcher.serve.limits import RequestCheck, ServeSettings, take_settings
 from xdit_launcher.serve.operations import Log, Metrics
 from xdit_launcher.serve.store import Store
+from xdit_launcher.serve.webhooks.addresses import Webhooks
+from xdit_launcher.serve.webhooks.sender import WebhookSender
 
 CONNECTIONS_END = 5  # seconds for answers that are being sent when the server ends
 BACKLOG = 2048
@@ -102,10 +104,11 @@ def answer(
         end: a socket that is bound to ``host``.
         stop: ends the server; without it signals do.
     """
-    log, metrics = Log(), Metrics()
+    log, metrics, webhooks = Log(), Metrics(), Webhooks.of(limits)
     with contextlib.closing(Store(data)) as store:
         dispatcher = Dispatcher(store, source, limits, log, metrics)
-        server = Server(dispatcher, RequestCheck(plan, limits, loras), keys, store.secret(), time.time())
+        check = RequestCheck(plan, limits, loras)
+        server = Server(dispatcher, check, keys, store.secret(), time.time(), webhooks)
         logging.getLogger("uvicorn.error").addHandler(Passed(log))
         config = uvicorn.Config(
             Guard(make_app(server), server, host),
@@ -115,7 +118,7 @@ def answer(
             timeout_graceful_shutdown=CONNECTIONS_END,
             backlog=BACKLOG,
         )
-        with Housekeeping(dispatcher):
+        with Housekeeping(dispatcher), WebhookSender(store, webhooks, log):
             asyncio.run(Http(config, server).run(end, stop))
         log.write("the server has ended", waiting=store.counts()["queued"])
 

@@ -30,7 +30,7 @@ from xdit_launcher.serve.gangs.replicas import Gangs
 from xdit_launcher.serve.gangs.runner import BUSY, IDLE, STARTING, STATES, Runner
 from xdit_launcher.serve.limits import ApiError, ServeSettings
 from xdit_launcher.serve.operations import Labels, Log, Metrics, announce
-from xdit_launcher.serve.records import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, NewFile, NewJob, StoredJob
+from xdit_launcher.serve.records import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, NewFile, NewJob, Outcome, StoredJob
 from xdit_launcher.serve.store import Store
 
 POLL = 0.5  # seconds between two looks at a gang that has nothing to do
@@ -233,7 +233,7 @@ class Dispatcher:
         """End a job as soon as possible; it is not an error if it has ended."""
         with self._wake:
             if self._queue.remove(id):
-                self.end(id, CANCELLED, reason)
+                self.end(id, Outcome(CANCELLED, reason))
             elif current := self._running.get(id):
                 current.stop(reason)
 
@@ -283,7 +283,7 @@ class Dispatcher:
         with self._wake:
             for id in self._queue.expired(now):
                 self._queue.remove(id)
-                self.end(id, FAILED, "the deadline passed while the job waited.")
+                self.end(id, Outcome(FAILED, "the deadline passed while the job waited."))
             for current in self._running.values():
                 if current.job.deadline is not None and current.job.deadline < now:
                     current.stop("the deadline passed while the job was drawn.", expired=True)
@@ -381,9 +381,10 @@ class Dispatcher:
         """The ranks ended while they had this job: it is tried once more."""
         job, first_line = current.job, printable((str(error.args[0]).splitlines() or [""])[0])
         if current.cancelled is not None:
-            self.end(job.id, FAILED if current.expired else CANCELLED, current.cancelled)
+            self.end(job.id, Outcome(FAILED if current.expired else CANCELLED, current.cancelled))
         elif current.started and job.tries + 1 >= TRIES:
-            self.end(job.id, FAILED, f"the ranks ended {TRIES} times while they drew this job: {first_line}")
+            reason = f"the ranks ended {TRIES} times while they drew this job: {first_line}"
+            self.end(job.id, Outcome(FAILED, reason))
         else:
             with self._wake:
                 self.store.requeue(job.id, blamed=current.started)
@@ -399,26 +400,18 @@ class Dispatcher:
         self.log.unexpected("a job could not be finished", error, job=id)
         reason = f"the result could not be stored ({type(error).__name__})."
         try:
-            self.end(id, FAILED, reason)
+            self.end(id, Outcome(FAILED, reason))
         except (OSError, sqlite3.Error):  # a later server draws it again
             self._watchers.tell(id, JobEvent(FAILED, {"error": reason, "refused": False}))
 
-    def end(
-        self,
-        id: str,
-        status: str,
-        error: str | None = None,
-        *,
-        refused: bool = False,
-        seconds: Mapping[str, float] | None = None,
-        files: tuple[NewFile, ...] = (),
-    ) -> None:
+    def end(self, id: str, outcome: Outcome) -> None:
         """Store the end of a job, and tell whoever watches."""
-        self.store.finish(id, status, error, refused=refused, seconds=seconds, files=files)
+        self.store.finish(id, outcome)
+        status, error = outcome.status, outcome.error
         with self._wake:
             hidden = self.store.hidden(id)
             if hidden:
                 self.store.remove(id)
-            self._watchers.tell(id, JobEvent(status, {} if error is None else {"error": error, "refused": refused}))
+            self._watchers.tell(id, ending(outcome))
         self.metrics.count("xdit_jobs_total", outcome=status)
         self.log.write("job ended", "warning" if status == FAILED else "info", job=id, status=status, error=error)

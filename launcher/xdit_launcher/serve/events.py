@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from xdit_core.errors import XditError
 from xdit_launcher.gang.job import Event, Result
 from xdit_launcher.serve.fairness import Pace, Waiting
-from xdit_launcher.serve.records import ENDED, StoredJob
+from xdit_launcher.serve.records import ENDED, Outcome, StoredJob
 
 CLOSING = "closing"  # kind of the last event of a watcher when the server ends
 
@@ -204,6 +204,6 @@ def waiting_of(job: StoredJob) -> Waiting:
     return Waiting(job.id, job.number, job.key, job.priority, job.deadline, work, job.attached)
 
 
-def ending(job: StoredJob) -> JobEvent:
+def ending(job: StoredJob | Outcome) -> JobEvent:
     """The last event of a job that has ended."""
     return JobEvent(job.status, {} if job.error is None else {"error": job.error, "refused": job.refused})

@@ -49,6 +49,10 @@ class ServeSettings:
     idle: float = field(
         default=300.0, metadata={"help": "seconds without a job after which a gang beyond the least number ends"}
     )
+    webhooks: str = field(
+        default="",
+        metadata={"help": "addresses that may be called when a job ends, between commas; with / at the end all below"},
+    )
     call: str = field(
         default="",
         metadata={"help": "further arguments of the pipeline that clients may give as numbers, such as clip_skip,mu"},

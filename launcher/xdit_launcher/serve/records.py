@@ -36,6 +36,25 @@ class NewFile:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """How a job has ended.
+
+    Args:
+        status: one of ``ENDED``.
+        error: why there is no result.
+        refused: the request asked for what is not possible, rather than something having gone wrong.
+        seconds: of the phases of the pipeline.
+        files: results.
+    """
+
+    status: str
+    error: str | None = None
+    refused: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    files: tuple[NewFile, ...] = ()
+
+
+@dataclass(frozen=True)
 class StoredFile:
     """A file of a job; see `NewFile`.
 
@@ -66,6 +85,7 @@ class NewJob:
         attached: its client waits on the open connection and has no id to come back with.
         idempotency: name that the client gave it, so that sending it again makes no second one.
         digest: of what the client wrote, to tell a repetition from another request of the same name.
+        webhook: address that is called when it has ended.
     """
 
     key: str
@@ -77,6 +97,7 @@ class NewJob:
     attached: bool = False
     idempotency: str | None = None
     digest: str = ""
+    webhook: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,3 +136,20 @@ class StoredJob(NewJob):
     def file(self, role: str, number: int = 0) -> StoredFile | None:
         """One of its files, None if there is no such."""
         return next((file for file in self.files if (file.role, file.number) == (role, number)), None)
+
+
+@dataclass(frozen=True)
+class DueWebhook:
+    """An address that is to be called, since a job has ended.
+
+    Args:
+        job: its id; ``status``, ``error`` and ``ended`` are as of `StoredJob`.
+        tries: how often it was called in vain.
+    """
+
+    job: str
+    url: str
+    tries: int
+    status: str
+    error: str | None
+    ended: float

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xdit_core.errors import UsageError
@@ -22,8 +22,10 @@ from xdit_launcher.serve.records import (
     QUEUED,
     RUNNING,
     STATUSES,
+    DueWebhook,
     NewFile,
     NewJob,
+    Outcome,
     StoredFile,
     StoredJob,
 )
@@ -42,6 +44,8 @@ CREATE INDEX IF NOT EXISTS by_status ON jobs(status, number);
 CREATE TABLE IF NOT EXISTS files(
     job TEXT NOT NULL, role TEXT NOT NULL, number INTEGER NOT NULL, name TEXT NOT NULL, media TEXT NOT NULL,
     bytes INTEGER NOT NULL, seed INTEGER NOT NULL, PRIMARY KEY(job, role, number));
+CREATE TABLE IF NOT EXISTS webhooks(
+    job TEXT PRIMARY KEY, url TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0, due REAL NOT NULL DEFAULT 0);
 """
 
 
@@ -123,6 +127,8 @@ class Store:
                     ),
                 )
                 self._note_files(id, stored)
+                if job.webhook is not None:
+                    db.execute("INSERT INTO webhooks(job, url) VALUES(?,?)", (id, job.webhook))
         except sqlite3.IntegrityError:  # another thread has stored one of this name meanwhile
             shutil.rmtree(self.folder / "inputs" / id, ignore_errors=True)
             if job.idempotency is not None and (earlier := self.named(job.key, job.idempotency)):
@@ -205,22 +211,14 @@ class Store:
         with self._transaction(durable=False) as db:
             db.execute("UPDATE jobs SET status=?, tries=tries+? WHERE id=?", (QUEUED, int(blamed), id))
 
-    def finish(
-        self,
-        id: str,
-        status: str,
-        error: str | None = None,
-        *,
-        refused: bool = False,
-        seconds: Mapping[str, float] | None = None,
-        files: Sequence[NewFile] = (),
-    ) -> None:
+    def finish(self, id: str, outcome: Outcome) -> None:
         """A job has ended; its files are on the disk before the store says so."""
-        stored = self._write(id, "results", files)
+        stored = self._write(id, "results", outcome.files)
+        seconds = json.dumps(dict(outcome.seconds))
         with self._transaction(durable=False) as db:
             db.execute(
                 "UPDATE jobs SET status=?, ended=?, error=?, refused=?, seconds=? WHERE id=?",
-                (status, time.time(), error, refused, json.dumps(dict(seconds or {})), id),
+                (outcome.status, time.time(), outcome.error, outcome.refused, seconds, id),
             )
             self._note_files(id, stored)
 
@@ -229,8 +227,29 @@ class Store:
         with self._transaction() as db:
             db.execute("DELETE FROM jobs WHERE id=?", (id,))
             db.execute("DELETE FROM files WHERE job=?", (id,))
+            db.execute("DELETE FROM webhooks WHERE job=?", (id,))
         for kind in ("results", "inputs"):
             shutil.rmtree(self.folder / kind / id, ignore_errors=True)
+
+    def due_webhooks(self, now: float, limit: int) -> list[DueWebhook]:
+        """Addresses that are to be called now because their jobs have ended, the longest due first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT w.job, w.url, w.tries, j.status, j.error, j.ended FROM webhooks w JOIN jobs j ON j.id=w.job"
+                f" WHERE j.status IN {ENDED} AND j.removed=0 AND w.due<=? ORDER BY w.due LIMIT ?",
+                (now, limit),
+            ).fetchall()
+        return [DueWebhook(*row) for row in rows]
+
+    def webhook_postponed(self, id: str, due: float) -> None:
+        """An address could not be called; try again then."""
+        with self._transaction() as db:
+            db.execute("UPDATE webhooks SET tries=tries+1, due=? WHERE job=?", (due, id))
+
+    def webhook_settled(self, id: str) -> None:
+        """An address was called, or is given up."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM webhooks WHERE job=?", (id,))
 
     def hide(self, id: str) -> None:
         """Let nobody see a job any more that still runs; it is removed when it has ended."""

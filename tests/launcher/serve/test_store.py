@@ -16,7 +16,7 @@ from xdit_launcher.cli import cli
 from xdit_launcher.serve.auth import Keys, check_host
 from xdit_launcher.serve.limits import ApiError, take_settings
 from xdit_launcher.serve.operations import Log, Metrics
-from xdit_launcher.serve.records import NewFile, NewJob
+from xdit_launcher.serve.records import NewFile, NewJob, Outcome
 from xdit_launcher.serve.store import Store
 
 
@@ -42,7 +42,7 @@ def test_what_was_accepted_is_there_after_any_end(tmp_path):
     ids = [store.accept(job(attached=attached), (mask,))[0].id for attached in (False, False, False, True)]
     store.start(ids[0])
     store.start(ids[1])
-    store.finish(ids[1], "done", files=(result(b"picture"),))
+    store.finish(ids[1], Outcome("done", files=(result(b"picture"),)))
     with pytest.raises(UsageError, match="in use by another server"):
         Store(str(tmp_path / "data"))
     store._mark.close()  # as when the process is killed
@@ -78,7 +78,7 @@ def test_a_name_belongs_to_one_job_of_a_key(store):
 def test_old_and_large_results_go(store):
     ids = [store.accept(job())[0].id for _ in range(4)]
     for id in ids[:3]:
-        store.finish(id, "done", files=(result(b"x" * 100),))
+        store.finish(id, Outcome("done", files=(result(b"x" * 100),)))
     assert store.prune(1000, 1000) == []
     assert store.prune(250, 1000) == ids[:1] and store.find(ids[0]) is None
     assert not (store.folder / "results" / ids[0]).exists()

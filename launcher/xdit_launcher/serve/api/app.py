@@ -36,7 +36,7 @@ def make_app(server: Server) -> FastAPI:
     app = FastAPI(title="xdit", version=version, docs_url=None, redoc_url=None)
     app.state.server = server
     for router in (native.router, description.router, openai_api.router, videos.router, page.router):
-        app.include_router(router, responses=errors.DOCUMENTED)
+        app.include_router(router, responses=errors.documented())
     for kind, handler in (
         (ApiError, errors.on_api_error),
         (RequestValidationError, errors.on_invalid),
@@ -48,7 +48,7 @@ def make_app(server: Server) -> FastAPI:
     app.get("/ready", tags=["operation"], responses={503: {"description": "no ranks answer, or the server ends"}})(
         ready
     )
-    about = {**errors.DOCUMENTED, **errors.files("text/plain")}
+    about = {**errors.documented(), **errors.files("text/plain")}
     app.get("/metrics", tags=["operation"], response_class=PlainTextResponse, responses=about)(metrics)
     return app
 

@@ -23,6 +23,7 @@ from xdit_launcher.serve.events import CLOSING, JobEvent, Watch
 from xdit_launcher.serve.limits import ApiError, CheckedRequest, RequestCheck
 from xdit_launcher.serve.media import FORMATS
 from xdit_launcher.serve.records import CANCELLED, DONE, NewJob, StoredFile, StoredJob
+from xdit_launcher.serve.webhooks.addresses import Webhooks
 
 GLANCE = 0.5  # seconds between two looks whether a client is still there
 KEEP_ALIVE = 15.0  # seconds without an event after which a comment keeps a connection open
@@ -40,6 +41,7 @@ class Server:
         keys: of clients.
         secret: signs addresses of results.
         started: ``time.time()``.
+        webhooks: addresses that clients may have called.
     """
 
     dispatcher: Dispatcher
@@ -47,6 +49,7 @@ class Server:
     keys: Keys
     secret: bytes
     started: float
+    webhooks: Webhooks
 
     @property
     def model(self) -> str:

@@ -29,13 +29,17 @@ class ErrorBody(BaseModel):
     error: ErrorDetails
 
 
-DOCUMENTED: dict[int | str, dict[str, Any]] = {  # for the document of the API
-    "4XX": {"model": ErrorBody, "description": "the request cannot be answered; the message says what to do"},
-    "5XX": {"model": ErrorBody, "description": "the server cannot answer now"},
-}
+def documented() -> dict[int | str, dict[str, Any]]:
+    """The document of all errors."""
+    return {
+        "4XX": {"model": ErrorBody, "description": "the request cannot be answered; the message says what to do"},
+        "5XX": {"model": ErrorBody, "description": "the server cannot answer now"},
+    }
 
 
-EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "events", "content": {"text/event-stream": {}}}}
+def event_stream() -> dict[int | str, dict[str, Any]]:
+    """The document of an answer that is a stream of events."""
+    return {200: {"description": "events", "content": {"text/event-stream": {}}}}
 
 
 def files(*kinds: str) -> dict[int | str, dict[str, Any]]:

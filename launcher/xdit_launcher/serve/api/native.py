@@ -29,7 +29,7 @@ from xdit_launcher.serve.api.common import (
     idempotency_of,
     server_event,
 )
-from xdit_launcher.serve.api.errors import EVENTS, files
+from xdit_launcher.serve.api.errors import event_stream, files
 from xdit_launcher.serve.events import CLOSING, JobEvent
 from xdit_launcher.serve.limits import ApiError
 from xdit_launcher.serve.media import FORMATS, base64_of
@@ -71,6 +71,7 @@ class JobRequest(Strict):
     previews: int = Field(0, ge=0, le=MOST_PREVIEWS, description="previews of each picture among the events")
     priority: int = Field(0, ge=-10, le=10, description="higher ones run first")
     deadline: float | None = Field(None, gt=0, le=1e8, description="seconds from now after which nobody wants it")
+    webhook: str | None = Field(None, description="address that is called when it has ended; of serve.webhooks")
 
 
 def job_body(server: Server, job: StoredJob) -> dict[str, Any]:
@@ -113,6 +114,8 @@ def job_body(server: Server, job: StoredJob) -> dict[str, Any]:
 async def create(body: JobRequest, request: Request, server: AServer, caller: ACaller) -> Response:
     """Put a job in the queue; with the header ``Idempotency-Key``, sending it again gives the same job."""
     check_model(server, body.model)
+    if body.webhook is not None:
+        server.webhooks.check(body.webhook)
     idempotency = idempotency_of(request)
     extra = {"format": format_of(body.format, body.compression), "compression": body.compression}
     job, is_new = await accept(
@@ -125,6 +128,7 @@ async def create(body: JobRequest, request: Request, server: AServer, caller: AC
         extra={**extra, "previews": body.previews},
         priority=body.priority,
         deadline_in=body.deadline,
+        webhook=body.webhook,
         idempotency=idempotency,
     )
     answer = await run_in_threadpool(job_body, server, job)
@@ -166,7 +170,7 @@ async def cancel(id: str, server: AServer, caller: ACaller, purge: bool = False)
     return await run_in_threadpool(job_body, server, await find(server, caller, id))
 
 
-@router.get("/{id}/events", response_class=StreamingResponse, responses=EVENTS)
+@router.get("/{id}/events", response_class=StreamingResponse, responses=event_stream())
 async def events(id: str, server: AServer, caller: ACaller) -> Response:
     """What happens to a job, as server-sent events, until it has ended."""
     await find(server, caller, id)

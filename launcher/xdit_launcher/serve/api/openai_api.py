@@ -30,7 +30,7 @@ from xdit_launcher.serve.api.common import (
     last_event,
     server_event,
 )
-from xdit_launcher.serve.api.errors import EVENTS
+from xdit_launcher.serve.api.errors import event_stream
 from xdit_launcher.serve.api.uploads import form_of, forms, picture_fields
 from xdit_launcher.serve.events import JobEvent
 from xdit_launcher.serve.limits import ApiError
@@ -151,7 +151,7 @@ def steps_of(server: Server, body: ImageRequest) -> int | None:
     return None if usual is None else max(1, round(usual * QUALITIES[body.quality][0]))
 
 
-@router.post("/images/generations", response_model=None, responses=EVENTS)
+@router.post("/images/generations", response_model=None, responses=event_stream())
 async def generate(body: ImageRequest, request: Request, server: AServer, caller: ACaller) -> Any:
     """Draw pictures and wait for them; a client that goes away cancels the job."""
     check_fields(server, body)

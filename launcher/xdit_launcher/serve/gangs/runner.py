@@ -13,7 +13,7 @@ from xdit_launcher.gang.job import Event, GangEnded, RequestFailed
 from xdit_launcher.serve.events import AnyGang, Current
 from xdit_launcher.serve.media import files_of
 from xdit_launcher.serve.operations import Log, Metrics
-from xdit_launcher.serve.records import CANCELLED, DONE, FAILED, NewFile
+from xdit_launcher.serve.records import CANCELLED, DONE, FAILED, Outcome
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another gang is started
 PLACE = 0.2  # seconds between two looks whether a gang that has all the jobs it can have still lives
@@ -45,16 +45,7 @@ class Desk(Protocol):
     def tell(self, current: Current, event: Event) -> None:
         """Something happened to a job."""
 
-    def end(
-        self,
-        id: str,
-        status: str,
-        error: str | None = None,
-        *,
-        refused: bool = False,
-        seconds: Mapping[str, float] | None = None,
-        files: tuple[NewFile, ...] = (),
-    ) -> None:
+    def end(self, id: str, outcome: Outcome) -> None:
         """A job has ended."""
 
     def lost(self, current: Current, error: GangEnded) -> None:
@@ -233,11 +224,11 @@ class Runner:
             results = asked.result()
         except RequestCancelled:
             reason = current.cancelled or "the ranks were ended."
-            desk.end(job.id, FAILED if current.expired else CANCELLED, reason)
+            outcome = Outcome(FAILED if current.expired else CANCELLED, reason)
         except RequestFailed as error:
-            desk.end(job.id, FAILED, str(error), refused=error.refused)
+            outcome = Outcome(FAILED, str(error), error.refused)
         except UsageError as error:
-            desk.end(job.id, FAILED, str(error), refused=True)
+            outcome = Outcome(FAILED, str(error), refused=True)
         except GangEnded as error:
             desk.lost(current, error)
             return False
@@ -245,5 +236,6 @@ class Runner:
             seconds = results[0].seconds
             files = tuple(files_of(results, job.request, job.about))
             desk.measured(current, {**seconds, "run": time.time() - begun})
-            desk.end(job.id, DONE, seconds=seconds, files=files)
+            outcome = Outcome(DONE, seconds=seconds, files=files)
+        desk.end(job.id, outcome)
         return True

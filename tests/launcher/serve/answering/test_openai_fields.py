@@ -19,7 +19,7 @@ import openai
 from helpers.launcher.answering import answering
 from helpers.launcher.fake_gangs import PNG, until
 
-PAGE = Path(__file__).parents[3] / "docs" / "use" / "openai.md"
+PAGE = Path(__file__).parents[4] / "docs" / "use" / "openai.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")
 OF_THE_CLIENT = ("self", "extra_headers", "extra_query", "extra_body", "timeout")
 # Each argument with those that it needs, and what shows its effect in an answer and in what the gang was asked for.

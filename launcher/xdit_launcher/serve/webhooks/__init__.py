@@ -1,0 +1,1 @@
+"""Messages to addresses of clients when their jobs end."""
