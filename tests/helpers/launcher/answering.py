@@ -11,6 +11,7 @@ from typing import Any
 from helpers.launcher.fake_gangs import FakeGang
 from xdit_core.planning.planner import make_plan
 from xdit_launcher.gang.job import Job
+from xdit_launcher.gang.loras import LoraFile
 from xdit_launcher.serve.auth import Keys
 from xdit_launcher.serve.command import address_of, answer, listening
 from xdit_launcher.serve.gangs.replicas import Replicas
@@ -65,7 +66,8 @@ def answering(folder: Path, **settings: Any) -> Iterator[tuple[str, AnsweringGan
     plan, gangs, stop = make_plan([], values, devices=1), AnsweringGangs(), threading.Event()
     with listening("127.0.0.1", 0) as end:
         end.listen()
-        arguments = (plan, gangs, limits, Keys(None), str(folder / "data"), "127.0.0.1", end, stop)
+        loras = LoraFile(None, plan)
+        arguments = (plan, gangs, limits, Keys(None), loras, str(folder / "data"), "127.0.0.1", end, stop)
         thread = threading.Thread(target=answer, args=arguments)
         thread.start()
         try:
