@@ -42,6 +42,17 @@ def oracle(folder_of):
     return find
 
 
+@pytest.fixture(scope="session")
+def displaced(folder_of):
+    """Latents of a displaced schedule in one process, by name, plugin and settings beside those of the family."""
+
+    @functools.cache
+    def find(name, plugin, more):
+        return drawn(name, [plugin], folder_of(name), {**settings(FAMILIES[name]), **dict(more)})[0]
+
+    return find
+
+
 def drawn(name, plugins, folder, values):
     """Latents of our run, on every rank."""
     return generate(plugins, folder, values, FAMILIES[name].subject)
@@ -73,15 +84,13 @@ def test_equals_serial(gloo, folder_of, oracle, name, label):
 @pytest.mark.parametrize(
     ("name", "label", "warmup"), [(*c.values, w) for c in cases(DISPLACED) for w in WARMUPS.get(c.values[1], [1])]
 )
-def test_equals_the_displaced_reference(gloo, folder_of, oracle, name, label, warmup):
+def test_equals_the_displaced_reference(gloo, folder_of, oracle, displaced, name, label, warmup):
     plugins, more, world = DISPLACED[label]
     family, late = FAMILIES[name], next(n for n in plugins if n in ("pipefusion", "distrifusion"))
     values = {**settings(family), **more, f"{late}.warmup": warmup}
     if late == "pipefusion":
         values["pipefusion.patches"] = family.patches
-    reference = drawn(
-        name, [late], folder_of(name), {**settings(family), **plan_for(plugins, folder_of(name), values).reference}
-    )[0]
+    reference = displaced(name, late, tuple(sorted(plan_for(plugins, folder_of(name), values).reference.items())))
     assert (reference - oracle(name)).abs().max() > 1e-4 * oracle(name).abs().max()
     for latents, _ in gloo.run(drawn, name, plugins, folder_of(name), values, world=world):
         assert_close(latents, reference)

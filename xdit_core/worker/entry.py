@@ -8,6 +8,7 @@ only the time of writing distinguishes the cause from its victims.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import gc
@@ -16,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -218,6 +220,18 @@ def leave(error: BaseException, place: RankEnv, beat: HeartbeatWriter, folder: P
     os._exit(about["exit_code"])
 
 
+def end() -> None:
+    """End this process with exit code 0 without taking the libraries apart object by object, which takes a tenth of
+    the time of a small run. Where threads still work, return, and the interpreter waits for them."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        return
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
+
+
 def by_hand(about: Mapping[str, Any], place: RankEnv, folder: Path) -> str:
     """Print the failure for a user who started this rank by hand: a sentence, and where the traceback is."""
     said = printable(" ".join(str(about["message"]).split()))
@@ -280,3 +294,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os._exit(130)
     except BaseException as error:  # SystemExit too: a plugin that calls sys.exit must not leave the peers waiting
         leave(error, place, beat, folder)
+    if plan.device == "cpu":  # a GPU's profiler writes its files when the interpreter ends as usual
+        end()

@@ -183,8 +183,10 @@ class Verify:
         if plan.compared:
             self.plan("reference", plan.compared, {**shared, **plan.reference})
         for name in ("serial", "reference", "plan"):
-            if name in self.plans and (code := self.run(name)):
-                return code
+            if name in self.plans:
+                if code := self.run(name):
+                    return code
+                self.check_records(name)
         comparison = self.compare()
         print_lines(comparison.lines())
         return 0 if comparison.good else MISMATCH
@@ -207,18 +209,24 @@ class Verify:
         )
         return self.on.start(plan, folder)
 
+    def check_records(self, name: str) -> None:
+        """Make sure that what the ranks of a run recorded is here, before the next run is started.
+
+        Raises:
+            UsageError: it is not.
+        """
+        folder = self.folder / name
+        records = [folder / f"rank{rank}.record.npz" for rank in range(self.plans[name].world)]
+        if missing := [rank for rank, record in enumerate(records) if not record.exists()]:
+            raise UsageError(
+                f"what rank {missing[0]} recorded is not in {folder}; verify needs a folder that all hosts share, and "
+                "a run that is done when its launcher ends (slurm.wait=yes): give such a folder with runs=."
+            )
+
     def compare(self) -> Comparison:
         """Compare what the runs wrote."""
         from xdit_launcher.commands.compare import difference, first_divergence, latents
 
-        for name, plan in self.plans.items():
-            records = [self.folder / name / f"rank{rank}.record.npz" for rank in range(plan.world)]
-            if missing := [rank for rank, record in enumerate(records) if not record.exists()]:
-                raise UsageError(
-                    f"what rank {missing[0]} recorded is not in {self.folder / name}; verify needs a folder that all "
-                    "hosts share, and a run that is done when its launcher ends (slurm.wait=yes): give such a folder "
-                    "with runs=."
-                )
         plan, expected = self.plans["plan"], "reference" if "reference" in self.plans else "serial"
         plan_latents = latents(self.folder / "plan")
         comparison = Comparison(

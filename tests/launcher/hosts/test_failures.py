@@ -22,7 +22,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# without the one in which nothing breaks: `test_backends.py` runs two jobs at once on the same hosts, and compares them
+@pytest.mark.parametrize("case", [case for case in CASES if case.code], ids=lambda case: case.name)
 def test_a_failure(hosts: Cluster, tmp_path: Path, case: Case) -> None:
     found = attempt(hosts, case, tmp_path)
     assert found.code == case.code, found.text
