@@ -10,30 +10,33 @@ import pytest
 
 from helpers.quick import QUICK
 
-LAUNCHER = "tests/launcher/"
+HOSTS = "tests/launcher/hosts/"
 
 # torch looks up the name of whoever connects to a store; where the DNS loses an answer, that takes 5 s by default
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the quick tests."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the quick tests; of several workers, one begins with what takes longest."""
     for item in items:
         if item.nodeid.startswith(QUICK):
             item.add_marker(pytest.mark.quick)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(HOSTS))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n 2`` one worker runs all tests that start processes and wait for them, which share hosts and ports, and
-    the other one those that compute."""
+    """With ``-n 2`` one worker runs all tests that make hosts, a Slurm or a Ray, of which there is never a second one
+    at the same time, and the other one a file of tests after another; who is done first takes the next file."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByWaiting(LoadScopeScheduling):
+    class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return LAUNCHER if nodeid.startswith(LAUNCHER) else nodeid
+            return HOSTS if nodeid.startswith(HOSTS) else nodeid.partition("::")[0]
 
-    return ByWaiting(config, log)
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_collection_finish() -> None:
