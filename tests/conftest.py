@@ -14,6 +14,8 @@ HOSTS = "tests/launcher/hosts/"
 
 # torch looks up the name of whoever connects to a store; where the DNS loses an answer, that takes 5 s by default
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+# threads of a process that wait for work of their own leave the processors to other tests
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -259,7 +259,7 @@ def start(made: Cluster, folder: Path, words: Sequence[str], terminal: bool = Fa
     hosts = () if {"--hosts", "--hostfile"} & set(words) else ("--hosts", "alpha:1,beta:1")
     command = [sys.executable, "-P", "-m", "xdit_launcher.cli", *hosts, "--on", "ssh", f"ssh.command={made.ssh}",
                "--plugins", "usp,faulty",
-               "usp.ulysses=2", "model=emoji", *words, "red heart"]  # fmt: skip
+               "usp.ulysses=2", "model=emoji", "threads=1", *words, "red heart"]  # fmt: skip
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),

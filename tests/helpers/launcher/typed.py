@@ -16,7 +16,7 @@ from xdit_launcher import Gang
 from xdit_launcher.gang.job import GangEnded
 
 USP = ("--plugins", "usp", "usp.ulysses=2", "usp.ring=1")
-SMALL = ("model=emoji", "device=cpu", "steps=3", "red heart")
+SMALL = ("model=emoji", "device=cpu", "steps=3", "threads=1", "red heart")
 
 
 def xdit(

@@ -102,7 +102,7 @@ def test_seeds_count_the_pictures(gang: Gang) -> None:
 
 def test_previews_resemble_the_picture(runs: Path) -> None:
     """Once a picture was made, the map from latents to colours is known."""
-    with Gang((), {"model": "emoji", "device": "cpu", "runs": str(runs)}) as gang:
+    with Gang((), {"model": "emoji", "device": "cpu", "threads": 1, "runs": str(runs)}) as gang:
         gang.generate("rocket", steps=6, seed=1)
         job = gang.submit("red heart", steps=6, seed=1, previews=3)
         shown = [(e.step, e.data) for e in job.events(timeout=60) if e.kind == "preview"]
