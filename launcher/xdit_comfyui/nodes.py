@@ -60,10 +60,11 @@ def key_input() -> Inputs:
 
 
 def watching_inputs() -> Inputs:
-    """What is shown meanwhile, and the key."""
+    """What is shown meanwhile, the key, and what else the server may have."""
     return {
         "previews": number("how many previews of each picture are shown", MOST_PREVIEWS, 5),
         **key_input(),
+        "lora": text("LoRAs of the server with their scales, such as ink:0.8,wash:0.5"),
     }
 
 

@@ -139,6 +139,11 @@ def test_what_is_given_goes_to_the_server(server, comfy):
     assert server.jobs()[0].request["settings"] == {**given, "seed": 0, "images": 1}
 
 
+def test_loras_are_those_of_the_server(server, comfy):
+    with pytest.raises(ServerError, match="there is no LoRA 'ink'; none is allowed here"):
+        run("XditGenerate", server, prompt="a red fox", lora="ink:0.5")
+
+
 def test_cancel_ends_the_job_on_the_server(server, comfy):
     comfy.cancel_at = STEPS
     with pytest.raises(Interrupted):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import shutil
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 
 from helpers.models.families import FAMILIES, STEPS, settings
@@ -149,6 +152,29 @@ def test_a_change_that_breaks_off_is_made_up_for(engine, monkeypatch):
         engine.generate("a red fox", lora={other: 0.5})
     assert torch.equal(engine.generate("a red fox").latents, plain)
     assert torch.equal(engine.generate("a red fox", lora={one: 0.5}).latents, want)
+
+
+def with_other_files(folder, values, lora):
+    """On every rank: what is said where the second rank has another file for a LoRA, and whether the engine goes on."""
+    engine = Engine(plan_for(["tp"], folder, values))
+    try:
+        plain = engine.generate("a red fox").latents.clone()
+        other = mock.patch.object(changing, "fingerprints", lambda paths: ("other",))
+        with other if dist.get_rank() else nullcontext():
+            try:
+                engine.generate("a red fox", lora=lora)
+                said = ""
+            except XditError as error:
+                said = str(error)
+        return said, torch.equal(engine.generate("a red fox").latents, plain)
+    finally:
+        engine.close()
+
+
+def test_ranks_with_other_files_do_not_mix_them(gloo, models):
+    folder, values, (one, _) = models["sd3"]
+    for said, same in gloo.run(with_other_files, folder, {**values, "tp.degree": 2}, one, world=2):
+        assert same and f"the ranks have different files for {one}; put the same ones on every machine" in said
 
 
 def test_files_that_change(engine, models, tmp_path):
