@@ -42,3 +42,13 @@ class Record:
     spans: Sequence[Span]
     offsets: tuple[tuple[int, int], ...] = ()
     sent: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can write."""
+        return {**vars(self), "spans": [list(vars(span).values()) for span in self.spans]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Record:
+        """What `to_json` gave."""
+        offsets = tuple((int(moment), int(ahead)) for moment, ahead in values["offsets"])
+        return cls(**{**values, "spans": [Span(*span) for span in values["spans"]], "offsets": offsets})

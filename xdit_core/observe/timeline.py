@@ -219,4 +219,9 @@ def events(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
 
 def write_chrome(records: Sequence[Record], path: Path) -> None:
     """Write a file for ui.perfetto.dev or chrome://tracing."""
-    path.write_text(json.dumps({"traceEvents": list(events(records)), "displayTimeUnit": "ms"}), encoding="utf-8")
+    path.write_text(chrome(records), encoding="utf-8")
+
+
+def chrome(records: Sequence[Record]) -> str:
+    """The contents of such a file."""
+    return json.dumps({"traceEvents": list(events(records)), "displayTimeUnit": "ms"})

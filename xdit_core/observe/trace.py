@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from xdit_core.observe.observer import Around, Awaited, Observer, Sending
+from xdit_core.observe.observer import UNSEEN, Around, Awaited, Observer, Sending
 from xdit_core.observe.spans import Span
 
 if TYPE_CHECKING:
@@ -26,18 +26,26 @@ clock = time.perf_counter_ns
 
 
 class Trace(Observer):
-    """The spans of one rank, in the order in which they ended."""
+    """The spans of one rank, in the order in which they ended.
+
+    Attributes:
+        recording: whether spans are kept at this moment.
+    """
 
     sees_every_wait = True
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.recording = True
         self._groups: dict[Any, list[int]] = {}
         self._steps: list[tuple[int, int]] = []  # of this job: number, and when it was done
 
-    @contextlib.contextmanager
-    def span(self, name: str, kind: str, axis: str = "", **about: Any) -> Iterator[None]:
+    def span(self, name: str, kind: str, axis: str = "", **about: Any) -> AbstractContextManager[None]:
         """Record how long the code inside takes."""
+        return self._recorded(name, kind, axis, about) if self.recording else UNSEEN
+
+    @contextlib.contextmanager
+    def _recorded(self, name: str, kind: str, axis: str, about: dict[str, Any]) -> Iterator[None]:
         start = clock()
         try:
             yield
@@ -80,10 +88,13 @@ class Trace(Observer):
 
     def step_done(self, step: int, steps: int) -> None:
         """Remember when the step ended."""
-        self._steps.append((step, clock()))
+        if self.recording:
+            self._steps.append((step, clock()))
 
     def job_done(self, job: Job, phases: Mapping[str, tuple[float, float]]) -> None:
         """Record how long encoding, denoising and decoding took, and each step."""
+        if not self.recording:
+            return
         self.spans += [Span(name, "phase", int(a * 1e9), int(b * 1e9)) for name, (a, b) in phases.items() if b > a]
         starts = [int(phases["denoise"][0] * 1e9), *(moment for _, moment in self._steps)]
         self.spans += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,40 @@ def offset(rank: int, world: int, group: Any) -> tuple[int, int]:
                 if took < quickest:
                     quickest, best = took, (middle, here - middle)
     return best
+
+
+class RequestTraces:
+    """Records those requests of a rank for which somebody wants a trace. Every rank makes one at the same time.
+
+    Args:
+        trace: of the engine, None if it was built without one.
+    """
+
+    def __init__(self, trace: Trace | None, rank: Rank) -> None:
+        self._trace, self._rank, self._before = trace, rank, (0, 0)
+        self._group = dist.new_group(backend="gloo") if trace is not None and rank.plan.world > 1 else None
+        self._sent = Counter[str]()
+        self.drop()
+
+    def begin(self) -> None:
+        """Record from here on. Every rank must call it."""
+        if self._trace is not None:
+            self._before = offset(self._rank.mesh.rank, self._rank.plan.world, self._group)
+            self._sent = Counter(self._rank.sent)
+            self._trace.recording = True
+
+    def record(self) -> Record | None:
+        """What was recorded since `begin`, None if nothing is."""
+        if self._trace is None or not self._trace.recording:
+            return None
+        sent = dict(self._rank.sent - self._sent)
+        return Record(self._rank.mesh.rank, host_name(), list(self._trace.spans), (self._before,), sent)
+
+    def drop(self) -> None:
+        """Record no more, and forget what was recorded."""
+        if self._trace is not None:
+            self._trace.recording = False
+            self._trace.spans.clear()
 
 
 def title_of(plan: Plan) -> str:

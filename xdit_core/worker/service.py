@@ -1,8 +1,8 @@
 """A rank that answers requests: it takes them from its control connection, and reports what happens.
 
-Messages to a rank: ``{"request": ID, "prompts": [...], "settings": {...}, "previews": N}`` to draw, ``{"request": ID,
-"arguments": SAFETENSORS, "grid": [ROWS, COLUMNS]}`` for one call of the denoiser, ``{"cancel": ID}`` and
-``{"stop": true}``. Messages of a rank: ``{"ready": SECONDS}`` once, then for each request some of
+Messages to a rank: ``{"request": ID, "prompts": [...], "settings": {...}, "previews": N, "trace": true}`` to draw,
+``{"request": ID, "arguments": SAFETENSORS, "grid": [ROWS, COLUMNS]}`` for one call of the denoiser, ``{"cancel": ID}``
+and ``{"stop": true}``. Messages of a rank: ``{"ready": SECONDS}`` once, then for each request some of
 ``{"id": ID, "event": NAME, ...}`` and at last ``{"id": ID, "event": "end", "outcome": "done" | "failed" | "cancelled",
 ...}``. Every rank reports the end; the rest comes from the ranks that own pictures.
 """
@@ -22,6 +22,7 @@ from xdit_core.errors import RequestCancelled, UsageError, XditError
 from xdit_core.faults import lost_peer, no_memory
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
+from xdit_core.observe.trace_files import RequestTraces
 from xdit_core.points.request import Job, Output
 from xdit_core.worker.control import ControlLink
 from xdit_core.worker.previews import PreviewMap, denoised
@@ -165,17 +166,20 @@ def serve(engine: Engine, control: ControlLink, reporter: Reporter, beat: Observ
     """
     reporter.engine = engine
     beat.status(Status(Phase.READY))  # first: a rank that ends as soon as it is known to be ready was ready
+    traces = RequestTraces(engine.trace, engine.rank)
     control.send({"ready": round(engine.load_seconds, 3)})
     while True:
         message = control.receive()
         if message is None or "stop" in message:
             return
         if "request" in message:
-            answer(engine, control, reporter, message)
+            answer(engine, control, reporter, message, traces)
             beat.status(Status(Phase.READY))
 
 
-def answer(engine: Engine, control: ControlLink, reporter: Reporter, message: Mapping[str, Any]) -> None:
+def answer(
+    engine: Engine, control: ControlLink, reporter: Reporter, message: Mapping[str, Any], traces: RequestTraces
+) -> None:
     """Answer one request.
 
     Raises:
@@ -206,7 +210,11 @@ def answer(engine: Engine, control: ControlLink, reporter: Reporter, message: Ma
             rows, columns = message["grid"]
             reporter.predicted(engine.predict(load(base64.b64decode(message["arguments"])), (rows, columns)))
         else:
+            if message.get("trace"):
+                traces.begin()
             engine.generate_all(message["prompts"], cancelled=asked, **settings)
+            if record := traces.record():
+                reporter.tell("trace", prompt=0, record=record.to_json())
     except RequestCancelled:
         end("cancelled")
     except Exception as error:
@@ -220,3 +228,4 @@ def answer(engine: Engine, control: ControlLink, reporter: Reporter, message: Ma
         end("done")
     finally:
         reporter.forget()
+        traces.drop()

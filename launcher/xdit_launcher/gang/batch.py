@@ -59,7 +59,7 @@ class Batch:
             return {"request": self.id, "arguments": data, "grid": first.grid}
         message = {"request": self.id, "prompts": first.prompts, "settings": first.settings, "previews": first.previews}
         if len(self.jobs) == 1:
-            return message
+            return {**message, "trace": first.trace}
         settings = {name: value for name, value in first.settings.items() if name not in OWN}
         settings["seed"] = [seed for job in self.jobs for seed in job.seeds]
         if "negative" in first.settings:
@@ -128,7 +128,13 @@ def next_batch(queue: deque[Job], most: int) -> Batch | None:
 def kind_of(job: Job) -> str:
     """What requests that are drawn together have in common; "" if this one is drawn alone."""
     request = job.request
-    if job.alone or len(request.prompts) != 1 or not isinstance(request.prompts[0], str) or "call" in request.settings:
+    if (
+        job.alone
+        or request.trace
+        or len(request.prompts) != 1
+        or not isinstance(request.prompts[0], str)
+        or "call" in request.settings
+    ):
         return ""
     common = {name: value for name, value in request.settings.items() if name not in OWN}
     return json.dumps([common, request.settings.get("negative") is None, request.previews], sort_keys=True)

@@ -160,13 +160,16 @@ class Gang:
             raise
         return results[0] if isinstance(prompt, str) else results
 
-    def submit(self, prompts: str | Sequence[str | Sequence[str]], *, previews: int = 0, **settings: Any) -> Job:
+    def submit(
+        self, prompts: str | Sequence[str | Sequence[str]], *, previews: int = 0, trace: bool = False, **settings: Any
+    ) -> Job:
         """Put a request in the queue.
 
         Args:
             prompts: what to draw, a prompt or several. A list of texts in place of a prompt has one for each picture,
                 which are drawn together; ``negative`` may be such a list too.
             previews: how many previews of each picture are wanted.
+            trace: record what every rank does and when; the ranks must have been started with ``trace=yes``.
             settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call={...}`` with further arguments of
                 the pipeline. ``lora`` has names of `loras` with scales, ``{"ink": 0.8}`` or ``"ink:0.8"``, which are
                 added to those of the plan.
@@ -178,7 +181,9 @@ class Gang:
         chosen = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if (lora := self.loras.texts(settings.pop("lora", None) or {})) != []:
             settings["lora"] = (*self.plan.run.lora, *lora)
-        request = GangRequest(chosen, checked_settings(chosen, settings), previews)
+        if trace and not self.plan.run.trace:
+            raise UsageError("a trace needs ranks that were started with trace=yes; start others, or leave it out.")
+        request = GangRequest(chosen, checked_settings(chosen, settings), previews, trace)
         return self._put(request, seeds_of(self.plan, request.settings))
 
     def predict(self, arguments: bytes, grid: tuple[int, int] = (1, 1)) -> bytes:

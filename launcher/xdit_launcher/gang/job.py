@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 from xdit_core.errors import RequestCancelled, XditError
+from xdit_core.observe.spans import Record
+from xdit_core.observe.timeline import chrome
 
 ENDS = ("done", "failed", "cancelled")
 
@@ -40,6 +42,7 @@ class GangRequest:
         prompts: what to draw: each a text, or a list with a text for each picture.
         settings: any of ``xdit_core.planning.requests.PER_REQUEST``, and ``call``, as of ``Engine.generate``.
         previews: how many previews of each picture are wanted.
+        trace: a trace of all ranks is wanted.
         arguments: instead of all these, safetensors with the arguments of one call of the denoiser.
         grid: of this call, rows and columns of tokens.
     """
@@ -47,6 +50,7 @@ class GangRequest:
     prompts: tuple[str | Sequence[str], ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
+    trace: bool = False
     arguments: bytes = b""
     grid: tuple[int, int] = (1, 1)
 
@@ -113,12 +117,14 @@ class Result:
         pictures: in order of their numbers.
         latents: safetensors with the tensor ``latents``, if latents were asked for.
         seconds: of encode, denoise and decode, the longest of all ranks.
+        trace: what every rank did and when, as JSON for ui.perfetto.dev, if it was asked for.
     """
 
     prompt: str
     pictures: list[Picture] = field(default_factory=list)
     latents: bytes | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    trace: bytes | None = None
 
     @property
     def images(self) -> list[Any]:
@@ -150,6 +156,7 @@ class Job:
         self._pictures: dict[tuple[int, int], Picture] = {}
         self._latents: dict[int, list[tuple[int, bytes]]] = {}
         self._seconds: dict[int, dict[str, float]] = {}
+        self._records: list[Record] = []
         self._error: XditError | None = None
         self.add("accepted")
 
@@ -213,12 +220,14 @@ class Job:
     def results(self) -> list[Result]:
         """What each prompt has given so far."""
         with self._changed:
+            trace = chrome(sorted(self._records, key=by_rank)).encode() if self._records else None
             return [
                 Result(
                     prompt if isinstance(prompt, str) else prompt[0],
                     [picture for (p, _), picture in sorted(self._pictures.items()) if p == index],
                     joined_latents([part for _, part in sorted(self._latents.get(index, []))]),
                     self._seconds.get(index, {}),
+                    trace,
                 )
                 for index, prompt in enumerate(self.request.prompts)
             ]
@@ -256,6 +265,9 @@ class Job:
             with self._changed:
                 self._latents.setdefault(prompt, []).append((start, data))
             self.add(kind, prompt=prompt, number=start, data=data)
+        elif kind == "trace":
+            with self._changed:
+                self._records.append(Record.from_json(message["record"]))
         elif kind == "prediction":
             self.add(kind, data=base64.b64decode(message["safetensors"]))
         elif kind == "preview":
@@ -265,6 +277,11 @@ class Job:
         else:
             step, steps = int(message.get("step", 0)), int(message.get("steps", 0))
             self.add(kind, prompt=prompt, number=int(message["numbers"][0]), step=step, steps=steps)
+
+
+def by_rank(record: Record) -> int:
+    """The rank of a record."""
+    return record.rank
 
 
 def joined_latents(parts: list[bytes]) -> bytes | None:

@@ -38,6 +38,8 @@ def files_of(results: list[Result], request: Mapping[str, Any], about: Mapping[s
             name = str(request.get("format", "png"))
             data = encoded(picture.frames[0], name, request.get("compression"))
             yield NewFile("result", number, f".{name}", FORMATS[name], data, picture.seed)
+    if results and results[0].trace is not None:
+        yield NewFile("trace", 0, ".json", "application/json", results[0].trace)
     for number, result in enumerate(results):
         if result.latents is not None:
             yield NewFile("result", number, ".safetensors", "application/octet-stream", result.latents)

@@ -19,7 +19,7 @@ class NewFile:
     """A file to be stored with a job.
 
     Args:
-        role: ``result``, ``thumbnail``, ``spritesheet`` or ``input``.
+        role: ``result``, ``thumbnail``, ``spritesheet``, ``trace`` or ``input``.
         number: counts the files of a role from 0.
         suffix: of its name, with the dot.
         media: its media type.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.launcher.fake_gangs import FakeGang
+from xdit_core.observe.spans import Record
 from xdit_core.planning.planner import make_plan
 from xdit_launcher.gang.job import Job
 from xdit_launcher.gang.loras import LoraFile
@@ -27,6 +28,8 @@ class AnsweringGang(FakeGang):
 
     def submit(self, prompts: Any, *, previews: int = 0, **settings: Any) -> Job:
         job = super().submit(prompts, previews=previews, **settings)
+        if settings.get("trace"):
+            job._records.append(Record(0, "a machine", []))
         self.done(len(self.jobs) - 1)
         self.requests.append(settings)
         return job

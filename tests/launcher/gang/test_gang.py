@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -89,6 +90,21 @@ def test_events_tell_the_story(gang: Gang) -> None:
     ends = list(job.events())
     assert ends[1].together == 1 and ends[-1].peak > 2**20
     assert kinds(job) == told and job.status == "done"  # again, from the beginning
+
+
+def test_a_trace_is_made_for_the_requests_that_ask(gang: Gang, tiny_sd3_folder: Path, runs: Path) -> None:
+    with Gang(["usp"], settings(tiny_sd3_folder, runs, **USP, trace=True)) as traced:
+        plain, seen = traced.generate("a red fox", **SMALL), traced.generate("a red fox", trace=True, **SMALL)
+        again = traced.generate("a red fox", trace=True, **{**SMALL, "steps": 1})
+    assert plain.trace is None and plain.pictures == seen.pictures == gang.generate("a red fox", **SMALL).pictures
+    assert json.loads(seen.trace)["displayTimeUnit"] == "ms"
+    for trace, steps in ((seen.trace, 3), (again.trace, 1)):
+        spans = [event for event in json.loads(trace)["traceEvents"] if event["ph"] == "X"]
+        for rank in (0, 1):
+            names = [event["name"] for event in spans if event["pid"] == rank]
+            assert names.count("denoise") == 1 and sum(name.startswith("step ") for name in names) == steps
+    with pytest.raises(UsageError, match="trace=yes"):
+        gang.submit("a red fox", trace=True)
 
 
 def test_seeds_count_the_pictures(gang: Gang) -> None:

@@ -71,6 +71,7 @@ class JobRequest(Strict):
     previews: int = Field(0, ge=0, le=MOST_PREVIEWS, description="previews of each picture among the events")
     priority: int = Field(0, ge=-10, le=10, description="higher ones run first")
     deadline: float | None = Field(None, gt=0, le=1e8, description="seconds from now after which nobody wants it")
+    trace: bool = Field(False, description="record what every rank does and when, if the server has trace=yes")
     webhook: str | None = Field(None, description="address that is called when it has ended; of serve.webhooks")
 
 
@@ -114,6 +115,12 @@ def job_body(server: Server, job: StoredJob) -> dict[str, Any]:
 async def create(body: JobRequest, request: Request, server: AServer, caller: ACaller) -> Response:
     """Put a job in the queue; with the header ``Idempotency-Key``, sending it again gives the same job."""
     check_model(server, body.model)
+    if body.trace and not server.check.plan.run.trace:
+        raise ApiError(
+            "this server records no traces; leave trace out, or have it started with trace=yes.",
+            param="trace",
+            code="unsupported",
+        )
     if body.webhook is not None:
         server.webhooks.check(body.webhook)
     idempotency = idempotency_of(request)
@@ -125,7 +132,7 @@ async def create(body: JobRequest, request: Request, server: AServer, caller: AC
         body.prompt,
         {name: getattr(body, name) for name in SETTINGS},
         body=body.model_dump(),
-        extra={**extra, "previews": body.previews},
+        extra={**extra, "previews": body.previews, "trace": body.trace},
         priority=body.priority,
         deadline_in=body.deadline,
         webhook=body.webhook,
@@ -197,6 +204,13 @@ async def event_body(server: Server, id: str, event: JobEvent) -> dict[str, Any]
         return job_body(server, job) if job else {"id": id, "status": event.kind}
     picture = {"b64_png": base64_of(event.picture)} if event.picture else {}
     return {"id": id, **event.data, **picture}
+
+
+@router.get("/{id}/trace")
+async def trace(id: str, server: AServer, caller: ACaller) -> Response:
+    """What every rank did and when, for ui.perfetto.dev, of a job with ``trace``."""
+    job = await find(server, caller, id)
+    return await file_answer(job.file("trace"), f"job {id} is {job.status} and has no trace; send one with trace=true.")
 
 
 @router.get("/{id}/results/{number}", response_class=Response, responses=files(*RESULT_MEDIA))

@@ -209,7 +209,7 @@ class Runner:
             Whether the gang has answered it, in whatever way.
         """
         desk, job, begun = self._desk, current.job, time.time()
-        settings = dict(job.request["settings"])
+        settings = {**job.request["settings"], **({"trace": True} if job.request.get("trace") else {})}
         try:
             try:
                 asked = gang.submit([job.request["prompt"]], previews=int(job.request.get("previews", 0)), **settings)
