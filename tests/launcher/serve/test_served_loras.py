@@ -18,6 +18,7 @@ from xdit_launcher.gang.loras import AllowedLoras
 from xdit_launcher.serve.api.common import Server
 from xdit_launcher.serve.auth import Keys
 from xdit_launcher.serve.limits import ApiError, RequestCheck, ServeSettings
+from xdit_launcher.serve.webhooks.addresses import Webhooks
 
 PROMPT = {"prompt": "a red fox", "seed": 5}
 
@@ -111,5 +112,6 @@ def test_a_server_without_loras(words):
     assert caught.value.param == "lora"
     log: list[Any] = []
     desk = SimpleNamespace(log=SimpleNamespace(write=lambda *what, **more: log.append((what, more))))
-    Server(desk, RequestCheck(plan, ServeSettings(), AllowedLoras()), Keys(None, {}), b"", time.time()).reload()  # type: ignore[arg-type]
+    check = RequestCheck(plan, ServeSettings(), AllowedLoras())
+    Server(desk, check, Keys(None, {}), b"", time.time(), Webhooks()).reload()  # type: ignore[arg-type]
     assert log == [(("keys were read again",), {"count": 0}), (("LoRAs were read again",), {"count": 0})]
