@@ -16,6 +16,8 @@ LOST_PEER = (
     "broken pipe",
     "timed out waiting",
     "application timeout",
+    "nccl communicator was aborted",
+    "watchdog caught collective operation timeout",
 )
 NO_MEMORY = ("defaultcpuallocator", "out of memory", "can't allocate memory", "cannot allocate memory")
 

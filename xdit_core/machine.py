@@ -9,6 +9,10 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from xdit_core.errors import UsageError
+
+BACKEND_VARIABLE = "XDIT_BACKEND"  # of the environment: what carries tensors between GPUs, see `gpu_backend`
+SHARING = ("gloo", "nccl-shared")  # the backends with which several ranks may share a GPU
 HOST_VARIABLE = "XDIT_HOST"  # of the environment: the name by which the user knows this machine
 
 
@@ -27,6 +31,21 @@ def cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def gpu_backend(environment: Mapping[str, str] | None = None) -> str:
+    """What carries tensors between GPUs: ``nccl``, or ``gloo`` or ``nccl-shared``, with which ranks may share a GPU.
+
+    Args:
+        environment: by default this process's.
+
+    Raises:
+        UsageError: ``XDIT_BACKEND`` is something else.
+    """
+    name = (os.environ if environment is None else environment).get(BACKEND_VARIABLE) or "nccl"
+    if name not in ("nccl", *SHARING):
+        raise UsageError(f"{BACKEND_VARIABLE}={name} is not known; set it to gloo or nccl-shared, or leave it out.")
+    return name
 
 
 def cuda_capability() -> tuple[int, int] | None:

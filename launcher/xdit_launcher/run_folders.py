@@ -29,6 +29,7 @@ QUEUED = "queued"  # a file of this name says that the run is still to begin, af
 NAME = re.compile(r"\d{8}-\d{6}-.+")
 OWN_FILES = re.compile(
     rf"plan\.json|{re.escape(COMMAND)}|{QUEUED}|record|trace\.json|summary\.txt|timeline\.png|slurm\.(json|out)"
+    r"|nccl-rank\d+(\.pipe)?"  # what NCCL had issued, and where it listens for who asks for that
     r"|rank\d+\.(log|beat|error\.json|record\.npz|trace\.json|profile\.json)|\.xdit-[0-9a-f]{12}"
 )
 OWN_FOLDERS = ("serial", "reference", "plan")  # of `verify`; each is the folder of a run
@@ -178,7 +179,8 @@ def own_files(folder: Path, inner: bool = False) -> list[Path] | None:
     paths: list[Path] = []
     for path in sorted(folder.iterdir()):
         mode = path.lstat().st_mode
-        if stat.S_ISREG(mode) and (OWN_FILES.fullmatch(path.name) or (inner and is_result(path))):
+        own = OWN_FILES.fullmatch(path.name)
+        if (own and stat.S_ISFIFO(mode)) or (stat.S_ISREG(mode) and (own or (inner and is_result(path)))):
             paths.append(path)
         elif stat.S_ISDIR(mode) and not inner and path.name in OWN_FOLDERS:
             within = own_files(path, inner=True)

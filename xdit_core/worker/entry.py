@@ -37,10 +37,13 @@ from xdit_core.printable import printable
 from xdit_core.worker.control import ControlLink
 from xdit_core.worker.failure import error_path, failure
 from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path
+from xdit_core.worker.pace import pace_of
 from xdit_core.worker.progress import Progress, Tee
 from xdit_core.worker.rendezvous import RankEnv, connect, die_with, everyones
 from xdit_core.worker.restart import with_docstrings
 from xdit_core.worker.writer import Writer
+
+FLIGHTS = "2000"  # operations that NCCL's flight recorder keeps
 
 
 def quieten() -> None:
@@ -84,12 +87,27 @@ def take_device(plan: Plan, place: RankEnv) -> None:
         return
     if not torch.cuda.is_available():
         raise UsageError("device=cuda but torch finds no GPU here; use device=cpu, or install torch with CUDA.")
-    if place.local_rank >= torch.cuda.device_count():
+    count, shared = torch.cuda.device_count(), machine.gpu_backend() in machine.SHARING
+    if place.local_rank >= count and not shared:
         raise UsageError(
-            f"{place.local_world} processes on {place.address or 'this machine'} but only {torch.cuda.device_count()} "
-            "GPUs; lower the degrees or nproc, or use device=cpu."
+            f"{place.local_world} processes on {place.address or 'this machine'} but only {count} GPUs; lower the "
+            "degrees or nproc, use device=cpu, or let ranks share a GPU with XDIT_BACKEND=gloo in the environment."
         )
-    torch.cuda.set_device(place.local_rank)
+    torch.cuda.set_device(place.local_rank % count)
+
+
+def record_flights(folder: Path) -> None:
+    """Let NCCL write what each rank had issued into the run folder when a collective times out, as ``nccl-rank{n}``."""
+    prefix = str(folder / "nccl-rank")
+    for key, value in {
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHTS,
+        "TORCH_FR_BUFFER_SIZE": FLIGHTS,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": prefix,
+    }.items():
+        os.environ.setdefault(key, value)
 
 
 def work(plan: Plan, place: RankEnv, beat: HeartbeatWriter, folder: Path) -> None:
@@ -147,7 +165,7 @@ def answer_requests(plan: Plan, place: RankEnv, control: int, beat: HeartbeatWri
 
     exempt_from_collection()
     reporter = Reporter(link, plan.owns(place.rank), Registry().model(plan.model)[0].latents.frame_dim)
-    engine = Engine(plan, progress=False, observer=combined((beat, reporter)))
+    engine = Engine(plan, progress=False, observer=combined((beat, pace_of(plan, beat), reporter)))
     exempt_from_collection()
     serve(engine, link, reporter, beat)
     engine.close()
@@ -176,7 +194,7 @@ def draw(plan: Plan, rank: int, progress: Progress, beat: HeartbeatWriter, folde
     progress.show(f"loading {plan.model}")
 
     write = Writer(plan, rank, progress, beat, folder, files.kept)
-    engine = Engine(plan, progress=False, observer=combined((beat, progress, write)))
+    engine = Engine(plan, progress=False, observer=combined((beat, pace_of(plan, beat), progress, write)))
     exempt_from_collection()
     record = recording(engine.recorder, record_path(folder, rank))
     with record, tracing(engine.trace, engine.rank, folder):
@@ -285,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # the launcher sends this signal to a hung rank to get its stack
     quieten()
     folder = path.resolve().parent
+    if plan.device == "cuda":
+        record_flights(folder)
     with contextlib.suppress(OSError):
         error_path(folder, place.rank).unlink(missing_ok=True)
     beat = HeartbeatWriter(heartbeat_path(folder, place.rank))

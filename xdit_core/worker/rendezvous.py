@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from xdit_core.errors import UsageError, XditError
+from xdit_core.machine import SHARING, gpu_backend, host_name
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
 from xdit_core.records import join_words
@@ -183,13 +184,16 @@ def connect(place: RankEnv, digest: str, device: str, timeout: float, observer: 
     # A launcher ends a run that stands still; without one this does. A run that was stopped for a while is not to end
     # by it.
     wait = patience if place.parent is None else max(patience, timedelta(days=7))
+    nccl = device == "cuda" and gpu_backend() != "gloo"
+    if nccl and gpu_backend() in SHARING:  # NCCL takes ranks on one GPU for a mistake, unless their hosts differ
+        os.environ.setdefault("NCCL_HOSTID", f"{host_name()}-rank{place.rank}")
     dist.init_process_group(
-        backend="nccl" if device == "cuda" else "gloo",
+        backend="nccl" if nccl else "gloo",
         store=store,
         rank=place.rank,
         world_size=place.world,
         timeout=wait,
-        device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
+        device_id=torch.device("cuda", torch.cuda.current_device()) if nccl else None,
     )
     return store
 

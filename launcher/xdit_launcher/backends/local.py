@@ -235,7 +235,7 @@ class StartedHere(StartedRanks):
 
     def ask_for_stacks(self) -> None:
         """Let every rank write the stacks of its threads into its log."""
-        processes.ask_for_stacks(self._workers)
+        processes.ask_for_stacks(self._workers, self.folder)
 
     def report(self, cause: RootCause) -> list[str]:
         """Lines about the cause of a failure."""

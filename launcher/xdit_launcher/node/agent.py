@@ -144,7 +144,7 @@ class Agent:
 
     def do_stacks(self) -> None:
         """Let every rank write the stacks of its threads into its log."""
-        processes.ask_for_stacks(self.workers)
+        processes.ask_for_stacks(self.workers, self._local_ranks.folder if self._local_ranks else None)
 
     def do_read_log(self, rank: int) -> str:
         """Answer with the end of the log of a rank."""

@@ -21,13 +21,17 @@ from typing import Any
 
 from xdit_core import machine
 from xdit_core.errors import UsageError
+from xdit_core.observe.status import STARTING
 from xdit_core.records import join_words
 from xdit_core.worker.control import VARIABLE, ControlLink, control_pair
-from xdit_core.worker.heartbeat import heartbeat_path, read_heartbeat
+from xdit_core.worker.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
 from xdit_launcher.node.root_cause import RankStatus, read_error
 from xdit_launcher.node.signals import without_interrupts
 from xdit_launcher.node.sockets import interface_to
 
+FLIGHT_PATIENCE = 3.0  # seconds; NCCL looks at its pipe once a second
+LOG_END = 65536  # bytes
+NCCL_WORDS = ("ProcessGroupNCCL", "NCCL communicator", "NCCL error", "ncclRemoteError", "ncclSystemError")
 GRACE = 1.0  # seconds that a worker has to end by itself after SIGTERM
 LOOK_INTERVAL = 0.25  # seconds between two reads of the heartbeats
 
@@ -75,10 +79,11 @@ class NodeShare:
                 f"there is no GPU {join_words(missing)} on {self.host}, which has {gpus}, counted from 0; leave it out."
             )
         count, usable = len(self.ranks), len(self.devices) or gpus
-        if count > usable:
+        shared = machine.gpu_backend({**os.environ, **self.env}) in machine.SHARING and usable > 0
+        if count > usable and not shared:
             raise UsageError(
-                f"{count} processes need {count} GPUs and {self.host} has {usable}; lower the degrees, or use "
-                "device=cpu."
+                f"{count} processes need {count} GPUs and {self.host} has {usable}; lower the degrees, use device=cpu, "
+                "or let ranks share a GPU with XDIT_BACKEND=gloo in the environment."
             )
 
     def environment(self, rank: int) -> dict[str, str]:
@@ -219,21 +224,68 @@ class LocalRanks:
         return {rank: self._read(rank, w.poll()) for rank, w in self.workers.items()}
 
     def _read(self, rank: int, code: int | None) -> RankStatus:
-        return RankStatus(
-            self.host,
-            code,
-            read_heartbeat(heartbeat_path(self.folder, rank)),
-            read_error(self.folder, rank) if code != 0 else None,
-            log=str(log_path(self.folder, rank)),
-        )
+        beat, log = read_heartbeat(heartbeat_path(self.folder, rank)), log_path(self.folder, rank)
+        error = read_error(self.folder, rank) if code != 0 else None
+        if error is None and code == -signal.SIGABRT:
+            error = aborted_by_nccl(rank, self.host, beat, log)
+        return RankStatus(self.host, code, beat, error, log=str(log))
 
 
-def ask_for_stacks(workers: Workers) -> None:
-    """Let every rank write the stacks of its threads into its log."""
+def aborted_by_nccl(rank: int, host: str, beat: Heartbeat | None, log: Path) -> dict[str, Any] | None:
+    """The error of a rank that the watchdog of NCCL aborted, which it does where a peer has gone; it is a victim.
+
+    Args:
+        beat: its last heartbeat.
+        log: its log, whose end says what aborted it.
+
+    Returns:
+        What a rank writes itself where it can, see `xdit_core.worker.failure`; None if it was not NCCL.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_END))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    said = next((line for line in lines if any(word in line for word in NCCL_WORDS)), None)
+    if said is None:
+        return None
+    return {
+        "rank": rank,
+        "host": host,
+        "status": (beat.status if beat else STARTING).to_dict(),
+        "type": "DistBackendError",
+        "message": f"NCCL aborted the rank: {said.strip()[:300]}",
+        "known": False,
+        "victim": True,
+        "exit_code": 128 + signal.SIGABRT,
+        "monotonic": beat.at if beat else time.monotonic(),
+        "wall": time.time(),
+        "traceback": "",
+    }
+
+
+def ask_for_stacks(workers: Workers, folder: Path | None = None) -> None:
+    """Let every rank write the stacks of its threads into its log, and NCCL what it had issued into the run folder."""
+    dumps = ask_for_flights(folder, workers) if folder is not None else 0
     for w in workers.values():
         if w.poll() is None:
             w.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
+    time.sleep(FLIGHT_PATIENCE if dumps else 0.3)
+
+
+def ask_for_flights(folder: Path, ranks: Iterable[int]) -> int:
+    """Ask the flight recorder of NCCL for a dump through the pipe on which it listens; how many ranks have one."""
+    asked = 0
+    for rank in ranks:
+        with contextlib.suppress(OSError):  # no such pipe, or nobody reads it
+            pipe = os.open(folder / f"nccl-rank{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                os.write(pipe, b"1\n")
+            finally:
+                os.close(pipe)
+            asked += 1
+    return asked
 
 
 def stop(workers: Workers) -> None:

@@ -127,7 +127,7 @@ def find_root_cause(statuses: RankStatuses, stuck_for: float | None = None, else
             several = f"ranks {lost[0]} to {lost[-1]} were lost with their host"
             return cause(rank, f"{several if len(lost) > 1 else 'it was lost with its host'}: {s.lost}", 1)
     for rank, s in statuses.items():
-        if s.code is not None and s.code < 0:
+        if s.code is not None and s.code < 0 and not s.error:  # NCCL aborts ranks that lost a peer
             return cause(rank, describe_signal(-s.code), 128 - s.code)
     for rank, s in statuses.items():
         if s.code and not s.error:
