@@ -36,8 +36,7 @@ from xdit_core.planning.planner import check_same_plan
 from xdit_core.printable import printable
 from xdit_core.worker.control import ControlLink
 from xdit_core.worker.failure import error_path, failure
-from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path
-from xdit_core.worker.pace import pace_of
+from xdit_core.worker.heartbeat import HeartbeatWriter, heartbeat_path, pace_of
 from xdit_core.worker.progress import Progress, Tee
 from xdit_core.worker.rendezvous import RankEnv, connect, die_with, everyones
 from xdit_core.worker.restart import with_docstrings

@@ -12,16 +12,23 @@ import mmap
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xdit_core.observe.observer import Awaited, Observer
 from xdit_core.observe.status import STARTING, Status
 
+if TYPE_CHECKING:
+    from xdit_core.plan import Plan
+    from xdit_core.points.request import Job
+
 SIZE = 512
 HEAD = struct.Struct("<IQdIH")  # checksum of the rest, count of beats, time.monotonic(), results written, bytes of JSON
 READS = 5  # of a file that is being written to
+AHEAD = 2  # steps that the host may be ahead of the device: enough to keep the device busy
 MOST_PEERS = 32  # ranks that a beat names
 
 
@@ -120,3 +127,59 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
         if zlib.crc32(data[4 : HEAD.size + length]) == checksum:
             return Heartbeat(count, at, Status.from_dict(json.loads(data[HEAD.size : HEAD.size + length])), written)
     return None
+
+
+class Mark(Protocol):
+    """A place in the work of a device, such as ``torch.cuda.Event``."""
+
+    def query(self) -> bool:
+        """Whether the device has come to it."""
+
+    def synchronize(self) -> Any:
+        """Wait until it has."""
+
+
+class Pace(Observer):
+    """Waits behind each step until the device has done the step that is ``AHEAD`` steps back.
+
+    A program that uses a GPU only queues work, and may be many steps ahead of a GPU that stands still. So its
+    heartbeats would tell what it has queued.
+
+    Args:
+        mark: makes a mark behind the work that was queued so far.
+        beat: told while this rank waits for its device.
+    """
+
+    def __init__(self, mark: Callable[[], Mark], beat: Observer) -> None:
+        self._mark, self._beat = mark, beat
+        self._marks: deque[tuple[int, Mark]] = deque()
+
+    def job_started(self, job: Job) -> None:
+        """Forget the marks of another call of the pipeline."""
+        self._marks.clear()
+
+    def step_done(self, step: int, steps: int) -> None:
+        """Mark the end of a step, and wait for that of an earlier one."""
+        self._marks.append((step, self._mark()))
+        if len(self._marks) <= AHEAD:
+            return
+        earlier, mark = self._marks.popleft()
+        if not mark.query():
+            with self._beat.waiting(Awaited(f"its device to finish step {earlier}", "device")):
+                mark.synchronize()
+
+
+def pace_of(plan: Plan, beat: Observer) -> Pace | None:
+    """The observer for the device of a plan; None on a CPU, which does its work when it is asked."""
+    if plan.device != "cuda":
+        return None
+
+    def mark() -> Mark:
+        import torch
+
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        made: Mark = event
+        return made
+
+    return Pace(mark, beat)

@@ -15,8 +15,7 @@ from xdit_core.faults import lost_peer
 from xdit_core.machine import gpu_backend
 from xdit_core.observe.status import Phase, Status
 from xdit_core.worker import entry
-from xdit_core.worker.heartbeat import Heartbeat, HeartbeatWriter
-from xdit_core.worker.pace import AHEAD, Pace
+from xdit_core.worker.heartbeat import AHEAD, Heartbeat, HeartbeatWriter, Pace
 from xdit_core.worker.rendezvous import RankEnv
 from xdit_launcher.node import processes
 from xdit_launcher.node.root_cause import RankStatus, cause_is_known, find_root_cause
