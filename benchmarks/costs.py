@@ -37,8 +37,6 @@ def settings(n: int) -> dict[str, tuple[list[str], dict[str, Any]]]:
 def measured(folder: str, plugins: list[str], values: dict[str, Any]) -> tuple[dict[str, int], int, int]:
     """On every rank: bytes sent in the second step by axis, parameter bytes of the blocks, bytes of kept keys and
     values."""
-    from torch.distributed.tensor import DTensor
-
     from xdit_core import Engine, make_plan
 
     torch.set_num_threads(1)
@@ -58,8 +56,7 @@ def measured(folder: str, plugins: list[str], values: dict[str, Any]) -> tuple[d
             kept[0] = held(engine)
 
     engine = Engine(make_plan(plugins, {**base, "device": "cpu", **values}), progress=look)
-    denoiser = engine.pipe.transformer
-    local = [p.to_local() if isinstance(p, DTensor) else p for n, p in denoiser.named_parameters() if "blocks" in n]
+    local = [p for n, p in engine.pipe.transformer.named_parameters() if "blocks" in n]
     engine.generate("a red fox")
     engine.close()
     sent = {axis: count - marks[0].get(axis, 0) for axis, count in marks[1].items()}

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from xdit_core.parallel.placements import LocalPlacement, PatchPlacement
     from xdit_core.parallel.rank import Rank
     from xdit_core.parallel.row_set import RowSet
+    from xdit_core.parallel.slices import TensorSlice, keep_slice, slice_of
     from xdit_core.points.attention import AttentionCall, RunAttention, refuse_mask
     from xdit_core.points.branches import BranchState
     from xdit_core.points.context import ForwardContext
@@ -116,6 +117,9 @@ _WITH_TORCH = {
     "Rows": ("points.trunk", "Rows"),
     "Selector": ("points.trunk", "Selector"),
     "RunTrunk": ("points.trunk", "RunTrunk"),
+    "TensorSlice": ("parallel.slices", "TensorSlice"),
+    "keep_slice": ("parallel.slices", "keep_slice"),
+    "slice_of": ("parallel.slices", "slice_of"),
     "materialized": ("parallel.patch_tensor", "materialized"),
     "patchwise": ("parallel.patch_tensor", "patchwise"),
     "refuse_mask": ("points.attention", "refuse_mask"),
@@ -191,6 +195,7 @@ __all__ = [
     "Stages",
     "Status",
     "Stream",
+    "TensorSlice",
     "Text",
     "TokenLayout",
     "Traffic",
@@ -209,6 +214,7 @@ __all__ = [
     "hookimpl",
     "join_words",
     "joined",
+    "keep_slice",
     "latent_factor",
     "length",
     "make_plan",
@@ -217,4 +223,5 @@ __all__ = [
     "refuse_mask",
     "share",
     "share_between_patches",
+    "slice_of",
 ]

@@ -67,12 +67,6 @@ def xdit_check(settings: Settings, facts: ModelFacts, plan: Plan) -> Iterator[Pr
             f"compile.scope=transformer makes one graph of all blocks, and {', '.join(inside)} works between them",
             f"use compile.scope=blocks, or drop {', '.join(inside)}",
         )
-    if settings.dynamic and "weights" in plan.claims:
-        yield Problem(
-            "compile.dynamic=yes makes code for all sizes, which torch cannot do for matrices that are divided by "
-            f"{plan.claims['weights']}",
-            "leave out compile.dynamic",
-        )
 
 
 @hookimpl

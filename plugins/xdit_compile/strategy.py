@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._dynamo
 from torch._dynamo.callback import callback_handler
+from torch.distributed.tensor import DTensor
 
 from xdit_core import Absent, Rank, Status, UsageError, did_you_mean
 
@@ -38,14 +39,16 @@ class Compile:
             raise UsageError(
                 f"compile.backend={settings.backend} is unknown to torch; {did_you_mean(settings.backend, known)}"
             )
-        # DTensor remembers how an operation divides by the sizes of its tensors, and cannot do so for unknown sizes
-        self.dynamic = False if settings.dynamic is None and "weights" in rank.plan.claims else settings.dynamic
+        self.dynamic = settings.dynamic
         self._began = 0.0
 
     def __call__(self, pipe: Any) -> None:
         """Replace the calls of the blocks, or of the whole denoiser, by compiled ones."""
         chosen, spec = self.settings, self.rank.spec
         denoisers = [part for name in spec.checkpoint.denoisers if (part := getattr(pipe, name, None)) is not None]
+        # DTensor remembers how an operation divides by the sizes of its tensors, and cannot do so for unknown sizes
+        if any(isinstance(p, DTensor) for denoiser in denoisers for p in denoiser.parameters()):
+            self.dynamic = False
         options: dict[str, Any] = {"backend": chosen.backend, "fullgraph": chosen.fullgraph, "dynamic": self.dynamic}
         if chosen.mode is not None:
             options["mode"] = chosen.mode

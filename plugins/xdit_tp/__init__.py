@@ -76,5 +76,4 @@ def xdit_build(settings: Settings, rank: Rank) -> Built:
     """The transform, on this rank's part of the mesh."""
     from xdit_tp.strategy import Divide
 
-    divide = Divide(rank)
-    return Built(transforms={"shard": divide}, close=divide.forget)
+    return Built(transforms={"shard": Divide(rank)})

@@ -1,58 +1,43 @@
-"""Divides the weight matrices of the blocks among ranks with ``torch.distributed.tensor.parallel``.
+"""Divides the weight matrices of the blocks among ranks.
 
 This is done while the parameters have shapes and no values yet, so each rank reads and holds only its own part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from xdit_core import Absent, ModelError, Rank
+from xdit_core import Absent, ModelError, Rank, keep_slice
+from xdit_tp.layers import GatheredLinear, Parts, RMSNormAcross, RowwiseLinear
 
-
-def styles() -> dict[str, Callable[[], ParallelStyle]]:
-    """The words of a plan: ``colwise`` leaves the columns where they are, ``gathered`` brings them together,
-    ``rowwise`` sums.
-
-    ``normed`` is for an RMS norm over columns that are divided.
-    """
-    return {
-        "normed": NormAcross,
-        "colwise": ColwiseParallel,
-        "gathered": lambda: ColwiseParallel(output_layouts=Replicate()),
-        "rowwise": RowwiseParallel,
-    }
+# The words of a plan, each with the dim of the weight that is divided. ``colwise`` leaves the columns of the result
+# where they are, ``gathered`` brings them together, ``rowwise`` sums; ``normed`` is an RMS norm over columns that are
+# divided.
+STYLES = {"colwise": 0, "gathered": 0, "rowwise": 1, "normed": 0}
 
 
-class NormAcross(ParallelStyle):
-    """An RMS norm over all columns where a rank has its part of them: the squares are summed over the ranks.
+def style_of(word: Any) -> tuple[str, Sequence[int] | None]:
+    """What a plan says of a matrix: one of the words, and the sizes of its parts in proportion to each other if it
+    consists of several; diffusers has classes for these."""
+    from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwiseParallel
 
-    Sends per rank: ``2 x (N-1)/N x B x S`` elements in float32.
-    """
+    if isinstance(word, (PackedColwiseParallel, PackedRowwiseParallel)):
+        return "colwise" if isinstance(word, PackedColwiseParallel) else "rowwise", word.blocks
+    return word, None
 
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        weight: Any = module.weight
-        columns, group, eps = weight.shape[0], device_mesh.get_group(), module.eps or torch.finfo(weight.dtype).eps
-        module.weight = nn.Parameter(distribute_tensor(weight, device_mesh, [Shard(0)]), requires_grad=False)
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            squares = x.float().pow(2).sum(-1, keepdim=True)
-            if squares.numel():
-                squares = all_reduce(squares, "sum", group)
-            part: Any = module.weight
-            normed: torch.Tensor = (x * torch.rsqrt(squares / columns + eps)).to(x.dtype) * part.to_local().to(x.dtype)
-            return normed
+def packed(module: nn.Module, parent: nn.Module, style: str) -> Sequence[int]:
+    """Sizes of the matrices that a matrix consists of, in proportion to each other; each of them is divided."""
+    from diffusers.models.activations import GEGLU, SwiGLU
 
-        module.forward = forward
-        return module
+    if style == "colwise" and isinstance(parent, (GEGLU, SwiGLU)):
+        return 1, 1  # values and gates
+    sizes = {"rowwise": "_tp_packed_row_blocks", "colwise": "_tp_packed_col_blocks"}.get(style, "")
+    return tuple(getattr(module, sizes, None) or (1,))
 
 
 class Divide:
@@ -62,7 +47,8 @@ class Divide:
     """
 
     def __init__(self, rank: Rank) -> None:
-        self.rank, self.mesh, self.degree = rank, rank.mesh.submesh("tp"), rank.degree("tp")
+        group = rank.group("tp")
+        self.rank, self.parts = rank, None if group is None else Parts(rank, group)
 
     def __call__(self, denoiser: nn.Module) -> None:
         """Change the modules in place.
@@ -70,9 +56,8 @@ class Divide:
         Raises:
             ModelError: a key of the plan matches no module, or a matrix does not divide.
         """
-        if self.mesh is None:
+        if self.parts is None:
             return
-        self.forget()
         plan = self.rank.spec.trunk.tp_plan or dict(getattr(type(denoiser), "_tp_plan", None) or {})
         names = {name for name, _ in denoiser.named_modules()}
         for name, module in denoiser.named_modules():
@@ -84,83 +69,55 @@ class Divide:
                 f"the matrices of {self.rank.spec.name} name {', '.join(unmatched)}, which {type(denoiser).__name__} "
                 "does not have; a part of the model would stay undivided, so correct the adapter."
             )
-        known, fewer = styles(), set()
+        fewer = set()
         for name, module in list(denoiser.named_modules()):
-            style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
-            if style is None:
+            word = next((word for pattern, word in plan.items() if fnmatch(name, pattern)), None)
+            if word is None:
                 continue
-            self.check(name, module, style)
-            parallelize_module(module, self.mesh, known[style]())
-            packed = getattr(
-                module, "_tp_packed_row_blocks", None
-            )  # diffusers' word for inputs that were put one behind the other
-            if packed and style == "rowwise":
-                module.weight.packed = (1, tuple(packed))
-            self.count(module, style)
-            if style != "normed":
-                self.pass_nothing(module, style)
+            style, sizes = style_of(word)
+            parent = denoiser.get_submodule(name.rpartition(".")[0])
+            denoiser.set_submodule(name, self.divided(name, module, style, sizes or packed(module, parent, style)))
             if style == "colwise":
-                fewer.add(name.rpartition(".")[0])
-        for name in fewer:
-            parent = denoiser.get_submodule(name)
+                fewer.add(parent)
+        for parent in fewer:
             for attribute in ("heads", "inner_dim") if hasattr(parent, "heads") else ():  # a processor may divide them
                 if isinstance(getattr(parent, attribute, None), int):
-                    setattr(parent, attribute, getattr(parent, attribute) // self.degree)
+                    setattr(parent, attribute, getattr(parent, attribute) // self.parts.degree)
 
-    @staticmethod
-    def forget() -> None:
-        """Torch keeps how operations on a mesh divide, and takes an old mesh for a new one over the same ranks, whose
-        groups have gone."""
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    def divided(self, name: str, module: nn.Module, style: str, sizes: Sequence[int]) -> nn.Module:
+        """What stands for a layer on this rank.
 
-        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+        Args:
+            name: of the layer.
+            sizes: of the matrices that it consists of, in proportion to each other.
 
-    def check(self, name: str, module: nn.Module, style: str) -> None:
-        """A matrix that can be divided evenly."""
-        size = getattr(module, "in_features" if style == "rowwise" else "out_features", None)
-        if style == "normed" and getattr(module, "weight", None) is not None:
-            weight: Any = module.weight
-            size = weight.shape[0]
-        if style not in styles() or size is None or size % self.degree:
+        Raises:
+            ModelError: it does not divide.
+        """
+        assert self.parts is not None
+        dim, degree, index = STYLES.get(style), self.parts.degree, self.parts.index
+        weight: Any = getattr(module, "weight", None)
+        takes = style == "normed" if not isinstance(module, nn.Linear) else style != "normed"
+        size = weight.shape[dim] if weight is not None and takes and dim is not None else None
+        if size is None or any(size * one % (sum(sizes) * degree) for one in sizes):
             raise ModelError(
-                f"{name} of {self.rank.spec.name} cannot be divided {style} by tp.degree={self.degree} "
+                f"{name} of {self.rank.spec.name} cannot be divided {style} by tp.degree={degree} "
                 f"({'it is no Linear' if size is None else f'{size} features'}); use another degree or correct the "
                 "adapter."
             )
-
-    def pass_nothing(self, module: nn.Module, style: str) -> None:
-        """A stream may have no rows (text that belongs to another patch), with which DTensor cannot multiply."""
-        weight: Any = module.weight
-        original: Callable[[torch.Tensor], torch.Tensor] = module.forward
-        mesh, features = self.mesh, weight.shape[0]
-
-        def forward(x: DTensor) -> torch.Tensor:
-            if x.numel():
-                return original(x)
-            width, place = (features, Replicate()) if style == "rowwise" else (features // self.degree, Shard(-1))
-            nothing = x.to_local().new_empty(*x.shape[:-1], width)
-            return DTensor.from_local(nothing, mesh, [place], run_check=False)
-
-        module.forward = forward
-
-    def count(self, module: nn.Module, style: str) -> None:
-        """Count what the module's collective sends."""
-        if style in ("colwise", "normed"):
-            return
-        times, name = (2, "tp") if style == "rowwise" else (1, "tp.modulation")
-
-        def add(_: nn.Module, inputs: Any, out: torch.Tensor) -> None:
-            if not torch.compiler.is_compiling():
-                self.rank.sent[name] += times * out.nbytes * (self.degree - 1) // self.degree
-
-        module.register_forward_hook(add)
-        if self.rank.observer.sees_every_wait:
-            module.register_forward_hook(self.seen)
-
-    def seen(self, _: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
-        """The module's collective, waited for at once, so that a trace shows it."""
-        if torch.compiler.is_compiling() or not isinstance(out, AsyncCollectiveTensor):
-            return out
-        with self.rank.waiting("the parts of the other ranks", "tp", self.rank.group("tp")):
-            whole: torch.Tensor = out.wait()
-        return whole
+        ranges, start = [], 0
+        for one in sizes:
+            whole = size * one // sum(sizes)
+            ranges.append((start + whole * index // degree, start + whole * (index + 1) // degree))
+            start += whole
+        keep_slice(module, "weight", dim or 0, ranges)
+        if dim == 0 and getattr(module, "bias", None) is not None:
+            keep_slice(module, "bias", 0, ranges)
+        if isinstance(module, nn.Linear):
+            if style == "rowwise":
+                return RowwiseLinear(module, self.parts)
+            if style == "gathered":
+                return GatheredLinear(module, self.parts)
+            module.out_features = module.weight.shape[0]
+            return module
+        return RMSNormAcross(module, self.parts, size)

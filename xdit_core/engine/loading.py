@@ -31,6 +31,7 @@ from xdit_core.errors import ModelError
 from xdit_core.model_spec import ModelSpec
 from xdit_core.observe.observer import Observer
 from xdit_core.observe.status import Phase, Status
+from xdit_core.parallel.slices import TensorSlice, slice_of
 from xdit_core.points.adapter_check import check_adapter
 from xdit_core.points.trunk import Absent
 
@@ -304,8 +305,8 @@ def load_part(
         if missing:
             raise lacking(part.origin, missing)
         for name, like in needed.items():
-            if tensors.shape(name) != tuple(like.shape):
-                raise another_shape(tensors.origin(name), name, tensors.shape(name), tuple(like.shape))
+            if tensors.shape(name) != (shape := slice_of(like).shape):
+                raise another_shape(tensors.origin(name), name, tensors.shape(name), shape)
             state[name] = read(tensors, name, like, deltas.get(name))
         model.load_state_dict(state, strict=True, assign=True)
         replace_buffers(model, tensors)
@@ -321,31 +322,27 @@ def replace_buffers(model: nn.Module, tensors: Tensors) -> None:
 
 
 def read(tensors: Tensors, name: str, like: torch.Tensor, delta: Delta | None = None) -> torch.Tensor:
-    """Read a tensor, or the part of it that a ``DTensor`` holds on this rank, and add ``delta()`` in float32."""
+    """Read a tensor, or the part of it that a parameter is, and add ``delta()`` in float32."""
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
 
-    change = delta() if delta else None
-    if not isinstance(like, DTensor):
+    part, change = slice_of(like), delta() if delta else None
+    if part == TensorSlice.whole(part.shape) and not isinstance(like, DTensor):
         whole = tensors.read(name)
         return (whole if change is None else whole.float() + change.view_as(whole)).to(tensors.dtype(name, whole.dtype))
-    sizes, starts = local_part(like.shape, like.device_mesh, like.placements)
-    where = [slice(a, a + n) for a, n in zip(starts, sizes, strict=True)]
-    dim, packed = getattr(like, "packed", (0, (like.shape[0],)))
-    pieces, start = [], 0
-    for size in packed:  # a tensor may consist of several matrices, each of which is divided
-        if len(packed) > 1:
-            one = size // like.device_mesh.size()
-            first = start + like.device_mesh.get_local_rank() * one
-            where[dim] = slice(first, first + one)
-        piece = tensors.read(name, tuple(where))
-        dtype = tensors.dtype(name, piece.dtype)
-        pieces.append(piece if change is None else piece.float() + change[tuple(where)])
-        start += size
-    part = torch.cat(pieces, dim=dim)
+    own = part.read(partial(tensors.read, name))
+    dtype = tensors.dtype(name, own.dtype)
+    if change is not None:
+        own = own.float() + part.read(change.view(part.shape).__getitem__)
     # a slice would keep the whole tensor in memory
-    own = part.to(like.device_mesh.device_type, dtype).clone(memory_format=torch.contiguous_format)
+    own = own.to(dtype).clone(memory_format=torch.contiguous_format)
+    if not isinstance(like, DTensor):
+        return own
     made: torch.Tensor = DTensor.from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        own.to(like.device_mesh.device_type),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
     )
     return made
