@@ -43,7 +43,8 @@ class Parts:
         if not x.numel():
             return x
         if torch.compiler.is_compiling():
-            return functional.all_reduce(x, "sum", self.name)
+            total: torch.Tensor = functional.all_reduce(x, "sum", self.name)
+            return total
         self._sent["tp"] += 2 * x.nbytes * (self.degree - 1) // self.degree
         with self._observer.waiting(self._wait):
             dist.all_reduce(x, group=self.group)
@@ -54,13 +55,14 @@ class Parts:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], x.shape[-1] * self.degree)
         if torch.compiler.is_compiling():
-            return functional.all_gather_tensor(x, x.dim() - 1, self.name)
+            whole: torch.Tensor = functional.all_gather_tensor(x, x.dim() - 1, self.name)
+            return whole
         self._sent["tp.modulation"] += x.nbytes * (self.degree - 1)
         parts = x.new_empty(self.degree * x.shape[0], *x.shape[1:])
         with self._observer.waiting(self._wait):
             all_gather(parts, x, group=self.group)
         # a view where there is one row, as there is of a modulation
-        return parts.view(self.degree, *x.shape).movedim(0, -2).reshape(*x.shape[:-1], -1)
+        return parts.view(self.degree, *x.shape).movedim(0, -2).flatten(-2)
 
 
 class RowwiseLinear(nn.Linear):
@@ -109,4 +111,5 @@ class RMSNormAcross(nn.Module):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         squares = self.parts.sum(length.square_())
         normed: torch.Tensor = (x * squares.div_(self.columns).add_(self.eps).rsqrt_()).to(x.dtype)
-        return normed * self.weight.to(x.dtype)
+        weight: torch.Tensor = self.weight.to(x.dtype)
+        return normed * weight
