@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -166,3 +167,76 @@ def after_another(folder):
 def test_engines_one_after_another(gloo, tiny_sd3_folder):
     for first, _, last in gloo.run(after_another, str(tiny_sd3_folder), world=4):
         assert torch.equal(first, last)
+
+
+class GatedBlock(torch.nn.Module):
+    """Feed-forwards whose first matrix holds values and gates, told by its class, by a plan and by an attribute."""
+
+    def __init__(self):
+        from diffusers.models.attention import FeedForward
+
+        super().__init__()
+        self.geglu = FeedForward(8, activation_fn="geglu")
+        self.swiglu = FeedForward(8, activation_fn="swiglu")
+        self.first, self.last = torch.nn.Linear(8, 24), torch.nn.Linear(20, 8)
+        self.last._tp_packed_row_blocks = [12, 8]
+        self.norm = torch.nn.RMSNorm(8, eps=1e-6)
+
+    def forward(self, x):
+        x = x + self.geglu(x) + self.swiglu(x)
+        gate, value = self.first(x).chunk(2, dim=-1)
+        return self.last(torch.cat((gate * value, self.norm(self.keys(x))), dim=-1))
+
+
+def packed_parts(degree):
+    """Compare one block, whole and divided, with the same values; return this rank's share of the numbers."""
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+    from diffusers.hooks.tensor_parallel import PackedColwiseParallel
+
+    from xdit_core import Observer, slice_of
+    from xdit_tp.strategy import Divide
+
+    plan = {
+        "*.net.0.proj": "colwise",
+        "*.net.2": "rowwise",
+        "first": PackedColwiseParallel([1, 1]),
+        "keys": "colwise",
+        "norm": "normed",
+        "last": "rowwise",
+    }
+
+    def made():
+        block = GatedBlock()
+        block.keys = torch.nn.Linear(8, 8)
+        return block
+
+    torch.manual_seed(0)
+    whole = made()
+    torch.nn.init.normal_(whole.norm.weight)
+    with torch.device("meta"):
+        part = made()
+    sent = Counter()
+    rank = SimpleNamespace(
+        group=lambda axis: dist.group.WORLD,
+        degree=lambda axis: degree,
+        index=lambda axis: dist.get_rank(),
+        sent=sent,
+        observer=Observer(),
+        spec=SimpleNamespace(name="gated", trunk=SimpleNamespace(tp_plan=plan)),
+    )
+    Divide(rank)(part)
+    values = whole.state_dict()
+    state = {name: slice_of(p).read(values[name].__getitem__).clone() for name, p in part.named_parameters()}
+    part.load_state_dict(state, assign=True)
+    x, nothing = torch.randn(2, 3, 8), torch.randn(2, 0, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(part(x), whole(x), atol=2e-5, rtol=1e-5)
+        count = dict(sent)
+        assert part(nothing).shape == (2, 0, 8) and sent == count  # a stream without rows sends nothing
+    return sum(p.numel() for p in part.parameters()) / sum(p.numel() for p in whole.parameters())
+
+
+def test_matrices_of_several_matrices(gloo):
+    assert all(share < 0.6 for share in gloo.run(packed_parts, 2, world=2))

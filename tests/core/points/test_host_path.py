@@ -62,6 +62,14 @@ def test_a_hop_of_the_ring_is_two_messages_and_few_operations(deep, plain):
     assert sum(more.values()) <= BLOCKS * (3 * 8 + 12) + 8
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_divided_matrix_is_a_sum_and_nothing_more(deep, plain, rank):
+    """Two sums a stream and block (the last block puts out no text), two modulations that are gathered."""
+    more = launched(deep, ["tp"], {"tp.degree": 4}, 4, rank) - plain
+    gathered = 2 * BLOCKS
+    assert more == {"c10d::allreduce_": 4 * BLOCKS - 2, "c10d::_allgather_base_": gathered, "aten::new_zeros": gathered}
+
+
 @pytest.mark.parametrize("rank", range(4))
 def test_patches_launch_no_more_than_the_whole_picture(deep, plain, rank):
     """A stage computes its share of the blocks once for each patch; only the first patch has text."""
