@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from xdit_tp.layers import GatheredLinear, Parts, RMSNormAcross, RowwiseLinear
 # The words of a plan, each with the dim of the weight that is divided. ``colwise`` leaves the columns of the result
 # where they are, ``gathered`` brings them together, ``rowwise`` sums; ``normed`` is an RMS norm over columns that are
 # divided.
-STYLES = {"colwise": 0, "gathered": 0, "rowwise": 1, "normed": 0}
+STYLES = MappingProxyType({"colwise": 0, "gathered": 0, "rowwise": 1, "normed": 0})
 
 
 def style_of(word: Any) -> tuple[str, Sequence[int] | None]:
