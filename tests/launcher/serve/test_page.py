@@ -136,6 +136,17 @@ def test_markup_is_text(page):
     assert page.all(".prompt b, h2 b") == [] and page.all("[src='x']") == [] and page.js("return window.broken") is None
 
 
+def test_loras_have_a_field_each(page):
+    page.one("#more > summary").click()
+    tile = page.generate("a fox in ink", steps=2, **{"lora.ink": 3})
+    page.one(f"{tile}[data-status=done] .media").click()
+    page.says("#details dl", "ink")
+    assert "wash" not in page.one("#details dl").text
+    page.one("#details .again").click()
+    page.until(lambda: page.one("#set-lora-ink").get_attribute("value") == "3", "the scale")
+    page.fill(**{"lora.ink": 0})
+
+
 def test_the_plan_is_drawn(page):
     page.says("#plan", "one process")
     assert page.one("#plan tbody th").text == "0" and page.one("#plan svg .mine")
