@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.models.families import FAMILIES, settings
+from helpers.models.tiny import saved
 from xdit_core import Engine
 from xdit_core.testing.nccl_order import History, Operation, RuleBroken, check_order
 from xdit_core.testing.pool import PoolError
-from xdit_core.testing.runs import plan_for
+from xdit_core.testing.runs import generate, plan_for
 
 STAGES = {"pipefusion.stages": 2, "pipefusion.patches": 3}
 PLANS = [
@@ -28,15 +30,27 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize(("plugins", "settings", "world"), PLANS, ids=lambda x: "+".join(x) if type(x) is list else "")
-def test_strategies_keep_to_the_rules(check_plan, plugins, settings, world):
-    check_plan(plugins, settings, world=world, nccl_rules=True)
+@pytest.mark.parametrize(("plugins", "values", "world"), PLANS, ids=lambda x: "+".join(x) if type(x) is list else "")
+def test_strategies_keep_to_the_rules(check_plan, plugins, values, world):
+    check_plan(plugins, values, world=world, nccl_rules=True)
 
 
-def picture(plugins, folder, settings):
+@pytest.mark.parametrize(
+    ("model", "plugins", "more"),
+    [
+        ("hunyuandit", ["pipefusion"], {"pipefusion.stages": 4, "pipefusion.patches": 4}),  # long skips
+        ("qwen_image", ["cfg", "pipefusion"], STAGES),  # a call for each branch of guidance
+    ],
+)
+def test_models_with_other_messages_keep_to_the_rules(gloo, tmp_path, model, plugins, more):
+    values = {**settings(FAMILIES[model], steps=3), **more}
+    gloo.run(generate, plugins, saved(model, tmp_path), values, world=4, timeout=60, nccl_rules=True)
+
+
+def picture(plugins, folder, values):
     """The picture that this rank has, None on others."""
     torch.set_num_threads(1)
-    engine = Engine(plan_for(plugins, folder, {**settings, "output_type": "image"}))
+    engine = Engine(plan_for(plugins, folder, {**values, "output_type": "image"}))
     images = engine.generate("a red fox", steps=2).images
     engine.close()
     return None if images is None else np.asarray(images[0]).astype(int)
@@ -44,8 +58,8 @@ def picture(plugins, folder, settings):
 
 def test_the_parallel_vae_keeps_to_the_rules(gloo, tiny_sd3_folder):
     """It exchanges rows at every convolution."""
-    folder, settings = str(tiny_sd3_folder), {"usp.ulysses": 2, "usp.ring": 1}
-    first, _ = gloo.run(picture, ["usp", "parallel_vae"], folder, settings, world=2, timeout=60, nccl_rules=True)
+    folder, values = str(tiny_sd3_folder), {"usp.ulysses": 2, "usp.ring": 1}
+    first, _ = gloo.run(picture, ["usp", "parallel_vae"], folder, values, world=2, timeout=60, nccl_rules=True)
     assert abs(first - picture([], folder, {})).max() <= 1
 
 
