@@ -412,6 +412,7 @@ class Dispatcher:
             hidden = self.store.hidden(id)
             if hidden:
                 self.store.remove(id)
+            self._running.pop(id, None)  # whoever begins to watch now finds the end in the store
             self._watchers.tell(id, ending(outcome))
         self.metrics.count("xdit_jobs_total", outcome=status)
         self.log.write("job ended", "warning" if status == FAILED else "info", job=id, status=status, error=error)

@@ -115,6 +115,15 @@ def test_deadlines_end_what_waits_and_what_runs(setting):
     assert all.ended(patient).status == "done"
 
 
+def test_who_begins_to_watch_just_as_a_job_ends_is_told_the_end(setting, monkeypatch):
+    all = setting()
+    monkeypatch.setattr(all.dispatcher, "release", lambda current: None)  # which comes a moment later
+    id = all.accept()
+    all.gang(0, 1).done(0)
+    assert all.ended(id).status == "done"
+    until(lambda: all.dispatcher._snapshot(id)[-1].last)
+
+
 def test_what_the_ranks_refuse_is_told(setting):
     all = setting()
     id = all.accept()
