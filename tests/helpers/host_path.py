@@ -53,14 +53,14 @@ def one_rank(
         stack.enter_context(fake_world(world, rank))
     engine = Engine(make_plan(plugins, {"device": "cpu", "output_type": "latent", **settings}))
     stack.callback(engine.close)
-    # what collectives leave as it was would be seen as numbers gone wrong; a zero launches as much as nothing does
-    stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros))
-    stack.enter_context(mock.patch.object(torch, "empty_like", torch.zeros_like))
+    # what collectives leave as it was would be seen as numbers gone wrong; a one launches as much as nothing does
+    stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_ones))
+    stack.enter_context(mock.patch.object(torch, "empty_like", torch.ones_like))
     empty = torch.empty
 
-    def zeroed(*shape: Any, **options: Any) -> torch.Tensor:
+    def filled(*shape: Any, **options: Any) -> torch.Tensor:
         made = empty(*shape, **options)
-        return made if made.is_meta or not made.numel() else made.zero_()
+        return made if made.is_meta or not made.numel() else made.fill_(1)
 
-    stack.enter_context(mock.patch.object(torch, "empty", zeroed))
+    stack.enter_context(mock.patch.object(torch, "empty", filled))
     return lambda steps: engine.generate("a red fox", steps=steps)
