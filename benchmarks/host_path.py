@@ -85,14 +85,14 @@ def sizes(model: str) -> dict[str, Any]:
         "sd3": {"guidance_scale": 1.0, "max_sequence_length": 16, "height": 32, "width": 32},
         "flux": {"guidance_scale": 3.5, "max_sequence_length": 16, "height": 32, "width": 32},
         "wan": {"guidance_scale": 1.0, "max_sequence_length": 16, "num_frames": 5, **size},
-        "qwen_image": {"max_sequence_length": 16, **size},
+        "qwen_image": {"true_cfg_scale": 1.0, "max_sequence_length": 16, **size},
     }[model]
 
 
 def ours(model: str, folder: str, name: str, rank: int, stack: ExitStack) -> Callable[[int], Any]:
     """Requests of some steps to one rank of a plan."""
     plugins, values, world = STRATEGIES[name]
-    names = {"guidance_scale": "guidance", "num_frames": "frames"}
+    names = {"guidance_scale": "guidance", "true_cfg_scale": "guidance", "num_frames": "frames"}
     arguments = {names.get(name, name): value for name, value in sizes(model).items()}
     settings = {"model": model, "model.path": folder, **arguments, **values}
     return one_rank(plugins, settings, world, rank if world > 1 else 0, stack)
