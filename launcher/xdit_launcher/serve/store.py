@@ -71,6 +71,7 @@ class Store:
             self._db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA cache_size=-256")  # KiB; the system keeps the file in memory anyway
             self._db.executescript(SCHEMA)
         except BlockingIOError as error:
             raise UsageError(f"--data {folder} is in use by another server; choose another folder.") from error

@@ -91,7 +91,7 @@ def test_what_is_refused(videos, more, says):
         ({"seconds": "0.3"}, lambda made: float(made.seconds) == pytest.approx(5 / 16, abs=1e-4)),
         ({"size": "32x48"}, lambda made: made.size == "32x48"),
     ],
-    ids=str,
+    ids=["prompt", "model", "seconds", "size"],
 )
 def test_every_argument_of_the_client_has_its_effect(videos, values, effect):
     assert effect(videos.create(**{"prompt": "a red fox", **values}))
