@@ -27,6 +27,7 @@ from xdit_launcher.serve.gangs.replicas import Replicas
 from xdit_launcher.serve.limits import RequestCheck, ServeSettings
 from xdit_launcher.serve.operations import Log, Metrics
 from xdit_launcher.serve.store import Store
+from xdit_launcher.serve.webhooks.addresses import Webhooks
 
 STEPS = 4
 
@@ -139,7 +140,7 @@ def scripted(plan: Plan, folder: Path, keys: str | None = None) -> Iterator[Scri
     limits, log, metrics = ServeSettings(), Log(io.StringIO()), Metrics()
     with listening("127.0.0.1", 0) as end, contextlib.closing(Store(str(folder))) as store:
         dispatcher = Dispatcher(store, ScriptedGangs(plan, watched), limits, log, metrics)
-        server = Server(dispatcher, RequestCheck(plan, limits), Keys(keys, {}), store.secret(), time.time())
+        server = Server(dispatcher, RequestCheck(plan, limits), Keys(keys, {}), store.secret(), time.time(), Webhooks())
         config = uvicorn.Config(
             Guard(make_app(server), server, "127.0.0.1"), log_config=None, timeout_graceful_shutdown=1
         )
