@@ -100,7 +100,7 @@ class ScriptedGangs:
     def __init__(self, plan: Plan, watched: Callable[[], Any]) -> None:
         self._plan, self._watched, self.replicas = plan, watched, Replicas()
 
-    def start(self, number: int) -> ScriptedGang:
+    def start(self, number: int, unwanted: Callable[[], bool]) -> ScriptedGang:
         return ScriptedGang(self._plan, self._watched)
 
     def running(self) -> None:
