@@ -43,42 +43,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str,
 # its collectives cannot be captured: CUDA graphs end before it and begin anew behind it
 @torch.library.custom_op("xdit::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attention_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """The attention chain as one op, opaque to the compiler: it keeps ``fullgraph=True`` whole."""
-    options = {
-        "attn_mask": attn_mask,
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-    }
-    return attend(q, k, v, options).transpose(1, 2).contiguous().transpose(1, 2)  # as kernels lay it out: no copy
-
-
-@attention_op.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    batch, heads, rows, _ = q.shape
-    return q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
-
-
-def through_op(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -88,9 +52,22 @@ def through_op(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """``scaled_dot_product_attention``'s signature onto the op's."""
-    out: torch.Tensor = attention_op(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return out
+    """The attention chain as one op, opaque to the compiler: it keeps ``fullgraph=True`` whole."""
+    options = {
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+    }
+    out = attend(query, key, value, options)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # as kernels lay it out: no copy
+
+
+@attention_op.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any, **named: Any) -> torch.Tensor:
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
 
 
 def reshape_nothing(x: torch.Tensor, *shape: Any) -> torch.Tensor:
@@ -106,7 +83,8 @@ def reshape_nothing(x: torch.Tensor, *shape: Any) -> torch.Tensor:
 def routed(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> torch.Tensor:
     """What the blocks find as ``scaled_dot_product_attention``; keyword arguments that we do not know pass through."""
     if torch.compiler.is_compiling():
-        return through_op(query, key, value, *rest, **options)
+        compiled: torch.Tensor = attention_op(query, key, value, *rest, **options)
+        return compiled
     if rest:
         options.update(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False))
     return attend(query, key, value, options)
