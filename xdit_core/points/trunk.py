@@ -249,8 +249,8 @@ class Trunk(nn.Module):
         stream, point, skip = self.stream, self._point, rows.context.skipped_blocks
         point.enter_blocks(rows.context, rows.tokens.shape, None if rows.text is None else rows.text.shape[1])
         no_text = rows.text is not None and not rows.text.shape[1]
-        empty, shortened = self._empty_rows if no_text else None, no_text and bool(stream.text) and point.active
-        shortened = shortened and not self._compiled()
+        empty = self._empty_rows if no_text else None
+        shortened = no_text and bool(stream.text) and point.active and not self._compiled()
         with self._routing if point.active else nullcontext(), empty or nullcontext():
             for index, block, pattern in self._order:
                 if index in skip:
